@@ -1,0 +1,288 @@
+//! The validated description of a decoder.
+
+use super::{RotaryConfig, RotaryScaling};
+use crate::error::{Error, Result};
+
+/// A family as transformers' `model_type` names it. It decides parameter names and defaults; everything that the
+/// computation depends on is a field of [`DecoderConfig`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Architecture {
+    /// GPT-2 (Radford et al. 2019): learned positions, LayerNorm, GELU, tied head, fused query-key-value projection.
+    Gpt2,
+    /// Llama (arXiv:2302.13971): rotary positions, RMSNorm, SwiGLU, grouped-query attention.
+    Llama,
+    /// Mistral (arXiv:2310.06825): Llama's layout; its context is cut to the sliding window.
+    Mistral,
+    /// Qwen 2 (arXiv:2407.10671): Llama's layout with biases on query, key and value.
+    Qwen2,
+}
+
+impl Architecture {
+    /// All of them.
+    pub const ALL: &'static [Self] = &[Self::Gpt2, Self::Llama, Self::Mistral, Self::Qwen2];
+
+    /// transformers' `model_type`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Gpt2 => "gpt2",
+            Self::Llama => "llama",
+            Self::Mistral => "mistral",
+            Self::Qwen2 => "qwen2",
+        }
+    }
+
+    /// The architecture of that name. Fails with [`Error::Unsupported`], listing those known.
+    pub fn from_name(name: &str) -> Result<Self> {
+        Self::ALL
+            .iter()
+            .copied()
+            .find(|architecture| architecture.name() == name)
+            .ok_or_else(|| {
+                let known: Vec<_> = Self::ALL.iter().map(|architecture| architecture.name()).collect();
+                Error::Unsupported(format!("unknown architecture `{name}`; known are {}", known.join(", ")))
+            })
+    }
+}
+
+/// Normalisation before attention, before the feed-forward network, and at the end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Norm {
+    /// LayerNorm with weight and bias (arXiv:1607.06450).
+    Layer,
+    /// RMSNorm with weight (arXiv:1910.07467).
+    Rms,
+}
+
+/// Nonlinearity of the feed-forward network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// GELU by its tanh approximation (arXiv:1606.08415), transformers' `gelu_new`.
+    GeluTanh,
+    /// GELU by the error function, transformers' `gelu`.
+    GeluErf,
+    /// SiLU, x * sigmoid(x) (arXiv:1702.03118).
+    Silu,
+}
+
+impl Activation {
+    /// transformers' name of it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::GeluTanh => "gelu_new",
+            Self::GeluErf => "gelu",
+            Self::Silu => "silu",
+        }
+    }
+
+    /// The activation of that name, transformers' synonyms included. Fails with [`Error::InvalidConfig`] on `field`.
+    pub fn from_name(field: &str, name: &str) -> Result<Self> {
+        match name {
+            "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" | "gelu_tanh" => Ok(Self::GeluTanh),
+            "gelu" | "gelu_erf" => Ok(Self::GeluErf),
+            "silu" | "swish" => Ok(Self::Silu),
+            _ => Err(Error::invalid_config(
+                field,
+                format!("unknown activation `{name}`; known are gelu_new, gelu and silu"),
+            )),
+        }
+    }
+}
+
+/// How a token's position enters.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Position {
+    /// A learned vector per position, added to the token's embedding.
+    Learned,
+    /// Queries and keys are rotated.
+    Rotary(RotaryConfig),
+}
+
+/// The shape and the kind of a decoder. Built by [`from_hugging_face`](super::from_hugging_face),
+/// [`from_gguf`](super::from_gguf) or [`from_settings`](super::from_settings), all of which validate it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DecoderConfig {
+    /// Family.
+    pub architecture: Architecture,
+    /// Number of layers.
+    pub layers: usize,
+    /// Width of the residual stream.
+    pub width: usize,
+    /// Number of query heads.
+    pub heads: usize,
+    /// Number of key and value heads; divides `heads`.
+    pub key_value_heads: usize,
+    /// Width of one head.
+    pub head_dim: usize,
+    /// Width of the feed-forward network's inner layer.
+    pub feed_forward_width: usize,
+    /// Longest sequence, in tokens.
+    pub context_length: usize,
+    /// Number of rows of the embedding; at least the number of the tokenizer's tokens.
+    pub vocabulary: usize,
+    /// Kind of normalisation.
+    pub norm: Norm,
+    /// Added to the variance before the root is taken.
+    pub norm_epsilon: f64,
+    /// Nonlinearity of the feed-forward network.
+    pub activation: Activation,
+    /// Whether the activation's output multiplies a second projection (GLU variants, arXiv:2002.05202).
+    pub gated: bool,
+    /// Kind of positions.
+    pub position: Position,
+    /// Whether the query, key and value projections have biases.
+    pub attention_bias: bool,
+    /// Whether the attention's output projection has a bias.
+    pub attention_output_bias: bool,
+    /// Whether the feed-forward network's projections have biases.
+    pub feed_forward_bias: bool,
+    /// Whether the output head is the token embedding.
+    pub tied_head: bool,
+}
+
+/// Above any model this code can serve; keeps every product of two sizes far from overflow.
+const MAX_SIZE: usize = 1 << 28;
+/// Above this many parameters nothing is tried: it is a mistyped configuration.
+const MAX_PARAMETERS: u64 = 1 << 40;
+
+impl DecoderConfig {
+    /// Width of all query heads together.
+    pub fn query_width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Width of all key (or value) heads together.
+    pub fn key_value_width(&self) -> usize {
+        self.key_value_heads * self.head_dim
+    }
+
+    /// Factor on the attention scores, 1 / sqrt(head_dim).
+    pub fn attention_scale(&self) -> f32 {
+        1.0 / (self.head_dim as f32).sqrt()
+    }
+
+    /// Number of parameters, tied ones counted once.
+    pub fn parameter_count(&self) -> u64 {
+        let (width, inner) = (self.width as u64, self.feed_forward_width as u64);
+        let (query, key_value) = (self.query_width() as u64, self.key_value_width() as u64);
+        let bias = |present: bool, size: u64| if present { size } else { 0 };
+        let norm = if self.norm == Norm::Layer { 2 * width } else { width };
+        let attention = width * (query + 2 * key_value)
+            + bias(self.attention_bias, query + 2 * key_value)
+            + query * width
+            + bias(self.attention_output_bias, width);
+        let projections_in = if self.gated { 2 } else { 1 };
+        let feed_forward =
+            width * inner * (projections_in + 1) + bias(self.feed_forward_bias, inner * projections_in + width);
+        let embedding = self.vocabulary as u64 * width;
+        let positions = bias(self.position == Position::Learned, self.context_length as u64 * width);
+        let head = bias(!self.tied_head, embedding);
+        embedding + positions + head + norm + self.layers as u64 * (2 * norm + attention + feed_forward)
+    }
+
+    /// Checks sizes and the relations between them. Fails with [`Error::InvalidConfig`] naming the field.
+    pub fn validate(&self) -> Result<()> {
+        let sizes = [
+            ("layers", self.layers, 1 << 12),
+            ("width", self.width, 1 << 20),
+            ("heads", self.heads, 1 << 14),
+            ("key_value_heads", self.key_value_heads, 1 << 14),
+            ("head_dim", self.head_dim, 1 << 14),
+            ("feed_forward_width", self.feed_forward_width, 1 << 24),
+            ("context_length", self.context_length, MAX_SIZE),
+            ("vocabulary", self.vocabulary, MAX_SIZE),
+        ];
+        for (field, size, max) in sizes {
+            if size == 0 || size > max {
+                return Err(Error::invalid_config(
+                    field,
+                    format!("{size} is not between 1 and {max}"),
+                ));
+            }
+        }
+        if self.heads % self.key_value_heads != 0 {
+            return Err(Error::invalid_config(
+                "key_value_heads",
+                format!(
+                    "{} does not divide the {} query heads",
+                    self.key_value_heads, self.heads
+                ),
+            ));
+        }
+        if !(self.norm_epsilon.is_finite() && self.norm_epsilon > 0.0 && self.norm_epsilon < 1.0) {
+            return Err(Error::invalid_config(
+                "norm_epsilon",
+                format!("{} is not between 0 and 1", self.norm_epsilon),
+            ));
+        }
+        self.validate_position()?;
+        if self.parameter_count() > MAX_PARAMETERS {
+            return Err(Error::invalid_config(
+                "layers",
+                format!(
+                    "the sizes ask for {} parameters, more than {MAX_PARAMETERS}",
+                    self.parameter_count()
+                ),
+            ));
+        }
+        Ok(())
+    }
+
+    fn validate_position(&self) -> Result<()> {
+        let Position::Rotary(rotary) = &self.position else {
+            return Ok(());
+        };
+        if self.head_dim % 2 != 0 {
+            return Err(Error::invalid_config(
+                "head_dim",
+                format!("{} is odd; rotary positions need pairs", self.head_dim),
+            ));
+        }
+        if !(rotary.theta.is_finite() && rotary.theta >= 1.0) {
+            return Err(Error::invalid_config(
+                "rope_theta",
+                format!("{} is not at least 1", rotary.theta),
+            ));
+        }
+        let positive = |field: &str, value: f64| match value.is_finite() && value > 0.0 {
+            true => Ok(()),
+            false => Err(Error::invalid_config(
+                format!("rope_scaling.{field}"),
+                format!("{value} is not above 0"),
+            )),
+        };
+        match &rotary.scaling {
+            RotaryScaling::None => Ok(()),
+            RotaryScaling::Linear { factor } => positive("factor", *factor),
+            RotaryScaling::Llama3 {
+                factor,
+                low_frequency_factor,
+                high_frequency_factor,
+                original_context_length,
+            } => {
+                positive("factor", *factor)?;
+                positive("low_freq_factor", *low_frequency_factor)?;
+                positive("high_freq_factor", *high_frequency_factor)?;
+                positive("original_max_position_embeddings", *original_context_length as f64)?;
+                match high_frequency_factor > low_frequency_factor {
+                    true => Ok(()),
+                    false => Err(Error::invalid_config(
+                        "rope_scaling.high_freq_factor",
+                        format!("{high_frequency_factor} is not above low_freq_factor {low_frequency_factor}"),
+                    )),
+                }
+            }
+            RotaryScaling::Factors(factors) if factors.len() != self.head_dim / 2 => Err(Error::invalid_config(
+                "rope_scaling",
+                format!(
+                    "{} factors where head_dim {} needs {}",
+                    factors.len(),
+                    self.head_dim,
+                    self.head_dim / 2
+                ),
+            )),
+            RotaryScaling::Factors(factors) => factors
+                .iter()
+                .try_for_each(|factor| positive("factors", f64::from(*factor))),
+        }
+    }
+}

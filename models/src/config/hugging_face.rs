@@ -1,0 +1,256 @@
+//! `config.json` of a Hugging Face model directory.
+
+use super::fields::Fields;
+use super::{Activation, Architecture, DecoderConfig, Norm, Position, RotaryConfig, RotaryScaling};
+use crate::error::{Error, Result};
+use serde_json::{Map, Value};
+
+/// Reads transformers' `config.json`. Dropout probabilities are ignored: models are run and trained without dropout.
+///
+/// Fails with [`Error::Unsupported`] for an unknown `model_type` or a feature that changes the computation, and with
+/// [`Error::InvalidConfig`] for missing or impossible fields.
+pub fn from_hugging_face(config: &Map<String, Value>) -> Result<DecoderConfig> {
+    let fields = Fields(config);
+    let model_type = fields
+        .text("model_type")?
+        .ok_or_else(|| Error::invalid_config("model_type", "missing"))?;
+    let architecture = Architecture::from_name(model_type)?;
+    if fields.get("quantization_config").is_some() {
+        return Err(Error::Unsupported(
+            "configuration `quantization_config` is not supported; use GGUF".into(),
+        ));
+    }
+    let config = match architecture {
+        Architecture::Gpt2 => gpt2(&fields)?,
+        Architecture::Llama | Architecture::Mistral | Architecture::Qwen2 => llama(architecture, &fields)?,
+    };
+    config.validate()?;
+    Ok(config)
+}
+
+fn gpt2(fields: &Fields<'_>) -> Result<DecoderConfig> {
+    fields.expect_flag("scale_attn_weights", true)?;
+    fields.expect_flag("scale_attn_by_inverse_layer_idx", false)?;
+    fields.expect_flag("add_cross_attention", false)?;
+    let width = fields.required_size("n_embd")?;
+    let heads = fields.required_size("n_head")?;
+    if heads == 0 || width % heads != 0 {
+        return Err(Error::invalid_config(
+            "n_head",
+            format!("{heads} does not divide n_embd {width}"),
+        ));
+    }
+    let context_length = match fields.size("n_positions")? {
+        Some(positions) => positions,
+        None => fields.required_size("n_ctx")?,
+    };
+    Ok(DecoderConfig {
+        architecture: Architecture::Gpt2,
+        layers: fields.required_size("n_layer")?,
+        width,
+        heads,
+        key_value_heads: heads,
+        head_dim: width / heads,
+        feed_forward_width: fields.size("n_inner")?.unwrap_or(width.saturating_mul(4)),
+        context_length,
+        vocabulary: fields.required_size("vocab_size")?,
+        norm: Norm::Layer,
+        norm_epsilon: fields.number("layer_norm_epsilon")?.unwrap_or(1e-5),
+        activation: Activation::from_name(
+            "activation_function",
+            fields.text("activation_function")?.unwrap_or("gelu_new"),
+        )?,
+        gated: false,
+        position: Position::Learned,
+        attention_bias: true,
+        attention_output_bias: true,
+        feed_forward_bias: true,
+        tied_head: fields.flag("tie_word_embeddings")?.unwrap_or(true),
+    })
+}
+
+fn llama(architecture: Architecture, fields: &Fields<'_>) -> Result<DecoderConfig> {
+    if fields
+        .number("partial_rotary_factor")?
+        .is_some_and(|factor| factor != 1.0)
+    {
+        return Err(Error::Unsupported(
+            "configuration `partial_rotary_factor` is not supported unless 1".into(),
+        ));
+    }
+    let width = fields.required_size("hidden_size")?;
+    let heads = fields.required_size("num_attention_heads")?;
+    let head_dim = match fields.size("head_dim")? {
+        Some(head_dim) => head_dim,
+        None if heads > 0 && width % heads == 0 => width / heads,
+        None => {
+            let reason = format!("{heads} does not divide hidden_size {width} and there is no head_dim");
+            return Err(Error::invalid_config("num_attention_heads", reason));
+        }
+    };
+    let biases = match architecture {
+        Architecture::Qwen2 => (true, false),
+        Architecture::Mistral => (false, false),
+        _ => {
+            let bias = fields.flag("attention_bias")?.unwrap_or(false);
+            (bias, bias)
+        }
+    };
+    Ok(DecoderConfig {
+        architecture,
+        layers: fields.required_size("num_hidden_layers")?,
+        width,
+        heads,
+        key_value_heads: fields.size("num_key_value_heads")?.unwrap_or(heads),
+        head_dim,
+        feed_forward_width: fields.required_size("intermediate_size")?,
+        context_length: context_length(architecture, fields)?,
+        vocabulary: fields.required_size("vocab_size")?,
+        norm: Norm::Rms,
+        norm_epsilon: fields.number("rms_norm_eps")?.unwrap_or(1e-6),
+        activation: Activation::from_name("hidden_act", fields.text("hidden_act")?.unwrap_or("silu"))?,
+        gated: true,
+        position: Position::Rotary(rotary(fields)?),
+        attention_bias: biases.0,
+        attention_output_bias: biases.1,
+        feed_forward_bias: architecture == Architecture::Llama && fields.flag("mlp_bias")?.unwrap_or(false),
+        tied_head: fields.flag("tie_word_embeddings")?.unwrap_or(false),
+    })
+}
+
+/// Within the sliding window, sliding-window attention is full attention: the context is cut to the window.
+fn context_length(architecture: Architecture, fields: &Fields<'_>) -> Result<usize> {
+    let context_length = fields.required_size("max_position_embeddings")?;
+    let slides = match architecture {
+        Architecture::Mistral => true,
+        Architecture::Qwen2 => fields.flag("use_sliding_window")?.unwrap_or(false),
+        _ => false,
+    };
+    match fields.size("sliding_window")? {
+        Some(window) if slides => Ok(context_length.min(window)),
+        _ => Ok(context_length),
+    }
+}
+
+/// `rope_theta` and `rope_scaling`, or `rope_parameters` which holds both since transformers 5.
+fn rotary(fields: &Fields<'_>) -> Result<RotaryConfig> {
+    let parameters = fields.object("rope_parameters")?;
+    let nested_theta = match &parameters {
+        Some(parameters) => parameters.number("rope_theta")?,
+        None => None,
+    };
+    let theta = match nested_theta {
+        Some(theta) => theta,
+        None => fields.number("rope_theta")?.unwrap_or(10_000.0),
+    };
+    let scaling = match fields.object("rope_scaling")?.or(parameters) {
+        Some(scaling) => rotary_scaling(&scaling)?,
+        None => RotaryScaling::None,
+    };
+    Ok(RotaryConfig { theta, scaling })
+}
+
+/// transformers' `rope_scaling` object, also the form of it in `models.config`.
+pub(super) fn rotary_scaling(scaling: &Fields<'_>) -> Result<RotaryScaling> {
+    let kind = match scaling.text("rope_type")? {
+        Some(kind) => kind,
+        None => scaling.text("type")?.unwrap_or("default"),
+    };
+    let factor = || {
+        let missing = || Error::invalid_config("rope_scaling.factor", "missing");
+        scaling.number("factor")?.ok_or_else(missing)
+    };
+    match kind {
+        "default" => Ok(RotaryScaling::None),
+        "linear" => Ok(RotaryScaling::Linear { factor: factor()? }),
+        "llama3" => Ok(RotaryScaling::Llama3 {
+            factor: factor()?,
+            low_frequency_factor: scaling.number("low_freq_factor")?.unwrap_or(1.0),
+            high_frequency_factor: scaling.number("high_freq_factor")?.unwrap_or(4.0),
+            original_context_length: scaling.size("original_max_position_embeddings")?.unwrap_or(8192),
+        }),
+        "factors" => {
+            let factors = scaling
+                .get("factors")
+                .and_then(Value::as_array)
+                .map(Vec::as_slice)
+                .unwrap_or_default();
+            let factors: Option<Vec<f32>> = factors.iter().map(|value| value.as_f64().map(|f| f as f32)).collect();
+            let wrong = || Error::invalid_config("rope_scaling.factors", "not a list of numbers");
+            Ok(RotaryScaling::Factors(factors.ok_or_else(wrong)?))
+        }
+        other => Err(Error::Unsupported(format!(
+            "rope_scaling `{other}` is not supported; known are default, linear and llama3"
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn read(config: Value) -> Result<DecoderConfig> {
+        from_hugging_face(config.as_object().unwrap())
+    }
+
+    fn gpt2_json() -> Value {
+        json!({"model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024,
+            "vocab_size": 50257, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "attn_pdrop": 0.1})
+    }
+
+    fn llama_json() -> Value {
+        json!({"model_type": "llama", "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3,
+            "num_hidden_layers": 30, "intermediate_size": 1536, "max_position_embeddings": 8192,
+            "vocab_size": 49152, "rms_norm_eps": 1e-5, "rope_theta": 100000, "tie_word_embeddings": true})
+    }
+
+    #[test]
+    fn gpt2_has_its_published_size() {
+        assert_eq!(read(gpt2_json()).unwrap().parameter_count(), 124_439_808);
+    }
+
+    #[test]
+    fn smollm2_has_its_published_size() {
+        let config = read(llama_json()).unwrap();
+        assert_eq!(config.parameter_count(), 134_515_008);
+        assert_eq!((config.head_dim, config.key_value_width()), (64, 192));
+    }
+
+    #[test]
+    fn unknown_family_is_refused() {
+        let mut config = llama_json();
+        config["model_type"] = json!("mamba");
+        assert!(matches!(read(config), Err(Error::Unsupported(message)) if message.contains("mamba")));
+    }
+
+    #[test]
+    fn missing_and_impossible_fields_are_named() {
+        for (field, value) in [
+            ("vocab_size", json!(null)),
+            ("num_hidden_layers", json!(-1)),
+            ("head_dim", json!(7)),
+            ("rms_norm_eps", json!("x")),
+        ] {
+            let mut config = llama_json();
+            config[field] = value;
+            let error = read(config).unwrap_err();
+            assert!(error.to_string().contains(field), "{field}: {error}");
+        }
+        let mut config = llama_json();
+        config["hidden_size"] = json!(1u64 << 40);
+        assert!(read(config).is_err());
+    }
+
+    #[test]
+    fn transformers_5_rope_parameters_are_read() {
+        let mut config = llama_json();
+        config["rope_parameters"] = json!({"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0,
+            "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192});
+        let Position::Rotary(rotary) = read(config).unwrap().position else {
+            panic!()
+        };
+        assert_eq!(rotary.theta, 500_000.0);
+        assert!(matches!(rotary.scaling, RotaryScaling::Llama3 { .. }));
+    }
+}

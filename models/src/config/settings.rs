@@ -1,0 +1,348 @@
+//! `models.config`: the JSON object that describes a model made from nothing, and that shows any model's shape.
+
+use super::fields::Fields;
+use super::hugging_face::rotary_scaling;
+use super::{Activation, Architecture, DecoderConfig, Norm, Position, RotaryConfig, RotaryScaling};
+use crate::error::{Error, Result};
+use serde_json::{Map, Value, json};
+
+/// Fields that describe the decoder, each with the names that transformers gives it.
+const SHAPE_FIELDS: &[(&str, &[&str])] = &[
+    ("architecture", &["model_type"]),
+    ("layers", &["n_layer", "num_hidden_layers"]),
+    ("width", &["n_embd", "hidden_size"]),
+    ("heads", &["n_head", "num_attention_heads"]),
+    ("key_value_heads", &["num_key_value_heads"]),
+    ("head_dim", &[]),
+    ("feed_forward_width", &["n_inner", "intermediate_size"]),
+    ("context_length", &["n_positions", "n_ctx", "max_position_embeddings"]),
+    ("vocabulary", &["vocab_size"]),
+    ("norm_epsilon", &["layer_norm_epsilon", "rms_norm_eps"]),
+    ("activation", &["activation_function", "hidden_act"]),
+    ("rope_theta", &[]),
+    ("rope_scaling", &[]),
+    ("attention_bias", &[]),
+    ("attention_output_bias", &[]),
+    ("feed_forward_bias", &["mlp_bias"]),
+    ("tied_head", &["tie_word_embeddings"]),
+    ("dropout", &[]),
+    ("tokenizer", &[]),
+];
+
+/// Fields that are defaults of the optimizer, not of the decoder. They may change between steps.
+pub const TRAINING_FIELDS: &[&str] = &[
+    "learning_rate",
+    "beta1",
+    "beta2",
+    "epsilon",
+    "weight_decay",
+    "max_grad_norm",
+];
+
+/// Gives every field its own name in place of transformers', and drops nulls.
+///
+/// Fails with [`Error::InvalidConfig`] for an unknown field (the known ones are listed), for a field given under two
+/// names, and for a training setting that is no number.
+pub fn normalize_settings(settings: &Map<String, Value>) -> Result<Map<String, Value>> {
+    let mut normalized = Map::new();
+    for (given, value) in settings {
+        let name = canonical_name(given)?;
+        if value.is_null() {
+            continue;
+        }
+        if TRAINING_FIELDS.contains(&name) && !value.is_number() {
+            return Err(Error::invalid_config(given, format!("`{value}` is not a number")));
+        }
+        if normalized.insert(name.to_owned(), value.clone()).is_some() {
+            return Err(Error::invalid_config(
+                given,
+                format!("`{name}` is given twice, under different names"),
+            ));
+        }
+    }
+    Ok(normalized)
+}
+
+fn canonical_name(given: &str) -> Result<&'static str> {
+    let shape = SHAPE_FIELDS
+        .iter()
+        .find(|(name, aliases)| *name == given || aliases.contains(&given));
+    let training = || TRAINING_FIELDS.iter().copied().find(|name| *name == given);
+    shape.map(|(name, _)| *name).or_else(training).ok_or_else(|| {
+        let known: Vec<_> = SHAPE_FIELDS
+            .iter()
+            .map(|(name, _)| *name)
+            .chain(TRAINING_FIELDS.iter().copied())
+            .collect();
+        let shown: String = given.chars().take(80).collect();
+        Error::invalid_config(shown, format!("unknown field; known are {}", known.join(", ")))
+    })
+}
+
+/// Reads a decoder's shape from `models.config`. `tokenizer_size` is the default of `vocabulary`.
+///
+/// Required: `architecture`, `layers`, `width`, `heads`, `context_length`, and `vocabulary` without a tokenizer.
+/// Defaults: `key_value_heads` = `heads`; `head_dim` = `width / heads`; `feed_forward_width` = 4 `width` (gpt2), or
+/// 8/3 `width` rounded up to a multiple of 32 (others); the rest as transformers' configuration of the architecture,
+/// but for `tied_head`, true. Fails with [`Error::InvalidConfig`], naming the field.
+pub fn from_settings(settings: &Map<String, Value>, tokenizer_size: Option<usize>) -> Result<DecoderConfig> {
+    let normalized = normalize_settings(settings)?;
+    let fields = Fields(&normalized);
+    let known = || {
+        Architecture::ALL
+            .iter()
+            .map(|known| known.name())
+            .collect::<Vec<_>>()
+            .join(", ")
+    };
+    let name = fields.text("architecture")?;
+    let name = name.ok_or_else(|| Error::invalid_config("architecture", format!("missing; one of {}", known())))?;
+    let architecture = Architecture::from_name(name)?;
+    if fields.number("dropout")?.is_some_and(|dropout| dropout != 0.0) {
+        return Err(Error::invalid_config("dropout", "only 0 is supported"));
+    }
+    let config = match architecture {
+        Architecture::Gpt2 => gpt2(&fields, tokenizer_size)?,
+        architecture => llama(architecture, &fields, tokenizer_size)?,
+    };
+    config.validate()?;
+    if let Some(size) = tokenizer_size.filter(|size| *size > config.vocabulary) {
+        let reason = format!("{} is less than the tokenizer's {size} tokens", config.vocabulary);
+        return Err(Error::invalid_config("vocabulary", reason));
+    }
+    Ok(config)
+}
+
+fn gpt2(fields: &Fields<'_>, tokenizer_size: Option<usize>) -> Result<DecoderConfig> {
+    for foreign in ["rope_theta", "rope_scaling"] {
+        if fields.get(foreign).is_some() {
+            return Err(Error::invalid_config(foreign, "gpt2 has learned positions"));
+        }
+    }
+    for bias in ["attention_bias", "attention_output_bias", "feed_forward_bias"] {
+        fields.expect_flag(bias, true)?;
+    }
+    let shape = Shape::read(fields, tokenizer_size)?;
+    if shape.key_value_heads != shape.heads {
+        return Err(Error::invalid_config(
+            "key_value_heads",
+            "gpt2 has as many key-value heads as heads",
+        ));
+    }
+    if shape.heads.checked_mul(shape.head_dim) != Some(shape.width) {
+        return Err(Error::invalid_config(
+            "head_dim",
+            "gpt2's heads times head_dim is its width",
+        ));
+    }
+    let mut config = shape.config(Architecture::Gpt2);
+    config.feed_forward_width = fields
+        .size("feed_forward_width")?
+        .unwrap_or(shape.width.saturating_mul(4));
+    config.norm_epsilon = fields.number("norm_epsilon")?.unwrap_or(1e-5);
+    config.activation = Activation::from_name("activation", fields.text("activation")?.unwrap_or("gelu_new"))?;
+    config.tied_head = fields.flag("tied_head")?.unwrap_or(true);
+    Ok(config)
+}
+
+fn llama(architecture: Architecture, fields: &Fields<'_>, tokenizer_size: Option<usize>) -> Result<DecoderConfig> {
+    let shape = Shape::read(fields, tokenizer_size)?;
+    let scaling = match fields.object("rope_scaling")? {
+        Some(scaling) => rotary_scaling(&scaling)?,
+        None => RotaryScaling::None,
+    };
+    let theta = fields.number("rope_theta")?.unwrap_or(10_000.0);
+    let qwen = architecture == Architecture::Qwen2;
+    let mut config = shape.config(architecture);
+    let inner = shape.width.saturating_mul(8).div_ceil(3).next_multiple_of(32);
+    config.feed_forward_width = fields.size("feed_forward_width")?.unwrap_or(inner);
+    config.norm = Norm::Rms;
+    config.norm_epsilon = fields.number("norm_epsilon")?.unwrap_or(1e-6);
+    config.activation = Activation::from_name("activation", fields.text("activation")?.unwrap_or("silu"))?;
+    config.gated = true;
+    config.position = Position::Rotary(RotaryConfig { theta, scaling });
+    config.attention_bias = fields.flag("attention_bias")?.unwrap_or(qwen);
+    config.attention_output_bias = fields
+        .flag("attention_output_bias")?
+        .unwrap_or(config.attention_bias && !qwen);
+    config.feed_forward_bias = fields.flag("feed_forward_bias")?.unwrap_or(false);
+    config.tied_head = fields.flag("tied_head")?.unwrap_or(true);
+    Ok(config)
+}
+
+/// The sizes that both families share.
+struct Shape {
+    layers: usize,
+    width: usize,
+    heads: usize,
+    key_value_heads: usize,
+    head_dim: usize,
+    context_length: usize,
+    vocabulary: usize,
+}
+
+impl Shape {
+    fn read(fields: &Fields<'_>, tokenizer_size: Option<usize>) -> Result<Self> {
+        let width = fields.required_size("width")?;
+        let heads = fields.required_size("heads")?;
+        let head_dim = match fields.size("head_dim")? {
+            Some(head_dim) => head_dim,
+            None if heads > 0 && width % heads == 0 => width / heads,
+            None => {
+                return Err(Error::invalid_config(
+                    "heads",
+                    format!("{heads} does not divide width {width}"),
+                ));
+            }
+        };
+        let missing = || Error::invalid_config("vocabulary", "missing, and there is no tokenizer to take it from");
+        Ok(Self {
+            layers: fields.required_size("layers")?,
+            width,
+            heads,
+            key_value_heads: fields.size("key_value_heads")?.unwrap_or(heads),
+            head_dim,
+            context_length: fields.required_size("context_length")?,
+            vocabulary: fields.size("vocabulary")?.or(tokenizer_size).ok_or_else(missing)?,
+        })
+    }
+
+    /// GPT-2's kind of decoder in this shape; the caller sets what differs.
+    fn config(&self, architecture: Architecture) -> DecoderConfig {
+        DecoderConfig {
+            architecture,
+            layers: self.layers,
+            width: self.width,
+            heads: self.heads,
+            key_value_heads: self.key_value_heads,
+            head_dim: self.head_dim,
+            feed_forward_width: 0,
+            context_length: self.context_length,
+            vocabulary: self.vocabulary,
+            norm: Norm::Layer,
+            norm_epsilon: 1e-5,
+            activation: Activation::GeluTanh,
+            gated: false,
+            position: Position::Learned,
+            attention_bias: true,
+            attention_output_bias: true,
+            feed_forward_bias: true,
+            tied_head: true,
+        }
+    }
+}
+
+/// The decoder's shape as `models.config` shows it: every field under its own name, readable by [`from_settings`].
+pub fn to_settings(config: &DecoderConfig) -> Map<String, Value> {
+    let mut settings = Map::new();
+    let mut set = |name: &str, value: Value| settings.insert(name.to_owned(), value);
+    set("architecture", json!(config.architecture.name()));
+    set("layers", json!(config.layers));
+    set("width", json!(config.width));
+    set("heads", json!(config.heads));
+    set("key_value_heads", json!(config.key_value_heads));
+    set("head_dim", json!(config.head_dim));
+    set("feed_forward_width", json!(config.feed_forward_width));
+    set("context_length", json!(config.context_length));
+    set("vocabulary", json!(config.vocabulary));
+    set("norm_epsilon", json!(config.norm_epsilon));
+    set("activation", json!(config.activation.name()));
+    set("attention_bias", json!(config.attention_bias));
+    set("attention_output_bias", json!(config.attention_output_bias));
+    set("feed_forward_bias", json!(config.feed_forward_bias));
+    set("tied_head", json!(config.tied_head));
+    if let Position::Rotary(rotary) = &config.position {
+        set("rope_theta", json!(rotary.theta));
+        if let Some(scaling) = scaling_settings(&rotary.scaling) {
+            set("rope_scaling", scaling);
+        }
+    }
+    settings
+}
+
+fn scaling_settings(scaling: &RotaryScaling) -> Option<Value> {
+    match scaling {
+        RotaryScaling::None => None,
+        RotaryScaling::Linear { factor } => Some(json!({"rope_type": "linear", "factor": factor})),
+        RotaryScaling::Llama3 {
+            factor,
+            low_frequency_factor,
+            high_frequency_factor,
+            original_context_length,
+        } => Some(json!({
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": low_frequency_factor,
+            "high_freq_factor": high_frequency_factor,
+            "original_max_position_embeddings": original_context_length,
+        })),
+        RotaryScaling::Factors(factors) => Some(json!({"rope_type": "factors", "factors": factors})),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(settings: Value) -> Result<DecoderConfig> {
+        from_settings(settings.as_object().unwrap(), None)
+    }
+
+    fn tiny(architecture: &str) -> Value {
+        json!({"architecture": architecture, "layers": 2, "width": 32, "heads": 4, "context_length": 16, "vocabulary": 99})
+    }
+
+    #[test]
+    fn settings_survive_a_round_trip() {
+        for architecture in Architecture::ALL {
+            let config = read(tiny(architecture.name())).unwrap();
+            assert_eq!(from_settings(&to_settings(&config), None).unwrap(), config);
+        }
+        let mut settings = tiny("llama");
+        settings["rope_scaling"] = json!({"rope_type": "factors", "factors": [1.0, 2.0, 3.5, 4.25]});
+        let config = read(settings).unwrap();
+        assert_eq!(from_settings(&to_settings(&config), None).unwrap(), config);
+    }
+
+    #[test]
+    fn transformers_names_are_aliases() {
+        let settings = json!({"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 16,
+            "vocab_size": 99, "learning_rate": 1e-3});
+        assert_eq!(read(settings).unwrap(), read(tiny("gpt2")).unwrap());
+    }
+
+    #[test]
+    fn bad_fields_are_named() {
+        for (field, value) in [
+            ("layerz", json!(2)),
+            ("layers", json!(0)),
+            ("heads", json!(5)),
+            ("width", json!("wide")),
+            ("vocabulary", json!(1e18)),
+            ("dropout", json!(0.1)),
+            ("learning_rate", json!("fast")),
+            ("rope_theta", json!(10000)),
+            ("n_layer", json!(2)),
+        ] {
+            let mut settings = tiny("gpt2");
+            settings[field] = value;
+            let error = read(settings).unwrap_err().to_string();
+            assert!(error.contains(field), "{field}: {error}");
+        }
+    }
+
+    #[test]
+    fn vocabulary_defaults_to_the_tokenizers() {
+        let mut settings = tiny("gpt2");
+        settings["vocabulary"] = Value::Null;
+        assert!(read(settings.clone()).is_err());
+        assert_eq!(
+            from_settings(settings.as_object().unwrap(), Some(300))
+                .unwrap()
+                .vocabulary,
+            300
+        );
+        settings["vocabulary"] = json!(200);
+        assert!(from_settings(settings.as_object().unwrap(), Some(300)).is_err());
+    }
+}

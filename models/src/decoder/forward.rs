@@ -1,0 +1,188 @@
+//! The forward pass of inference: several cached sequences at once.
+
+use super::{Decoder, KeyValueCache, Layer, NormParameters, Projection};
+use crate::error::{Error, Result};
+use crate::ops::attention::{AttentionShape, CachedSequence, attend_cached};
+use crate::ops::rotary::RotaryAngles;
+use crate::ops::{activation, embedding, linear, norm, rotary};
+use candle_core::Tensor;
+
+/// What one sequence contributes to a forward pass.
+#[derive(Debug)]
+pub struct SequenceStep<'a> {
+    /// The new tokens, at least one; their positions follow those of the cache.
+    pub tokens: &'a [u32],
+    /// The sequence's past; extended by the new tokens when the pass succeeds.
+    pub cache: &'a mut KeyValueCache,
+}
+
+impl Decoder {
+    /// Runs the new tokens of all sequences. Returns the logits after each sequence's last token,
+    /// `[sequences, vocabulary]` f32, which do not depend on what other sequences are in the batch.
+    ///
+    /// Fails with [`Error::InvalidArgument`] for no sequence, a sequence without tokens, a token id outside the
+    /// vocabulary, or more tokens than the context holds; the caches are then as before.
+    pub fn forward(&self, batch: &mut [SequenceStep<'_>]) -> Result<Tensor> {
+        let hidden = self.hidden(batch)?;
+        let mut end = 0;
+        let last_rows: Vec<u32> = batch
+            .iter()
+            .map(|step| {
+                end += step.tokens.len();
+                (end - 1) as u32
+            })
+            .collect();
+        let last_rows = Tensor::from_vec(last_rows, batch.len(), &self.device)?;
+        self.head(&hidden.index_select(&last_rows, 0)?)
+    }
+
+    /// The logits after every token of one sequence, `[tokens, vocabulary]` f32. Fails as [`forward`](Self::forward).
+    pub fn logits(&self, tokens: &[u32]) -> Result<Tensor> {
+        let mut cache = self.new_cache();
+        let hidden = self.hidden(&mut [SequenceStep {
+            tokens,
+            cache: &mut cache,
+        }])?;
+        self.head(&hidden)
+    }
+
+    /// Checks the tokens of a sequence: at least one, at most `room`, each in the vocabulary.
+    pub fn check_tokens(&self, tokens: &[u32], room: usize) -> Result<()> {
+        if tokens.is_empty() {
+            return Err(Error::InvalidArgument(
+                "there are no tokens; at least one is needed".into(),
+            ));
+        }
+        if tokens.len() > room {
+            return Err(Error::InvalidArgument(format!(
+                "{} tokens are more than the {room} that the context of {} still holds",
+                tokens.len(),
+                self.config.context_length
+            )));
+        }
+        match tokens
+            .iter()
+            .position(|token| *token as usize >= self.config.vocabulary)
+        {
+            None => Ok(()),
+            Some(position) => Err(Error::InvalidArgument(format!(
+                "token id {} at position {position} is not below the vocabulary's size {}",
+                tokens[position], self.config.vocabulary
+            ))),
+        }
+    }
+
+    /// The residual stream after the last layer, `[new tokens of all sequences, width]`; extends the caches.
+    pub(super) fn hidden(&self, batch: &mut [SequenceStep<'_>]) -> Result<Tensor> {
+        if batch.is_empty() {
+            return Err(Error::InvalidArgument("there are no sequences to run".into()));
+        }
+        for step in batch.iter_mut() {
+            if !step.cache.fits(&self.config) {
+                return Err(Error::FailedPrecondition("the cache was made for another model".into()));
+            }
+            self.check_tokens(step.tokens, step.cache.remaining())?;
+        }
+        for step in batch.iter_mut() {
+            step.cache.reserve(self.config.layers, step.tokens.len())?;
+        }
+        let tokens: Vec<u32> = batch.iter().flat_map(|step| step.tokens.iter().copied()).collect();
+        let positions: Vec<u32> = batch
+            .iter()
+            .flat_map(|step| {
+                (step.cache.len()..)
+                    .take(step.tokens.len())
+                    .map(|position| position as u32)
+            })
+            .collect();
+        let mut hidden = self.embed(&tokens, &positions)?;
+        let angles = RotaryAngles::new(&self.inverse_frequencies, &positions, &self.device)?;
+        for (index, layer) in self.layout.layers.iter().enumerate() {
+            hidden = self.layer(index, layer, &hidden, angles.as_ref(), batch)?;
+        }
+        for step in batch.iter_mut() {
+            step.cache.advance(step.tokens.len());
+        }
+        Ok(hidden)
+    }
+
+    /// Token embeddings, plus learned positions: `[tokens, width]`.
+    pub(crate) fn embed(&self, tokens: &[u32], positions: &[u32]) -> Result<Tensor> {
+        let hidden = embedding::gather(self.weight(self.layout.token_embedding), tokens)?;
+        match self.layout.position_embedding {
+            None => Ok(hidden),
+            Some(table) => Ok((hidden + embedding::gather(self.weight(table), positions)?)?),
+        }
+    }
+
+    /// Final norm and head: `[rows, width]` to `[rows, vocabulary]`.
+    pub(super) fn head(&self, hidden: &Tensor) -> Result<Tensor> {
+        let normalized = self.normalize(hidden, &self.layout.final_norm)?;
+        self.project(&normalized, &self.layout.head)
+    }
+
+    fn layer(
+        &self,
+        index: usize,
+        layer: &Layer,
+        hidden: &Tensor,
+        angles: Option<&RotaryAngles>,
+        batch: &mut [SequenceStep<'_>],
+    ) -> Result<Tensor> {
+        let normalized = self.normalize(hidden, &layer.attention_norm)?;
+        let [query, key, value] = &layer.query_key_value;
+        let mut queries = self.project(&normalized, query)?;
+        let mut keys = self.project(&normalized, key)?;
+        let values = self.project(&normalized, value)?;
+        if let Some(angles) = angles {
+            queries = rotary::rotate(&queries, angles, self.config.head_dim)?;
+            keys = rotary::rotate(&keys, angles, self.config.head_dim)?;
+        }
+        let attended = self.attend(index, &queries, &keys, &values, batch)?;
+        let hidden = (hidden + self.project(&attended, &layer.attention_output)?)?;
+        let normalized = self.normalize(&hidden, &layer.feed_forward_norm)?;
+        let feed_forward = &layer.feed_forward;
+        let up = self.project(&normalized, &feed_forward.up)?;
+        let inner = match &feed_forward.gate {
+            None => activation::activate(&up, self.config.activation)?,
+            Some(gate) => activation::gate(&self.project(&normalized, gate)?, &up, self.config.activation)?,
+        };
+        Ok((hidden + self.project(&inner, &feed_forward.down)?)?)
+    }
+
+    /// Extends the caches by the new keys and values and attends to all of them.
+    fn attend(
+        &self,
+        layer: usize,
+        queries: &Tensor,
+        keys: &Tensor,
+        values: &Tensor,
+        batch: &mut [SequenceStep<'_>],
+    ) -> Result<Tensor> {
+        let mut sequences = Vec::with_capacity(batch.len());
+        let mut first_row = 0;
+        for step in batch.iter_mut() {
+            let rows = step.tokens.len();
+            let (new_keys, new_values) = (keys.narrow(0, first_row, rows)?, values.narrow(0, first_row, rows)?);
+            let (keys, values) = step.cache.append(layer, &new_keys, &new_values)?;
+            sequences.push(CachedSequence {
+                rows: first_row..first_row + rows,
+                keys,
+                values,
+            });
+            first_row += rows;
+        }
+        attend_cached(queries, &sequences, &AttentionShape::of(&self.config))
+    }
+
+    fn normalize(&self, hidden: &Tensor, parameters: &NormParameters) -> Result<Tensor> {
+        let weight = self.weight(parameters.weight).as_f32()?;
+        let bias = parameters.bias.map(|bias| self.weight(bias).as_f32()).transpose()?;
+        norm::normalize(hidden, self.config.norm, weight, bias, self.config.norm_epsilon as f32)
+    }
+
+    fn project(&self, input: &Tensor, projection: &Projection) -> Result<Tensor> {
+        let bias = projection.bias.map(|bias| self.weight(bias).as_f32()).transpose()?;
+        linear::linear(input, self.weight(projection.weight), projection.rows.clone(), bias)
+    }
+}

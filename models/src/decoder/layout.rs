@@ -1,0 +1,305 @@
+//! Which parameters a configuration has, in order, and which of them each part of the decoder uses.
+
+use super::names::{Names, QueryKeyValue, names};
+use crate::config::{DecoderConfig, Norm, Position};
+use std::ops::Range;
+
+/// Number of a parameter in [`Decoder::parameters`](super::Decoder::parameters); the index of all that is kept per
+/// parameter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ParameterId(pub usize);
+
+/// What a parameter does, which decides its initial value and how it may be held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ParameterRole {
+    /// Token embedding, and the head when it is tied. `[vocabulary, width]`.
+    Embedding,
+    /// Learned positions. `[context_length, width]`, always f32.
+    Positions,
+    /// A projection's matrix.
+    Matrix,
+    /// A projection's matrix whose output is added to the residual stream.
+    ResidualMatrix,
+    /// A bias, of a projection or a norm; always f32.
+    Bias,
+    /// Weight of a norm, always f32.
+    NormWeight,
+}
+
+impl ParameterRole {
+    /// Whether the values may be held in another type than f32.
+    pub fn is_matrix(self) -> bool {
+        matches!(self, Self::Embedding | Self::Matrix | Self::ResidualMatrix)
+    }
+}
+
+/// What is known of one parameter.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ParameterInfo {
+    /// transformers' name.
+    pub name: String,
+    /// transformers' shape.
+    pub shape: Vec<usize>,
+    /// Whether the matrix is held as the transpose of `shape`.
+    pub transposed: bool,
+    /// What it does.
+    pub role: ParameterRole,
+    /// How it is held: `f32`, `bf16`, `q4_1`.
+    pub dtype: &'static str,
+    /// Whether an optimizer step changes it.
+    pub trainable: bool,
+}
+
+impl ParameterInfo {
+    /// Dimensions as held: `[out, in]` for matrices.
+    pub fn held_shape(&self) -> Vec<usize> {
+        match self.transposed {
+            true => self.shape.iter().rev().copied().collect(),
+            false => self.shape.clone(),
+        }
+    }
+
+    /// Number of elements.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+}
+
+/// A linear map: some rows of a matrix, and the same elements of a bias. GPT-2's query, key and value are rows of one
+/// matrix, Llama's are three matrices.
+#[derive(Debug, Clone)]
+pub struct Projection {
+    /// The matrix, held `[out, in]`.
+    pub weight: ParameterId,
+    /// The bias, `[out]`.
+    pub bias: Option<ParameterId>,
+    /// The rows used.
+    pub rows: Range<usize>,
+}
+
+/// A norm's parameters, each `[width]`.
+#[derive(Debug, Clone)]
+pub struct NormParameters {
+    /// Factor.
+    pub weight: ParameterId,
+    /// Summand, for LayerNorm.
+    pub bias: Option<ParameterId>,
+}
+
+/// The feed-forward network: `down(activation(up(x)))`, or `down(activation(gate(x)) * up(x))`.
+#[derive(Debug, Clone)]
+pub struct FeedForward {
+    /// `[feed_forward_width, width]`, for gated networks.
+    pub gate: Option<Projection>,
+    /// `[feed_forward_width, width]`.
+    pub up: Projection,
+    /// `[width, feed_forward_width]`.
+    pub down: Projection,
+}
+
+/// One layer.
+#[derive(Debug, Clone)]
+pub struct Layer {
+    /// Norm before attention.
+    pub attention_norm: NormParameters,
+    /// Query, key and value projections, in this order.
+    pub query_key_value: [Projection; 3],
+    /// The attention's output projection.
+    pub attention_output: Projection,
+    /// Norm before the feed-forward network.
+    pub feed_forward_norm: NormParameters,
+    /// The feed-forward network.
+    pub feed_forward: FeedForward,
+}
+
+/// Which parameters each part of the decoder uses.
+#[derive(Debug, Clone)]
+pub struct Layout {
+    /// `[vocabulary, width]`.
+    pub token_embedding: ParameterId,
+    /// `[context_length, width]`, for learned positions.
+    pub position_embedding: Option<ParameterId>,
+    /// The layers in order.
+    pub layers: Vec<Layer>,
+    /// Norm before the head.
+    pub final_norm: NormParameters,
+    /// The head `[vocabulary, width]`: the token embedding itself when tied.
+    pub head: Projection,
+}
+
+/// The parameters of a configuration in transformers' order, and their use.
+pub(super) fn lay_out(config: &DecoderConfig) -> (Vec<ParameterInfo>, Layout) {
+    let names = names(config.architecture);
+    let mut list = ParameterList {
+        config,
+        names,
+        parameters: Vec::new(),
+    };
+    let (vocabulary, width) = (config.vocabulary, config.width);
+    let embedding = format!("{}.weight", names.token_embedding);
+    let token_embedding = list.push(embedding, vec![vocabulary, width], ParameterRole::Embedding);
+    let position_embedding = (config.position == Position::Learned).then(|| {
+        let positions = format!("{}.weight", names.position_embedding);
+        list.push(positions, vec![config.context_length, width], ParameterRole::Positions)
+    });
+    let layers = (0..config.layers).map(|layer| list.push_layer(layer)).collect();
+    let final_norm = list.push_norm(names.final_norm);
+    let head = match config.tied_head {
+        true => token_embedding,
+        false => list.push(
+            format!("{}.weight", names.head),
+            vec![vocabulary, width],
+            ParameterRole::Embedding,
+        ),
+    };
+    let head = Projection {
+        weight: head,
+        bias: None,
+        rows: 0..vocabulary,
+    };
+    (
+        list.parameters,
+        Layout {
+            token_embedding,
+            position_embedding,
+            layers,
+            final_norm,
+            head,
+        },
+    )
+}
+
+struct ParameterList<'a> {
+    config: &'a DecoderConfig,
+    names: &'static Names,
+    parameters: Vec<ParameterInfo>,
+}
+
+impl ParameterList<'_> {
+    fn push(&mut self, name: String, shape: Vec<usize>, role: ParameterRole) -> ParameterId {
+        let transposed = false;
+        self.parameters.push(ParameterInfo {
+            name,
+            shape,
+            transposed,
+            role,
+            dtype: "f32",
+            trainable: true,
+        });
+        ParameterId(self.parameters.len() - 1)
+    }
+
+    fn push_norm(&mut self, name: &str) -> NormParameters {
+        let shape = vec![self.config.width];
+        let weight = self.push(format!("{name}.weight"), shape.clone(), ParameterRole::NormWeight);
+        let bias = self.config.norm == Norm::Layer;
+        let bias = bias.then(|| self.push(format!("{name}.bias"), shape, ParameterRole::Bias));
+        NormParameters { weight, bias }
+    }
+
+    /// A matrix of `outputs` rows over `inputs`, with a bias or without.
+    fn push_matrix(&mut self, name: &str, sizes: [usize; 2], role: ParameterRole, bias: bool) -> Projection {
+        let [outputs, inputs] = sizes;
+        let transposed = self.names.transposed;
+        let shape = if transposed {
+            vec![inputs, outputs]
+        } else {
+            vec![outputs, inputs]
+        };
+        let weight = self.push(format!("{name}.weight"), shape, role);
+        self.parameters[weight.0].transposed = transposed;
+        let bias = bias.then(|| self.push(format!("{name}.bias"), vec![outputs], ParameterRole::Bias));
+        Projection {
+            weight,
+            bias,
+            rows: 0..outputs,
+        }
+    }
+
+    fn push_query_key_value(&mut self, prefix: &str) -> [Projection; 3] {
+        let config = self.config;
+        let (width, query, key) = (config.width, config.query_width(), config.key_value_width());
+        let (role, bias) = (ParameterRole::Matrix, config.attention_bias);
+        match &self.names.query_key_value {
+            QueryKeyValue::Fused(name) => {
+                let all = self.push_matrix(&format!("{prefix}.{name}"), [query + 2 * key, width], role, bias);
+                [0..query, query..query + key, query + key..query + 2 * key]
+                    .map(|rows| Projection { rows, ..all.clone() })
+            }
+            QueryKeyValue::Separate(names) => {
+                let mut push = |index: usize, rows: usize| {
+                    self.push_matrix(&format!("{prefix}.{}", names[index]), [rows, width], role, bias)
+                };
+                [push(0, query), push(1, key), push(2, key)]
+            }
+        }
+    }
+
+    fn push_layer(&mut self, layer: usize) -> Layer {
+        let (config, names) = (self.config, self.names);
+        let prefix = format!("{}.{layer}", names.layer);
+        let (width, inner) = (config.width, config.feed_forward_width);
+        let (into, residual) = (ParameterRole::Matrix, ParameterRole::ResidualMatrix);
+        let attention_norm = self.push_norm(&format!("{prefix}.{}", names.attention_norm));
+        let query_key_value = self.push_query_key_value(&prefix);
+        let name = format!("{prefix}.{}", names.attention_output);
+        let sizes = [width, config.query_width()];
+        let attention_output = self.push_matrix(&name, sizes, residual, config.attention_output_bias);
+        let feed_forward_norm = self.push_norm(&format!("{prefix}.{}", names.feed_forward_norm));
+        let mut push = |name: &str, sizes: [usize; 2], role: ParameterRole| {
+            self.push_matrix(&format!("{prefix}.{name}"), sizes, role, config.feed_forward_bias)
+        };
+        let gate = config.gated.then(|| push(names.gate, [inner, width], into));
+        let up = push(names.up, [inner, width], into);
+        let down = push(names.down, [width, inner], residual);
+        let feed_forward = FeedForward { gate, up, down };
+        Layer {
+            attention_norm,
+            query_key_value,
+            attention_output,
+            feed_forward_norm,
+            feed_forward,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::from_settings;
+    use serde_json::{Value, json};
+
+    fn parameters(settings: Value) -> (DecoderConfig, Vec<ParameterInfo>) {
+        let config = from_settings(settings.as_object().unwrap(), None).unwrap();
+        let (parameters, _) = lay_out(&config);
+        (config, parameters)
+    }
+
+    #[test]
+    fn the_list_has_as_many_elements_as_the_configuration_counts() {
+        for settings in [
+            json!({"architecture": "gpt2", "layers": 3, "width": 24, "heads": 4, "context_length": 10, "vocabulary": 33}),
+            json!({"architecture": "llama", "layers": 2, "width": 24, "heads": 6, "key_value_heads": 2, "head_dim": 8,
+                "context_length": 10, "vocabulary": 33, "tied_head": false, "attention_bias": true,
+                "feed_forward_bias": true}),
+            json!({"architecture": "qwen2", "layers": 2, "width": 24, "heads": 6, "context_length": 10,
+                "vocabulary": 33}),
+        ] {
+            let (config, parameters) = parameters(settings);
+            let elements: usize = parameters.iter().map(ParameterInfo::elements).sum();
+            assert_eq!(elements as u64, config.parameter_count());
+        }
+    }
+
+    #[test]
+    fn gpt2_carries_transformers_names_and_shapes() {
+        let (_, parameters) = parameters(
+            json!({"architecture": "gpt2", "layers": 1, "width": 24, "heads": 4, "context_length": 10, "vocabulary": 33}),
+        );
+        let fused = parameters
+            .iter()
+            .find(|info| info.name == "transformer.h.0.attn.c_attn.weight")
+            .unwrap();
+        assert_eq!((fused.shape.clone(), fused.held_shape()), (vec![24, 72], vec![72, 24]));
+    }
+}

@@ -1,0 +1,22 @@
+//! The one decoder: every family is this code with another [`DecoderConfig`](crate::DecoderConfig).
+
+mod build;
+mod cache;
+mod forward;
+mod initialize;
+mod layout;
+mod memory;
+mod names;
+mod parameters;
+mod score;
+mod structure;
+mod weight;
+
+pub use cache::KeyValueCache;
+pub use forward::SequenceStep;
+pub use layout::{FeedForward, Layer, Layout, NormParameters, ParameterId, ParameterInfo, ParameterRole, Projection};
+pub use memory::check_memory;
+pub use names::ignored_tensor;
+pub use parameters::ParameterData;
+pub use structure::Decoder;
+pub use weight::{Weight, WeightType};

@@ -1,0 +1,73 @@
+//! What transformers calls the parameters of each family.
+
+use crate::config::Architecture;
+
+/// The query, key and value projections: one matrix of all three, or three matrices.
+pub(super) enum QueryKeyValue {
+    Fused(&'static str),
+    Separate([&'static str; 3]),
+}
+
+/// Names of a family's parameters. Those of a layer follow `LAYER.NUMBER.`; `.weight` or `.bias` follows all.
+pub(super) struct Names {
+    pub(super) token_embedding: &'static str,
+    pub(super) position_embedding: &'static str,
+    pub(super) layer: &'static str,
+    pub(super) attention_norm: &'static str,
+    pub(super) query_key_value: QueryKeyValue,
+    pub(super) attention_output: &'static str,
+    pub(super) feed_forward_norm: &'static str,
+    pub(super) gate: &'static str,
+    pub(super) up: &'static str,
+    pub(super) down: &'static str,
+    pub(super) final_norm: &'static str,
+    pub(super) head: &'static str,
+    /// Whether transformers holds the layers' matrices as `[in, out]` (its `Conv1D`).
+    pub(super) transposed: bool,
+}
+
+const GPT2: Names = Names {
+    token_embedding: "transformer.wte",
+    position_embedding: "transformer.wpe",
+    layer: "transformer.h",
+    attention_norm: "ln_1",
+    query_key_value: QueryKeyValue::Fused("attn.c_attn"),
+    attention_output: "attn.c_proj",
+    feed_forward_norm: "ln_2",
+    gate: "mlp.c_gate",
+    up: "mlp.c_fc",
+    down: "mlp.c_proj",
+    final_norm: "transformer.ln_f",
+    head: "lm_head",
+    transposed: true,
+};
+
+const LLAMA: Names = Names {
+    token_embedding: "model.embed_tokens",
+    position_embedding: "model.embed_positions",
+    layer: "model.layers",
+    attention_norm: "input_layernorm",
+    query_key_value: QueryKeyValue::Separate(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
+    attention_output: "self_attn.o_proj",
+    feed_forward_norm: "post_attention_layernorm",
+    gate: "mlp.gate_proj",
+    up: "mlp.up_proj",
+    down: "mlp.down_proj",
+    final_norm: "model.norm",
+    head: "lm_head",
+    transposed: false,
+};
+
+pub(super) fn names(architecture: Architecture) -> &'static Names {
+    match architecture {
+        Architecture::Gpt2 => &GPT2,
+        Architecture::Llama | Architecture::Mistral | Architecture::Qwen2 => &LLAMA,
+    }
+}
+
+/// Whether a file's tensor is a buffer that old versions of transformers stored beside the parameters.
+pub fn ignored_tensor(name: &str) -> bool {
+    [".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq"]
+        .iter()
+        .any(|buffer| name.ends_with(buffer))
+}

@@ -1,0 +1,145 @@
+//! The decoder's state: its configuration, its weights, and what is known of each.
+
+use super::{KeyValueCache, Layout, ParameterId, ParameterInfo, Weight, WeightType};
+use crate::config::{DecoderConfig, Position};
+use crate::error::{Error, Result};
+use candle_core::Device;
+
+/// A decoder-only transformer. Immutable while it is run; training changes the weights through
+/// [`weight_mut`](Self::weight_mut).
+///
+/// Deliberately not `Clone`: a clone's tensors would share storage with the original's. See
+/// [`deep_copy`](Self::deep_copy).
+#[derive(Debug)]
+pub struct Decoder {
+    pub(super) config: DecoderConfig,
+    pub(super) device: Device,
+    pub(super) parameters: Vec<ParameterInfo>,
+    pub(super) weights: Vec<Weight>,
+    pub(super) layout: Layout,
+    /// Angle per position of each pair of a head's elements, `[head_dim / 2]`; empty for learned positions.
+    pub(super) inverse_frequencies: Vec<f32>,
+}
+
+impl Decoder {
+    /// Its shape and kind.
+    pub fn config(&self) -> &DecoderConfig {
+        &self.config
+    }
+
+    /// Where it computes.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// What is known of each parameter, in transformers' order; [`ParameterId`] is the index.
+    pub fn parameters(&self) -> &[ParameterInfo] {
+        &self.parameters
+    }
+
+    /// Which parameters each part of the decoder uses.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Angle per position of each pair of a head's elements, `[head_dim / 2]`; empty for learned positions.
+    pub fn inverse_frequencies(&self) -> &[f32] {
+        &self.inverse_frequencies
+    }
+
+    /// The values of a parameter.
+    pub fn weight(&self, id: ParameterId) -> &Weight {
+        &self.weights[id.0]
+    }
+
+    /// The values of a parameter, to be replaced or changed in place. The shape must stay.
+    pub fn weight_mut(&mut self, id: ParameterId) -> &mut Weight {
+        &mut self.weights[id.0]
+    }
+
+    /// The number of the parameter of that name. Fails with [`Error::NotFound`].
+    pub fn parameter_id(&self, name: &str) -> Result<ParameterId> {
+        let index = self.parameters.iter().position(|info| info.name == name);
+        index.map(ParameterId).ok_or_else(|| {
+            let shown: String = name.chars().take(200).collect();
+            Error::NotFound(format!("the model has no parameter `{shown}`"))
+        })
+    }
+
+    /// Excludes a parameter from optimizer steps, or includes it again.
+    pub fn set_trainable(&mut self, id: ParameterId, trainable: bool) {
+        self.parameters[id.0].trainable = trainable;
+    }
+
+    /// Number of parameters, tied ones counted once.
+    pub fn parameter_count(&self) -> u64 {
+        self.parameters.iter().map(|info| info.elements() as u64).sum()
+    }
+
+    /// Bytes of all weights.
+    pub fn memory_bytes(&self) -> u64 {
+        self.weights.iter().map(Weight::bytes).sum()
+    }
+
+    /// The type that most of the weights are held in: `f32`, `q4_1`.
+    pub fn dtype(&self) -> &'static str {
+        let mut elements: Vec<(WeightType, usize)> = Vec::new();
+        for weight in &self.weights {
+            match elements.iter_mut().find(|(kind, _)| *kind == weight.kind()) {
+                Some((_, count)) => *count += weight.elements(),
+                None => elements.push((weight.kind(), weight.elements())),
+            }
+        }
+        elements
+            .iter()
+            .max_by_key(|(_, count)| *count)
+            .map_or("f32", |(kind, _)| kind.name())
+    }
+
+    /// An empty cache for one sequence.
+    pub fn new_cache(&self) -> KeyValueCache {
+        KeyValueCache::new(&self.config, &self.device)
+    }
+
+    /// A decoder with the same weights whose storage is its own.
+    pub fn deep_copy(&self) -> Result<Self> {
+        Ok(Self {
+            config: self.config.clone(),
+            device: self.device.clone(),
+            parameters: self.parameters.clone(),
+            weights: self.weights.iter().map(Weight::deep_copy).collect::<Result<_>>()?,
+            layout: self.layout.clone(),
+            inverse_frequencies: self.inverse_frequencies.clone(),
+        })
+    }
+
+    /// Expands every weight to f32, which training needs. Fails with [`Error::ResourceExhausted`] when the memory is
+    /// too small for it, and leaves the decoder as it was.
+    pub fn make_trainable(&mut self) -> Result<()> {
+        let held_otherwise = |weight: &&Weight| weight.kind() != WeightType::F32;
+        let growth: u64 = self
+            .weights
+            .iter()
+            .filter(held_otherwise)
+            .map(|weight| 4 * weight.elements() as u64)
+            .sum();
+        super::check_memory("expanding the weights to f32", growth)?;
+        let expanded: Vec<Weight> = self
+            .weights
+            .iter()
+            .map(|weight| Ok(Weight::Dense(weight.to_f32()?)))
+            .collect::<Result<_>>()?;
+        self.weights = expanded;
+        for info in &mut self.parameters {
+            info.dtype = WeightType::F32.name();
+        }
+        Ok(())
+    }
+
+    pub(super) fn inverse_frequencies_of(config: &DecoderConfig) -> Vec<f32> {
+        match &config.position {
+            Position::Learned => Vec::new(),
+            Position::Rotary(rotary) => rotary.inverse_frequencies(config.head_dim),
+        }
+    }
+}

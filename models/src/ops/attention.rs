@@ -1,0 +1,95 @@
+//! Causal grouped-query attention (arXiv:2305.13245) of new tokens over cached keys and values.
+
+use crate::config::DecoderConfig;
+use crate::error::Result;
+use candle_core::{D, Tensor};
+use std::ops::Range;
+
+/// How the widths divide into heads.
+#[derive(Debug, Clone, Copy)]
+pub struct AttentionShape {
+    /// Number of query heads.
+    pub heads: usize,
+    /// Number of key and value heads; each serves `heads / key_value_heads` query heads in a row.
+    pub key_value_heads: usize,
+    /// Width of one head.
+    pub head_dim: usize,
+    /// Factor on the scores.
+    pub scale: f32,
+}
+
+impl AttentionShape {
+    /// That of a configuration.
+    pub fn of(config: &DecoderConfig) -> Self {
+        Self {
+            heads: config.heads,
+            key_value_heads: config.key_value_heads,
+            head_dim: config.head_dim,
+            scale: config.attention_scale(),
+        }
+    }
+}
+
+/// One sequence of a batch.
+#[derive(Debug)]
+pub struct CachedSequence {
+    /// Its rows of the queries: the last tokens of the sequence.
+    pub rows: Range<usize>,
+    /// Keys of all its tokens, `[length, key_value_heads * head_dim]`.
+    pub keys: Tensor,
+    /// Values of all its tokens, `[length, key_value_heads * head_dim]`.
+    pub values: Tensor,
+}
+
+/// Attends from `queries` `[rows, heads * head_dim]` to each sequence's own keys and values, each query to the tokens
+/// up to its own. Returns `[rows, heads * head_dim]`.
+pub fn attend_cached(queries: &Tensor, sequences: &[CachedSequence], shape: &AttentionShape) -> Result<Tensor> {
+    composed(queries, sequences, shape)
+}
+
+/// [`attend_cached`] from plain candle operations: for devices without kernels of our own, and the tests' oracle.
+pub fn composed(queries: &Tensor, sequences: &[CachedSequence], shape: &AttentionShape) -> Result<Tensor> {
+    let attended: Vec<Tensor> = sequences
+        .iter()
+        .map(|sequence| {
+            let queries = queries.narrow(0, sequence.rows.start, sequence.rows.len())?;
+            attend_one(&queries, sequence, shape)
+        })
+        .collect::<Result<_>>()?;
+    Ok(Tensor::cat(&attended, 0)?)
+}
+
+/// One sequence, with its whole score matrix `[heads, queries, length]`.
+fn attend_one(queries: &Tensor, sequence: &CachedSequence, shape: &AttentionShape) -> Result<Tensor> {
+    let &AttentionShape {
+        heads,
+        key_value_heads,
+        head_dim,
+        scale,
+    } = shape;
+    let (rows, length) = (queries.dim(0)?, sequence.keys.dim(0)?);
+    let queries = queries
+        .reshape((rows, heads, head_dim))?
+        .transpose(0, 1)?
+        .contiguous()?;
+    // Each key-value head once for every query head that it serves: [heads, length, head_dim].
+    let repeat = |x: &Tensor| -> Result<Tensor> {
+        let x = x
+            .reshape((length, key_value_heads, head_dim))?
+            .transpose(0, 1)?
+            .unsqueeze(1)?;
+        let repeated = x.broadcast_as((key_value_heads, heads / key_value_heads, length, head_dim))?;
+        Ok(repeated.contiguous()?.reshape((heads, length, head_dim))?)
+    };
+    let (keys, values) = (repeat(&sequence.keys)?, repeat(&sequence.values)?);
+    let past = length - rows;
+    let mask: Vec<f32> = (0..rows)
+        .flat_map(|row| (0..length).map(move |key| if key > past + row { f32::NEG_INFINITY } else { 0.0 }))
+        .collect();
+    let mask = Tensor::from_vec(mask, (rows, length), queries.device())?;
+    let scores = (queries.matmul(&keys.t()?)? * f64::from(scale))?.broadcast_add(&mask)?;
+    let exponentials = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
+    let weights = exponentials.broadcast_div(&exponentials.sum_keepdim(D::Minus1)?)?;
+    let attended = weights.matmul(&values)?.transpose(0, 1)?.contiguous()?;
+    Ok(attended.reshape((rows, heads * head_dim))?)
+}

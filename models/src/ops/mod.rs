@@ -1,0 +1,11 @@
+//! The operations of the decoder, one to a file. On the CPU they call the kernels of `candle-kernels-cpu`; on other
+//! devices they are compositions of plain candle operations, which also serve as the oracle in the tests.
+
+pub mod activation;
+pub mod attention;
+
+pub mod embedding;
+pub mod linear;
+pub mod norm;
+pub mod rotary;
+pub mod storage;
