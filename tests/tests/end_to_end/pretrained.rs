@@ -1,0 +1,96 @@
+//! A real pretrained model: SmolLM2-135M-Instruct as GGUF Q4_1, when `scripts/fetch-smollm2` could fetch it.
+
+use std::path::PathBuf;
+
+use end_to_end_tests::fixture::Fixture;
+use end_to_end_tests::server::ComputeServer;
+
+const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
+
+/// The folder with the model, or a line that says why the test is skipped.
+fn models_folder() -> Option<PathBuf> {
+    let folder = end_to_end_tests::programs().parent()?.join("models");
+    if folder.join(FILE).exists() {
+        return Some(folder);
+    }
+    println!(
+        "skipped: {} is not there (scripts/fetch-smollm2 fetches it)",
+        folder.join(FILE).display()
+    );
+    None
+}
+
+#[test]
+fn smollm2_answers_a_question() {
+    let Some(folder) = models_folder() else { return };
+    let fixture = Fixture::over(ComputeServer::start_with_models(&folder));
+    let mut client = fixture.connect();
+    client
+        .execute("INSERT INTO llm.models (name, source) VALUES ('smollm2', $1)", &[&FILE])
+        .unwrap();
+    let row = client
+        .query_one(
+            "SELECT dtype, parameters, memory_bytes, vocabulary FROM llm.models WHERE name = 'smollm2'",
+            &[],
+        )
+        .unwrap();
+    assert_eq!(row.get::<_, String>(0), "q4_1");
+    assert_eq!(row.get::<_, i64>(1), 134_515_008);
+    assert!(row.get::<_, i64>(2) < 200_000_000, "served without being expanded");
+    assert_eq!(row.get::<_, i32>(3), 49_152);
+    let answer: String = client
+        .query_one(
+            r#"SELECT completion FROM llm.generations WHERE model = 'smollm2' AND max_tokens = 24
+               AND messages = '[{"role": "user", "content": "What is the capital of France?"}]'"#,
+            &[],
+        )
+        .unwrap()
+        .get(0);
+    assert!(answer.contains("Paris"), "{answer}");
+    let streamed: String = client
+        .query_one(
+            r#"SELECT string_agg(token, '' ORDER BY position) FROM llm.generation_tokens WHERE model = 'smollm2' AND max_tokens = 24
+               AND messages = '[{"role": "user", "content": "What is the capital of France?"}]'"#,
+            &[],
+        )
+        .unwrap()
+        .get(0);
+    assert_eq!(streamed, answer);
+    // English is far less surprising to it than chance.
+    let perplexity: f64 = client
+        .query_one(
+            "SELECT exp(-avg(logprob))::float8 FROM llm.token_scores
+             WHERE model = 'smollm2' AND input = 'The quick brown fox jumps over the lazy dog.'",
+            &[],
+        )
+        .unwrap()
+        .get(0);
+    assert!(perplexity < 30.0, "{perplexity}");
+    fixture.assert_idle();
+}
+
+#[test]
+fn smollm2_tokens_are_byte_exact() {
+    let Some(folder) = models_folder() else { return };
+    let fixture = Fixture::over(ComputeServer::start_with_models(&folder));
+    let mut client = fixture.connect();
+    client
+        .execute("INSERT INTO llm.models (name, source) VALUES ('smollm2', $1)", &[&FILE])
+        .unwrap();
+    for text in [
+        "",
+        " leading and  double  spaces ",
+        "größer ≥ 😀👩‍👩‍👧 e\u{301} 漢字",
+        "tab\tnew\nline\r\n",
+        "\u{1}\u{7f}",
+    ] {
+        let back: String = client
+            .query_one(
+                "SELECT candle.detokenize('smollm2', candle.tokenize('smollm2', $1))",
+                &[&text],
+            )
+            .unwrap()
+            .get(0);
+        assert_eq!(back, text);
+    }
+}
