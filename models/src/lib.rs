@@ -4,12 +4,21 @@
 //! configuration; its [`Decoder`] runs forward over cached sequences and its weights can be trained.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod chat_template;
+pub mod completion;
 pub mod config;
 pub mod decoder;
 pub mod error;
+pub mod formats;
 pub mod ops;
+pub mod sampling;
+pub mod tokenizer;
 
 pub use candle_core::{DType, Device, Tensor};
+pub use chat_template::{ChatMessage, ChatTemplate};
+pub use completion::{CompletionText, Progress};
 pub use config::DecoderConfig;
 pub use decoder::{Decoder, KeyValueCache, ParameterId, ParameterInfo, SequenceStep, Weight};
 pub use error::{Error, Result};
+pub use sampling::{Sampled, Sampler, SamplingOptions};
+pub use tokenizer::Tokenizer;

@@ -1,0 +1,60 @@
+//! GGUF's tensor names to those of transformers.
+
+/// The transformers name of a GGUF tensor; a name that the architecture's table does not hold stays as it is, and the
+/// model then reports it as unexpected.
+pub(super) fn transformers_name(architecture: &str, name: &str) -> String {
+    let (whole, layer_prefix, parts) = match architecture {
+        "gpt2" => (GPT2_WHOLE, "transformer.h.", GPT2_LAYER),
+        _ => (LLAMA_WHOLE, "model.layers.", LLAMA_LAYER),
+    };
+    let renamed = match name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) {
+        Some((layer, rest)) if !layer.is_empty() && layer.bytes().all(|byte| byte.is_ascii_digit()) => {
+            with_suffix(parts, rest).map(|rest| format!("{layer_prefix}{layer}.{rest}"))
+        }
+        _ => with_suffix(whole, name),
+    };
+    renamed.unwrap_or_else(|| name.to_owned())
+}
+
+/// Looks a name up without its `.weight` or `.bias`.
+fn with_suffix(table: &[(&str, &str)], name: &str) -> Option<String> {
+    let (stem, suffix) = name.rsplit_once('.')?;
+    let (_, renamed) = table.iter().find(|&&(known, _)| known == stem)?;
+    matches!(suffix, "weight" | "bias").then(|| format!("{renamed}.{suffix}"))
+}
+
+const GPT2_WHOLE: &[(&str, &str)] = &[
+    ("token_embd", "transformer.wte"),
+    ("position_embd", "transformer.wpe"),
+    ("output_norm", "transformer.ln_f"),
+    ("output", "lm_head"),
+];
+
+const GPT2_LAYER: &[(&str, &str)] = &[
+    ("attn_norm", "ln_1"),
+    ("attn_qkv", "attn.c_attn"),
+    ("attn_output", "attn.c_proj"),
+    ("ffn_norm", "ln_2"),
+    ("ffn_up", "mlp.c_fc"),
+    ("ffn_down", "mlp.c_proj"),
+];
+
+const LLAMA_WHOLE: &[(&str, &str)] = &[
+    ("token_embd", "model.embed_tokens"),
+    ("output_norm", "model.norm"),
+    ("output", "lm_head"),
+];
+
+const LLAMA_LAYER: &[(&str, &str)] = &[
+    ("attn_norm", "input_layernorm"),
+    ("attn_q", "self_attn.q_proj"),
+    ("attn_k", "self_attn.k_proj"),
+    ("attn_v", "self_attn.v_proj"),
+    ("attn_output", "self_attn.o_proj"),
+    ("attn_q_norm", "self_attn.q_norm"),
+    ("attn_k_norm", "self_attn.k_norm"),
+    ("ffn_norm", "post_attention_layernorm"),
+    ("ffn_gate", "mlp.gate_proj"),
+    ("ffn_up", "mlp.up_proj"),
+    ("ffn_down", "mlp.down_proj"),
+];

@@ -1,0 +1,12 @@
+//! Text to tokens and back: Hugging Face's `tokenizers` behind an interface that is exact in bytes.
+
+mod files;
+mod gguf;
+mod pre_tokenizer;
+mod sentencepiece;
+mod token_bytes;
+mod train;
+mod wrapper;
+
+pub use train::END_OF_TEXT;
+pub use wrapper::Tokenizer;
