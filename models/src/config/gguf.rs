@@ -2,8 +2,7 @@
 
 use super::{Activation, Architecture, DecoderConfig, Norm, Position, RotaryConfig, RotaryScaling};
 use crate::error::{Error, Result};
-use candle_core::quantized::gguf_file::Value;
-use std::collections::HashMap;
+use crate::formats::GgufMetadata;
 
 /// What of the configuration only the tensors of a GGUF file tell: which optional ones are there.
 #[derive(Debug, Clone, Default)]
@@ -22,56 +21,42 @@ pub struct GgufTensorFacts {
     pub rotary_factors: Option<Vec<f32>>,
 }
 
-struct Metadata<'a> {
-    values: &'a HashMap<String, Value>,
+/// Reads the keys of the file's architecture, `llama.KEY`.
+struct Keys<'a> {
+    metadata: &'a GgufMetadata,
     architecture: &'a str,
 }
 
-impl Metadata<'_> {
-    /// `KEY` of the architecture, `llama.KEY`.
-    fn get(&self, key: &str) -> Option<(String, &Value)> {
-        let name = format!("{}.{key}", self.architecture);
-        self.values.get(&name).map(|value| (name, value))
+impl<'a> Keys<'a> {
+    fn name(&self, key: &str) -> String {
+        format!("{}.{key}", self.architecture)
     }
 
     fn size(&self, key: &str) -> Result<Option<usize>> {
-        let Some((name, value)) = self.get(key) else {
-            return Ok(None);
-        };
-        let number = match value {
-            Value::U8(value) => Some(u64::from(*value)),
-            Value::U16(value) => Some(u64::from(*value)),
-            Value::U32(value) => Some(u64::from(*value)),
-            Value::U64(value) => Some(*value),
-            Value::I8(value) => u64::try_from(*value).ok(),
-            Value::I16(value) => u64::try_from(*value).ok(),
-            Value::I32(value) => u64::try_from(*value).ok(),
-            Value::I64(value) => u64::try_from(*value).ok(),
-            _ => None,
-        };
-        match number.and_then(|number| usize::try_from(number).ok()) {
-            Some(number) => Ok(Some(number)),
-            None => Err(Error::invalid_config(name, "not a whole number of at least 0")),
-        }
+        let name = self.name(key);
+        let too_large = |number| Error::invalid_config(&name, format!("{number} is too large"));
+        let number = self.metadata.unsigned(&name)?;
+        number
+            .map(|number| usize::try_from(number).map_err(|_| too_large(number)))
+            .transpose()
     }
 
     fn required_size(&self, key: &str) -> Result<usize> {
         self.size(key)?
-            .ok_or_else(|| Error::invalid_config(format!("{}.{key}", self.architecture), "missing"))
+            .ok_or_else(|| Error::invalid_config(self.name(key), "missing"))
     }
 
     fn number(&self, key: &str) -> Result<Option<f64>> {
-        match self.get(key) {
-            None => Ok(None),
-            Some((_, Value::F32(value))) if value.is_finite() => Ok(Some(f64::from(*value))),
-            Some((_, Value::F64(value))) if value.is_finite() => Ok(Some(*value)),
-            Some((name, _)) => Err(Error::invalid_config(name, "not a finite number")),
-        }
+        self.metadata.float(&self.name(key))
     }
 
     fn required_number(&self, key: &str) -> Result<f64> {
         self.number(key)?
-            .ok_or_else(|| Error::invalid_config(format!("{}.{key}", self.architecture), "missing"))
+            .ok_or_else(|| Error::invalid_config(self.name(key), "missing"))
+    }
+
+    fn text(&self, key: &str) -> Result<Option<&'a str>> {
+        self.metadata.string(&self.name(key))
     }
 }
 
@@ -79,41 +64,33 @@ impl Metadata<'_> {
 ///
 /// Fails with [`Error::Unsupported`] for an unknown architecture or feature, and with [`Error::InvalidConfig`] for
 /// missing or impossible keys.
-pub fn from_gguf(metadata: &HashMap<String, Value>, facts: &GgufTensorFacts) -> Result<DecoderConfig> {
-    let architecture = match metadata.get("general.architecture") {
-        Some(Value::String(name)) => name.as_str(),
-        _ => return Err(Error::invalid_config("general.architecture", "missing or not a string")),
-    };
-    let metadata = Metadata {
-        values: metadata,
-        architecture,
-    };
+pub fn from_gguf(metadata: &GgufMetadata, facts: &GgufTensorFacts) -> Result<DecoderConfig> {
+    let architecture = metadata.architecture()?;
+    let keys = Keys { metadata, architecture };
     let config = match Architecture::from_name(architecture)? {
-        Architecture::Gpt2 => gpt2(&metadata, facts)?,
-        architecture => llama(architecture, &metadata, facts)?,
+        Architecture::Gpt2 => gpt2(&keys, facts)?,
+        architecture => llama(architecture, &keys, facts)?,
     };
     config.validate()?;
     Ok(config)
 }
 
-fn heads_and_width(metadata: &Metadata<'_>) -> Result<(usize, usize, usize)> {
-    let heads = metadata.required_size("attention.head_count")?;
-    let width = metadata.required_size("embedding_length")?;
-    let head_dim = match metadata.size("attention.key_length")? {
+fn heads_and_width(keys: &Keys<'_>) -> Result<(usize, usize, usize)> {
+    let heads = keys.required_size("attention.head_count")?;
+    let width = keys.required_size("embedding_length")?;
+    let head_dim = match keys.size("attention.key_length")? {
         Some(head_dim) => head_dim,
         None if heads > 0 && width % heads == 0 => width / heads,
         None => {
             let reason = format!("{heads} does not divide embedding_length {width}");
             return Err(Error::invalid_config(
-                format!("{}.attention.head_count", metadata.architecture),
+                format!("{}.attention.head_count", keys.architecture),
                 reason,
             ));
         }
     };
-    if metadata
-        .size("attention.value_length")?
-        .is_some_and(|value_length| value_length != head_dim)
-    {
+    let value_length = keys.size("attention.value_length")?;
+    if value_length.is_some_and(|value_length| value_length != head_dim) {
         return Err(Error::Unsupported(
             "values of another width than keys are not supported".into(),
         ));
@@ -121,20 +98,20 @@ fn heads_and_width(metadata: &Metadata<'_>) -> Result<(usize, usize, usize)> {
     Ok((heads, width, head_dim))
 }
 
-fn gpt2(metadata: &Metadata<'_>, facts: &GgufTensorFacts) -> Result<DecoderConfig> {
-    let (heads, width, head_dim) = heads_and_width(metadata)?;
+fn gpt2(keys: &Keys<'_>, facts: &GgufTensorFacts) -> Result<DecoderConfig> {
+    let (heads, width, head_dim) = heads_and_width(keys)?;
     Ok(DecoderConfig {
         architecture: Architecture::Gpt2,
-        layers: metadata.required_size("block_count")?,
+        layers: keys.required_size("block_count")?,
         width,
         heads,
         key_value_heads: heads,
         head_dim,
-        feed_forward_width: metadata.required_size("feed_forward_length")?,
-        context_length: metadata.required_size("context_length")?,
+        feed_forward_width: keys.required_size("feed_forward_length")?,
+        context_length: keys.required_size("context_length")?,
         vocabulary: facts.vocabulary,
         norm: Norm::Layer,
-        norm_epsilon: metadata.required_number("attention.layer_norm_epsilon")?,
+        norm_epsilon: keys.required_number("attention.layer_norm_epsilon")?,
         activation: Activation::GeluTanh,
         gated: false,
         position: Position::Learned,
@@ -145,37 +122,35 @@ fn gpt2(metadata: &Metadata<'_>, facts: &GgufTensorFacts) -> Result<DecoderConfi
     })
 }
 
-fn llama(architecture: Architecture, metadata: &Metadata<'_>, facts: &GgufTensorFacts) -> Result<DecoderConfig> {
-    let (heads, width, head_dim) = heads_and_width(metadata)?;
-    if metadata.size("expert_count")?.is_some_and(|experts| experts > 0) {
+fn llama(architecture: Architecture, keys: &Keys<'_>, facts: &GgufTensorFacts) -> Result<DecoderConfig> {
+    let (heads, width, head_dim) = heads_and_width(keys)?;
+    if keys.size("expert_count")?.is_some_and(|experts| experts > 0) {
         return Err(Error::Unsupported("GGUF files with experts are not supported".into()));
     }
-    if metadata
-        .size("rope.dimension_count")?
-        .is_some_and(|rotated| rotated != head_dim)
-    {
+    let rotated = keys.size("rope.dimension_count")?;
+    if rotated.is_some_and(|rotated| rotated != head_dim) {
         return Err(Error::Unsupported(format!(
             "{}.rope.dimension_count other than the head width {head_dim} is not supported",
-            metadata.architecture
+            keys.architecture
         )));
     }
-    let context_length = metadata.required_size("context_length")?;
-    let window = metadata.size("attention.sliding_window")?.filter(|window| *window > 0);
+    let context_length = keys.required_size("context_length")?;
+    let window = keys.size("attention.sliding_window")?.filter(|window| *window > 0);
     Ok(DecoderConfig {
         architecture,
-        layers: metadata.required_size("block_count")?,
+        layers: keys.required_size("block_count")?,
         width,
         heads,
-        key_value_heads: metadata.size("attention.head_count_kv")?.unwrap_or(heads),
+        key_value_heads: keys.size("attention.head_count_kv")?.unwrap_or(heads),
         head_dim,
-        feed_forward_width: metadata.required_size("feed_forward_length")?,
+        feed_forward_width: keys.required_size("feed_forward_length")?,
         context_length: window.map_or(context_length, |window| context_length.min(window)),
         vocabulary: facts.vocabulary,
         norm: Norm::Rms,
-        norm_epsilon: metadata.required_number("attention.layer_norm_rms_epsilon")?,
+        norm_epsilon: keys.required_number("attention.layer_norm_rms_epsilon")?,
         activation: Activation::Silu,
         gated: true,
-        position: Position::Rotary(rotary(metadata, facts)?),
+        position: Position::Rotary(rotary(keys, facts)?),
         attention_bias: facts.attention_bias,
         attention_output_bias: facts.attention_output_bias,
         feed_forward_bias: facts.feed_forward_bias,
@@ -183,22 +158,19 @@ fn llama(architecture: Architecture, metadata: &Metadata<'_>, facts: &GgufTensor
     })
 }
 
-fn rotary(metadata: &Metadata<'_>, facts: &GgufTensorFacts) -> Result<RotaryConfig> {
-    let theta = metadata.number("rope.freq_base")?.unwrap_or(10_000.0);
-    let kind = match metadata.get("rope.scaling.type") {
-        Some((_, Value::String(kind))) => kind.as_str(),
-        _ => "none",
-    };
+fn rotary(keys: &Keys<'_>, facts: &GgufTensorFacts) -> Result<RotaryConfig> {
+    let theta = keys.number("rope.freq_base")?.unwrap_or(10_000.0);
+    let kind = keys.text("rope.scaling.type")?.unwrap_or("none");
     let scaling = match (&facts.rotary_factors, kind) {
         (Some(factors), _) => RotaryScaling::Factors(factors.clone()),
         (None, "none") => RotaryScaling::None,
         (None, "linear") => RotaryScaling::Linear {
-            factor: metadata.required_number("rope.scaling.factor")?,
+            factor: keys.required_number("rope.scaling.factor")?,
         },
         (None, other) => {
             return Err(Error::Unsupported(format!(
                 "{}.rope.scaling.type `{other}`",
-                metadata.architecture
+                keys.architecture
             )));
         }
     };
@@ -208,8 +180,11 @@ fn rotary(metadata: &Metadata<'_>, facts: &GgufTensorFacts) -> Result<RotaryConf
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::formats::gguf::MetadataValue;
+    use std::collections::BTreeMap;
+    use std::path::Path;
 
-    fn smollm2() -> HashMap<String, Value> {
+    fn smollm2() -> BTreeMap<String, MetadataValue> {
         let sizes = [
             ("block_count", 30),
             ("context_length", 8192),
@@ -218,39 +193,39 @@ mod tests {
             ("attention.head_count", 9),
             ("attention.head_count_kv", 3),
         ];
-        let mut metadata: HashMap<_, _> = sizes
+        let sizes = sizes
             .iter()
-            .map(|(key, size)| (format!("llama.{key}"), Value::U32(*size)))
-            .collect();
-        metadata.insert("general.architecture".into(), Value::String("llama".into()));
-        metadata.insert("llama.attention.layer_norm_rms_epsilon".into(), Value::F32(1e-5));
-        metadata.insert("llama.rope.freq_base".into(), Value::F32(1e5));
-        metadata
+            .map(|(key, size)| (format!("llama.{key}"), MetadataValue::Integer(*size)));
+        let mut values: BTreeMap<_, _> = sizes.collect();
+        values.insert("general.architecture".into(), MetadataValue::String("llama".into()));
+        values.insert(
+            "llama.attention.layer_norm_rms_epsilon".into(),
+            MetadataValue::Float(1e-5),
+        );
+        values.insert("llama.rope.freq_base".into(), MetadataValue::Float(1e5));
+        values
     }
 
-    #[test]
-    fn smollm2_is_read() {
+    fn read(values: BTreeMap<String, MetadataValue>) -> Result<DecoderConfig> {
         let facts = GgufTensorFacts {
             vocabulary: 49_152,
             ..Default::default()
         };
-        let config = from_gguf(&smollm2(), &facts).unwrap();
-        assert_eq!(config.parameter_count(), 134_515_008);
+        from_gguf(&GgufMetadata::new(Path::new("a.gguf"), values), &facts)
     }
 
     #[test]
-    fn missing_key_is_named() {
-        let mut metadata = smollm2();
-        metadata.remove("llama.block_count");
-        let facts = GgufTensorFacts {
-            vocabulary: 8,
-            ..Default::default()
-        };
-        assert!(
-            from_gguf(&metadata, &facts)
-                .unwrap_err()
-                .to_string()
-                .contains("llama.block_count")
-        );
+    fn smollm2_is_read() {
+        assert_eq!(read(smollm2()).unwrap().parameter_count(), 134_515_008);
+    }
+
+    #[test]
+    fn missing_and_foreign_keys_are_named() {
+        let mut values = smollm2();
+        values.remove("llama.block_count");
+        assert!(read(values).unwrap_err().to_string().contains("llama.block_count"));
+        let mut values = smollm2();
+        values.insert("llama.rope.scaling.type".into(), MetadataValue::String("yarn".into()));
+        assert!(matches!(read(values), Err(Error::Unsupported(_))));
     }
 }

@@ -1,0 +1,101 @@
+//! A decoder from the tensors of a file. Names and shapes are checked before any tensor is read.
+
+use super::names::ignored_tensor;
+use super::{Decoder, ParameterInfo, Weight, WeightType, check_memory};
+use crate::config::DecoderConfig;
+use crate::error::{Error, Result};
+use crate::formats::{Orientation, StoredTensor, TensorData, TensorSource};
+use candle_core::Device;
+
+/// Tensors that may be there although no parameter is called so: a copy of the tied head, and the rotary factors of a
+/// GGUF file, which belong to the configuration.
+const TIED_HEAD: &str = "lm_head.weight";
+const ROTARY_FACTORS: &str = "rope_freqs.weight";
+
+/// Loads a decoder of that configuration. Matrices are converted to `kind` if one is given.
+///
+/// Fails with [`Error::InvalidFile`], naming the tensor, when one is missing, has another shape than the configuration
+/// says, or is not part of the configuration; with [`Error::ResourceExhausted`] when the memory is too small.
+pub fn load_decoder(
+    config: DecoderConfig,
+    source: &dyn TensorSource,
+    device: &Device,
+    kind: Option<WeightType>,
+) -> Result<Decoder> {
+    config.validate()?;
+    let parameters = Decoder::parameters_of(&config);
+    for info in &parameters {
+        check_stored(info, source)?;
+    }
+    refuse_unknown(&config, &parameters, source)?;
+    check_memory(
+        "the model",
+        parameters.iter().map(|info| held_bytes(info, source, kind)).sum(),
+    )?;
+    Decoder::build(config, device, kind, |info| as_held(info, source.load(&info.name)?))
+}
+
+fn check_stored(info: &ParameterInfo, source: &dyn TensorSource) -> Result<()> {
+    let expected = match source.orientation() {
+        Orientation::AsTransformers => info.shape.clone(),
+        Orientation::OutIn => info.held_shape(),
+    };
+    let reason = match source.shape(&info.name) {
+        Some(found) if found == expected => return Ok(()),
+        Some(found) => {
+            format!(
+                "tensor `{}` has shape {found:?} where the configuration expects {expected:?}",
+                info.name
+            )
+        }
+        None => format!("tensor `{}` of shape {expected:?} is missing", info.name),
+    };
+    Err(Error::invalid_file(source.path(), reason))
+}
+
+fn refuse_unknown(config: &DecoderConfig, parameters: &[ParameterInfo], source: &dyn TensorSource) -> Result<()> {
+    let known: std::collections::HashSet<&str> = parameters.iter().map(|info| info.name.as_str()).collect();
+    let allowed = |name: &str| {
+        known.contains(name)
+            || ignored_tensor(name)
+            || (name == TIED_HEAD && config.tied_head)
+            || name == ROTARY_FACTORS
+    };
+    match source.names().into_iter().find(|name| !allowed(name)) {
+        None => Ok(()),
+        Some(name) => Err(Error::invalid_file(
+            source.path(),
+            format!(
+                "tensor `{name}` is not a parameter of a `{}` of this configuration",
+                config.architecture.name()
+            ),
+        )),
+    }
+}
+
+/// Bytes that a parameter will take, with room for the widest form it passes through.
+fn held_bytes(info: &ParameterInfo, source: &dyn TensorSource, kind: Option<WeightType>) -> u64 {
+    let elements = info.elements() as u64;
+    match kind {
+        _ if !info.role.is_matrix() => 4 * elements,
+        None => source.bytes(&info.name),
+        Some(WeightType::F32) => 4 * elements,
+        Some(WeightType::F16 | WeightType::Bf16) => 2 * elements,
+        Some(WeightType::Quantized(quantized)) => {
+            elements.div_ceil(quantized.block_size() as u64) * quantized.type_size() as u64
+        }
+    }
+}
+
+fn as_held(info: &ParameterInfo, stored: StoredTensor) -> Result<Weight> {
+    match (stored.data, stored.orientation, info.transposed) {
+        (TensorData::Dense(tensor), Orientation::AsTransformers, true) => Weight::dense(&tensor.t()?),
+        (TensorData::Dense(tensor), _, _) => Weight::dense(&tensor),
+        (TensorData::Quantized(tensor), Orientation::OutIn, _) => Weight::quantized(tensor),
+        (TensorData::Quantized(tensor), Orientation::AsTransformers, false) => Weight::quantized(tensor),
+        (TensorData::Quantized(_), Orientation::AsTransformers, true) => Err(Error::Unsupported(format!(
+            "`{}`: quantised [in, out] matrices are not supported",
+            info.name
+        ))),
+    }
+}

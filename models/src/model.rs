@@ -1,0 +1,239 @@
+//! A model: a decoder with its tokenizer, chat template and configuration, loaded from files or made from nothing.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::{DType, Device};
+use serde_json::{Map, Value};
+
+use crate::chat_template::ChatTemplate;
+use crate::config::{self, DecoderConfig, GgufTensorFacts, TRAINING_FIELDS};
+use crate::decoder::{Decoder, WeightType, load_decoder};
+use crate::error::{Error, Result};
+use crate::formats::{GgufModel, TensorData, TensorSource, TextAssets, open_gguf, open_hugging_face};
+use crate::tokenizer::Tokenizer;
+
+/// How a model is loaded or made.
+#[derive(Debug, Clone)]
+pub struct LoadOptions {
+    /// Type of the matrices: `f32`, `bf16`, `f16`, `q8_0`, `q4_0`, `q4_k`. Default: as stored; f32 for a model made from
+    /// nothing.
+    pub dtype: Option<String>,
+    /// Where the model computes. Default: the CPU.
+    pub device: Device,
+    /// Seed of the initial weights of a model made from nothing. Default 0.
+    pub seed: u64,
+    /// `models.config`: the shape of a model made from nothing, or settings that override a file's; training settings.
+    pub config: Map<String, Value>,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self {
+            dtype: None,
+            device: Device::Cpu,
+            seed: 0,
+            config: Map::new(),
+        }
+    }
+}
+
+/// A decoder with what surrounds it.
+#[derive(Debug)]
+pub struct Model {
+    /// The network.
+    pub decoder: Decoder,
+    /// Its tokenizer; absent for models of bare token ids.
+    pub tokenizer: Option<Arc<Tokenizer>>,
+    /// Its chat template; absent for base models.
+    pub chat_template: Option<Arc<ChatTemplate>>,
+    /// Tokens that end a generation.
+    pub end_tokens: Vec<u32>,
+    /// The whole configuration as `models.config` shows it: a JSON object of shape and training settings.
+    pub config: Value,
+}
+
+/// Fields of a file's configuration that `models.config` may override; what they contradict in the weights is found
+/// when the tensors' shapes are checked.
+const OVERRIDABLE: &[&str] = &[
+    "context_length",
+    "rope_theta",
+    "rope_scaling",
+    "norm_epsilon",
+    "activation",
+    "dropout",
+    "attention_bias",
+    "attention_output_bias",
+    "feed_forward_bias",
+];
+
+impl Model {
+    /// Loads a Hugging Face directory or a GGUF file.
+    ///
+    /// Fails with [`Error::NotFound`] when there is no such file, [`Error::InvalidFile`] for damaged files and for
+    /// weights that contradict the configuration, [`Error::InvalidConfig`] for impossible configurations and overrides,
+    /// [`Error::Unsupported`] for unknown architectures, [`Error::ResourceExhausted`] when the memory is too small.
+    pub fn load(path: &Path, options: &LoadOptions) -> Result<Self> {
+        let (stored, source, text): (DecoderConfig, Box<dyn TensorSource>, TextAssets) = match path.is_dir() {
+            true => {
+                let source = open_hugging_face(path)?;
+                let stored = config::from_hugging_face(source.config())?;
+                let text = source.text_assets()?;
+                (stored, Box::new(source), text)
+            }
+            false => {
+                let source = open_gguf(path)?;
+                let stored = config::from_gguf(source.metadata(), &gguf_tensor_facts(&source)?)?;
+                let text = source.text_assets()?;
+                (stored, Box::new(source), text)
+            }
+        };
+        let (decoder_config, settings) = override_settings(&stored, &options.config)?;
+        if let Some(tokenizer) = &text.tokenizer {
+            check_tokenizer(&decoder_config, tokenizer)?;
+        }
+        let decoder = load_decoder(
+            decoder_config,
+            source.as_ref(),
+            &options.device,
+            requested_type(options)?,
+        )?;
+        let end_tokens = text
+            .end_tokens
+            .into_iter()
+            .filter(|id| (*id as usize) < decoder.config().vocabulary);
+        Ok(Self {
+            tokenizer: text.tokenizer,
+            chat_template: text.chat_template,
+            end_tokens: end_tokens.collect(),
+            config: Value::Object(settings),
+            decoder,
+        })
+    }
+
+    /// Makes a model from `options.config` with seeded initial weights. The tokenizer's end-of-text token ends its
+    /// generations.
+    ///
+    /// Fails with [`Error::InvalidConfig`] naming the field, or [`Error::ResourceExhausted`].
+    pub fn create(options: &LoadOptions, tokenizer: Option<Arc<Tokenizer>>) -> Result<Self> {
+        let tokenizer_size = tokenizer.as_ref().map(|tokenizer| tokenizer.vocabulary_size());
+        let decoder_config = config::from_settings(&options.config, tokenizer_size)?;
+        let mut settings = config::to_settings(&decoder_config);
+        for (field, value) in config::normalize_settings(&options.config)? {
+            settings.entry(field).or_insert(value);
+        }
+        let decoder = Decoder::initialize(decoder_config, &options.device, requested_type(options)?, options.seed)?;
+        let end_of_text = tokenizer
+            .as_ref()
+            .and_then(|tokenizer| tokenizer.token_id(crate::tokenizer::END_OF_TEXT));
+        Ok(Self {
+            decoder,
+            tokenizer,
+            chat_template: None,
+            end_tokens: end_of_text.into_iter().collect(),
+            config: Value::Object(settings),
+        })
+    }
+}
+
+fn requested_type(options: &LoadOptions) -> Result<Option<WeightType>> {
+    options.dtype.as_deref().map(WeightType::from_name).transpose()
+}
+
+/// A file's configuration with the overrides applied, and the settings to show.
+fn override_settings(
+    stored: &DecoderConfig,
+    overrides: &Map<String, Value>,
+) -> Result<(DecoderConfig, Map<String, Value>)> {
+    let mut settings = config::to_settings(stored);
+    for (field, value) in config::normalize_settings(overrides)? {
+        let shape_field = !TRAINING_FIELDS.contains(&field.as_str()) && field != "tokenizer";
+        let given = settings.insert(field.clone(), value.clone());
+        if !shape_field || OVERRIDABLE.contains(&field.as_str()) {
+            continue;
+        }
+        let same = |before: &Value| *before == value || before.as_f64().is_some_and(|b| Some(b) == value.as_f64());
+        if !given.as_ref().is_some_and(same) {
+            let file = given.map_or_else(|| "nothing".to_owned(), |before| before.to_string());
+            return Err(Error::invalid_config(
+                field,
+                format!("{value} contradicts the model's files, which say {file}"),
+            ));
+        }
+    }
+    let merged = config::from_settings(&settings, None)?;
+    if merged.context_length > stored.context_length && merged.position == stored.position {
+        let reason = format!(
+            "{} is longer than the model's {}",
+            merged.context_length, stored.context_length
+        );
+        return Err(Error::invalid_config("context_length", reason));
+    }
+    let mut shown = config::to_settings(&merged);
+    for (field, value) in settings {
+        shown.entry(field).or_insert(value);
+    }
+    Ok((merged, shown))
+}
+
+/// Refuses a tokenizer whose tokens have no row in the embedding.
+fn check_tokenizer(config: &DecoderConfig, tokenizer: &Tokenizer) -> Result<()> {
+    match tokenizer.vocabulary_size() {
+        size if size > config.vocabulary => {
+            let reason = format!("{} is less than the tokenizer's {size} tokens", config.vocabulary);
+            Err(Error::invalid_config("vocabulary", reason))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What of the configuration a GGUF file tells by which tensors it holds. Names are transformers' already.
+fn gguf_tensor_facts(source: &GgufModel) -> Result<GgufTensorFacts> {
+    const EMBEDDINGS: [&str; 2] = ["model.embed_tokens.weight", "transformer.wte.weight"];
+    let missing = || Error::invalid_file(source.path(), "tensor `token_embd.weight` is missing or no matrix");
+    let embedding = EMBEDDINGS
+        .into_iter()
+        .find(|name| source.shape(name).is_some())
+        .ok_or_else(missing)?;
+    let [vocabulary, _] = *source.shape(embedding).unwrap_or_default() else {
+        return Err(missing());
+    };
+    let layer_has = |name: &str| source.shape(&format!("model.layers.0.{name}")).is_some();
+    Ok(GgufTensorFacts {
+        vocabulary,
+        untied_head: source.shape("lm_head.weight").is_some() && !same_values(source, embedding, "lm_head.weight")?,
+        attention_bias: layer_has("self_attn.q_proj.bias"),
+        attention_output_bias: layer_has("self_attn.o_proj.bias"),
+        feed_forward_bias: layer_has("mlp.up_proj.bias"),
+        rotary_factors: rotary_factors(source)?,
+    })
+}
+
+/// Whether two tensors hold the same bytes: converters store a tied head a second time.
+fn same_values(source: &GgufModel, first: &str, second: &str) -> Result<bool> {
+    if source.bytes(first) != source.bytes(second) || source.shape(first) != source.shape(second) {
+        return Ok(false);
+    }
+    match (source.load(first)?.data, source.load(second)?.data) {
+        (TensorData::Quantized(first), TensorData::Quantized(second)) => {
+            Ok(first.dtype() == second.dtype() && first.data()? == second.data()?)
+        }
+        (TensorData::Dense(first), TensorData::Dense(second)) => Ok(first.dtype() == second.dtype()
+            && first.ne(&second)?.to_dtype(DType::F32)?.max_all()?.to_scalar::<f32>()? == 0.0),
+        _ => Ok(false),
+    }
+}
+
+fn rotary_factors(source: &GgufModel) -> Result<Option<Vec<f32>>> {
+    const NAME: &str = "rope_freqs.weight";
+    if source.shape(NAME).is_none() {
+        return Ok(None);
+    }
+    match source.load(NAME)?.data {
+        TensorData::Dense(factors) => Ok(Some(factors.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)),
+        TensorData::Quantized(_) => Err(Error::invalid_file(
+            source.path(),
+            format!("tensor `{NAME}` is quantised"),
+        )),
+    }
+}
