@@ -16,14 +16,22 @@ pub fn repository() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
 }
 
-/// The folder of the built programs: two above the test's own, `target/release/deps/`.
+/// The folder of the built programs: that of this program, or, of a test in `deps/`, the one above.
 #[must_use]
 pub fn programs() -> PathBuf {
-    let own = std::env::current_exe().expect("the test program has a path");
-    own.ancestors()
-        .nth(2)
-        .expect("the test program lies in target/PROFILE/deps")
-        .to_path_buf()
+    let own = std::env::current_exe().expect("this program has a path");
+    let folder = own.parent().expect("it lies in a folder");
+    if folder.ends_with("deps") {
+        folder.join("..")
+    } else {
+        folder.to_path_buf()
+    }
+}
+
+/// The folder that cargo builds into, `target/`.
+#[must_use]
+pub fn target_folder() -> PathBuf {
+    programs().join("..")
 }
 
 /// A folder that the cluster's owner can reach: `CANDLE_TEST_STATE`, else the folder for temporary files.

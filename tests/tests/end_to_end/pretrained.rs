@@ -9,7 +9,7 @@ const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 
 /// The folder with the model, or a line that says why the test is skipped.
 fn models_folder() -> Option<PathBuf> {
-    let folder = end_to_end_tests::programs().parent()?.join("models");
+    let folder = end_to_end_tests::target_folder().join("models");
     if folder.join(FILE).exists() {
         return Some(folder);
     }

@@ -59,7 +59,7 @@ fn two_servers_in_one_statement() {
 #[test]
 fn the_token_is_required_checked_and_never_shown() {
     let mut file = tempfile::NamedTempFile::new().unwrap();
-    file.write_all(b"right-token-0123456789\n").unwrap();
+    file.write_all(b"tester right-token-0123456789\n").unwrap();
     let server = ComputeServer::start_with(&["--token-file", file.path().to_str().unwrap()]);
     let fixture = Fixture::over(server);
     let mut client = fixture.connect();

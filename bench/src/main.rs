@@ -1,0 +1,44 @@
+//! Measures the whole path: decode, prefill, training and parameter scans, from SQL and over gRPC directly, in turn
+//! with the same work in PyTorch. Every figure is the median over the rounds of one run.
+//!
+//! `make bench` runs it. `BENCH_ROUNDS` sets the number of rounds (default 5), `BENCH_PYTHON` a Python with PyTorch.
+#![allow(clippy::unwrap_used)] // A benchmark that cannot measure has nothing better to do than to stop.
+
+mod direct;
+mod generation;
+mod overhead;
+mod peer;
+mod report;
+mod scan;
+mod training;
+
+use report::{Measurements, Results};
+
+fn main() {
+    let rounds: usize = std::env::var("BENCH_ROUNDS")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(5);
+    let mut results = Results::default();
+    // One subject at a time, so that only one holds memory; within it everything is measured in turn.
+    let subjects: [fn() -> Measurements; 5] = [
+        generation::smollm2,
+        generation::gpt2,
+        overhead::measurements,
+        training::measurements,
+        scan::measurements,
+    ];
+    for subject in subjects {
+        let mut measurements = subject();
+        for round in 0..=rounds {
+            for measurement in &mut measurements {
+                let figures = measurement.run();
+                // The first round warms caches up.
+                if round > 0 {
+                    results.add(figures);
+                }
+            }
+        }
+    }
+    results.print();
+}
