@@ -80,6 +80,16 @@ impl ChatTemplate {
         &self.source
     }
 
+    /// Text of the token that begins a sequence.
+    pub fn bos(&self) -> Option<&str> {
+        self.bos.as_deref()
+    }
+
+    /// Text of the token that ends a sequence.
+    pub fn eos(&self) -> Option<&str> {
+        self.eos.as_deref()
+    }
+
     /// The prompt of a conversation, ending where the assistant's answer begins. It already holds every special token
     /// as text: encode it with `Tokenizer::encode_without_special_tokens`.
     ///

@@ -14,6 +14,7 @@ pub mod model;
 pub mod ops;
 pub mod sampling;
 pub mod tokenizer;
+pub mod training;
 
 pub use candle_core::{DType, Device, Tensor};
 pub use chat_template::{ChatMessage, ChatTemplate};

@@ -175,13 +175,13 @@ impl Decoder {
         attend_cached(queries, &sequences, &AttentionShape::of(&self.config))
     }
 
-    fn normalize(&self, hidden: &Tensor, parameters: &NormParameters) -> Result<Tensor> {
+    pub(crate) fn normalize(&self, hidden: &Tensor, parameters: &NormParameters) -> Result<Tensor> {
         let weight = self.weight(parameters.weight).as_f32()?;
         let bias = parameters.bias.map(|bias| self.weight(bias).as_f32()).transpose()?;
         norm::normalize(hidden, self.config.norm, weight, bias, self.config.norm_epsilon as f32)
     }
 
-    fn project(&self, input: &Tensor, projection: &Projection) -> Result<Tensor> {
+    pub(crate) fn project(&self, input: &Tensor, projection: &Projection) -> Result<Tensor> {
         let bias = projection.bias.map(|bias| self.weight(bias).as_f32()).transpose()?;
         linear::linear(input, self.weight(projection.weight), projection.rows.clone(), bias)
     }

@@ -3,7 +3,7 @@
 
 pub mod activation;
 pub mod attention;
-
+pub(crate) mod backward;
 pub mod embedding;
 pub mod linear;
 pub mod norm;

@@ -1,0 +1,19 @@
+//! Adding in place.
+
+use candle_core::Tensor;
+
+use crate::error::Result;
+use crate::ops::storage::{is_cpu, with_mut_slice, with_slice};
+
+/// Adds `delta` to `sum`, whose storage keeps its place. Both f32 of one shape, and of different storage.
+pub(crate) fn add_in_place(sum: &Tensor, delta: &Tensor) -> Result<()> {
+    if is_cpu(sum) {
+        let delta = delta.contiguous()?;
+        return with_slice(&delta, |delta| {
+            with_mut_slice(sum, |sum| {
+                sum.iter_mut().zip(delta).for_each(|(sum, delta)| *sum += delta)
+            })
+        })?;
+    }
+    Ok(sum.slice_set(&(sum + delta)?, 0, 0)?)
+}

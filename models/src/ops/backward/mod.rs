@@ -1,0 +1,23 @@
+//! The way back through each operation of the decoder: explicit, one operation to a file. Gradients of parameters are
+//! added in place, f32. On the CPU the kernels of `candle-kernels-cpu` do the work; on other devices, and as the oracle in
+//! the tests, the compositions in [`composed`].
+
+mod accumulate;
+mod activation;
+mod attention;
+pub(crate) mod composed;
+mod embedding;
+mod head;
+mod linear;
+mod norm;
+
+pub(crate) use accumulate::add_in_place;
+pub(crate) use activation::activate_backward;
+pub(crate) use attention::{AttentionTape, attention_backward, attention_forward};
+pub(crate) use embedding::{embedding_backward, gather_rows};
+pub(crate) use head::cross_entropy_head;
+pub(crate) use linear::{Matrix, linear_backward};
+pub(crate) use norm::{NormBackward, norm_backward};
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,119 @@
+//! Every backward against candle's own differentiation of a plain composition.
+
+use candle_core::{Device, Tensor, Var};
+
+use super::composed;
+use crate::config::{Activation, Norm};
+use crate::ops::attention::{AttentionShape, CachedSequence};
+use crate::ops::{activation, attention, norm};
+
+fn random(shape: &[usize]) -> Var {
+    Var::from_tensor(&Tensor::randn(0f32, 1f32, shape, &Device::Cpu).unwrap()).unwrap()
+}
+
+/// Gradients of `(y * dy).sum()`.
+fn differentiate(y: &Tensor, dy: &Tensor, variables: &[&Var]) -> Vec<Tensor> {
+    let gradients = (y * dy).unwrap().sum_all().unwrap().backward().unwrap();
+    variables
+        .iter()
+        .map(|variable| gradients.get(variable).unwrap().clone())
+        .collect()
+}
+
+fn assert_near(actual: &Tensor, expected: &Tensor) {
+    assert_eq!(actual.dims(), expected.dims());
+    let flat = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let (actual, expected) = (flat(actual), flat(expected));
+    let largest = expected.iter().map(|x| x.abs()).fold(1e-3, f32::max);
+    for (index, (a, e)) in actual.iter().zip(&expected).enumerate() {
+        assert!((a - e).abs() < 2e-5 * largest, "element {index}: {a} instead of {e}");
+    }
+}
+
+#[test]
+fn norms() {
+    let (x, weight, bias, dy) = (random(&[5, 17]), random(&[17]), random(&[17]), random(&[5, 17]));
+    let y = norm::composed(&x, Norm::Layer, &weight, Some(&bias), 1e-5).unwrap();
+    let expected = differentiate(&y, &dy, &[&x, &weight, &bias]);
+    let (dx, dweight, dbias) = composed::layer_norm(&x, &weight, &dy, 1e-5).unwrap();
+    [dx, dweight, dbias]
+        .iter()
+        .zip(&expected)
+        .for_each(|(a, e)| assert_near(a, e));
+    let y = norm::composed(&x, Norm::Rms, &weight, None, 1e-5).unwrap();
+    let expected = differentiate(&y, &dy, &[&x, &weight]);
+    let (dx, dweight) = composed::rms_norm(&x, &weight, &dy, 1e-5).unwrap();
+    [dx, dweight].iter().zip(&expected).for_each(|(a, e)| assert_near(a, e));
+}
+
+#[test]
+fn activations() {
+    for kind in [Activation::GeluTanh, Activation::GeluErf, Activation::Silu] {
+        let (gate, up, dy) = (random(&[5, 17]), random(&[5, 17]), random(&[5, 17]));
+        let expected = differentiate(&activation::composed(&up, kind).unwrap(), &dy, &[&up]);
+        assert_near(&super::activate_backward(kind, None, &up, &dy).unwrap().1, &expected[0]);
+        let y = (activation::composed(&gate, kind).unwrap() * &*up).unwrap();
+        let expected = differentiate(&y, &dy, &[&gate, &up]);
+        let (dgate, dup) = super::activate_backward(kind, Some(&gate), &up, &dy).unwrap();
+        assert_near(&dgate.unwrap(), &expected[0]);
+        assert_near(&dup, &expected[1]);
+    }
+}
+
+#[test]
+fn attention_of_packed_sequences() {
+    let shape = AttentionShape {
+        heads: 4,
+        key_value_heads: 2,
+        head_dim: 6,
+        scale: 0.4,
+    };
+    let bounds = [0, 7, 8, 19];
+    let (q, k, v, dy) = (
+        random(&[19, 24]),
+        random(&[19, 12]),
+        random(&[19, 12]),
+        random(&[19, 24]),
+    );
+    let sequences: Vec<_> = bounds
+        .windows(2)
+        .map(|bound| CachedSequence {
+            rows: bound[0]..bound[1],
+            keys: k.narrow(0, bound[0], bound[1] - bound[0]).unwrap(),
+            values: v.narrow(0, bound[0], bound[1] - bound[0]).unwrap(),
+        })
+        .collect();
+    let y = attention::composed(&q, &sequences, &shape).unwrap();
+    let expected = differentiate(&y, &dy, &[&q, &k, &v]);
+    let copy = |x: &Var| x.as_tensor().copy().unwrap();
+    let tape = super::attention_forward(copy(&q), copy(&k), copy(&v), &bounds, &shape).unwrap();
+    assert_near(&tape.output, &y);
+    let (dq, dk, dv) = super::attention_backward(tape, &dy, &bounds, &shape).unwrap();
+    [dq, dk, dv].iter().zip(&expected).for_each(|(a, e)| assert_near(a, e));
+}
+
+#[test]
+fn head_with_cross_entropy() {
+    // More rows than one block.
+    let (rows, width, vocabulary) = (300, 7, 61);
+    let (x, weight) = (random(&[rows, width]), random(&[vocabulary, width]));
+    let targets: Vec<u32> = (0..rows as u32).map(|row| row * 17 % vocabulary as u32).collect();
+    let factors: Vec<f32> = (0..rows).map(|row| (row % 3) as f32 * 0.5).collect();
+    let logits = x.matmul(&weight.t().unwrap()).unwrap();
+    let targets_tensor = Tensor::new(targets.as_slice(), &Device::Cpu)
+        .unwrap()
+        .unsqueeze(1)
+        .unwrap();
+    let exponentials = logits.exp().unwrap();
+    let losses = (exponentials.sum_keepdim(1).unwrap().log().unwrap() - logits.gather(&targets_tensor, 1).unwrap())
+        .unwrap()
+        .squeeze(1)
+        .unwrap();
+    let factors_tensor = Tensor::new(factors.as_slice(), &Device::Cpu).unwrap();
+    let expected = differentiate(&losses, &factors_tensor, &[&x, &weight]);
+    let dweight = weight.zeros_like().unwrap();
+    let (own, dx) = super::cross_entropy_head(&x, &weight, &targets, &factors, Some(&dweight)).unwrap();
+    assert_near(&Tensor::new(own, &Device::Cpu).unwrap(), &losses);
+    assert_near(&dx, &expected[0]);
+    assert_near(&dweight, &expected[1]);
+}

@@ -1,0 +1,118 @@
+//! Forward and backward over the sequences of a statement.
+
+use super::packed::Packed;
+use super::{Gradient, TrainingSequence};
+use crate::decoder::{Decoder, Layout};
+use crate::error::{Error, Result};
+use crate::ops::attention::AttentionShape;
+use crate::ops::rotary::RotaryAngles;
+
+/// What one sequence contributed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SequenceLoss {
+    /// Mean cross-entropy (natural logarithm) over its targets, whatever its loss weight. NaN when it has none.
+    pub loss: f64,
+    /// Number of its targets that are not ignored.
+    pub token_count: u32,
+}
+
+/// One pass over packed sequences: what forward and backward both need.
+pub(super) struct Pass<'a> {
+    pub(super) decoder: &'a Decoder,
+    pub(super) layout: &'a Layout,
+    pub(super) heads: AttentionShape,
+    pub(super) batch: &'a Packed,
+    /// Of the rotary positions; none where positions are learned.
+    pub(super) angles: Option<RotaryAngles>,
+    /// Their negatives.
+    pub(super) opposite_angles: Option<RotaryAngles>,
+    pub(super) gradient: &'a Gradient,
+    pub(super) cancelled: &'a dyn Fn() -> bool,
+}
+
+/// Adds the gradient of sequences to `gradient`. They are packed into passes of bounded size; the result is the same, to
+/// rounding, as for one call a sequence, and bit for bit the same for the same calls.
+///
+/// All or nothing: after an error the gradient is as it was. `cancelled` is asked before every segment.
+///
+/// # Errors
+/// [`Error::Cancelled`]; [`Error::FailedPrecondition`] if the weights are not f32 yet
+/// ([`Decoder::make_trainable`]); [`Error::InvalidArgument`] if the gradient is of another model.
+pub fn accumulate(
+    decoder: &Decoder,
+    sequences: &[TrainingSequence],
+    gradient: &mut Gradient,
+    cancelled: &dyn Fn() -> bool,
+) -> Result<Vec<SequenceLoss>> {
+    if gradient.parameter_count() != decoder.parameters().len() {
+        return Err(Error::InvalidArgument("the gradient is of another model".into()));
+    }
+    // Into a gradient that has something, a failed pass must not leave its half.
+    if !gradient.is_empty() {
+        let mut fresh = Gradient::new(decoder);
+        let losses = accumulate_into(decoder, sequences, &mut fresh, cancelled)?;
+        gradient.merge(fresh)?;
+        return Ok(losses);
+    }
+    let result = accumulate_into(decoder, sequences, gradient, cancelled);
+    if result.is_err() {
+        gradient.clear();
+    }
+    result
+}
+
+/// [`accumulate`] without the promise that errors change nothing.
+fn accumulate_into(
+    decoder: &Decoder,
+    sequences: &[TrainingSequence],
+    gradient: &mut Gradient,
+    cancelled: &dyn Fn() -> bool,
+) -> Result<Vec<SequenceLoss>> {
+    let counts = sequences.iter().map(TrainingSequence::target_count);
+    let mut losses: Vec<_> = counts
+        .map(|token_count| SequenceLoss { loss: 0.0, token_count })
+        .collect();
+    for batch in Packed::split(sequences) {
+        gradient.allocate()?;
+        let pass = Pass::new(decoder, &batch, gradient, cancelled)?;
+        let rows = pass.backward(pass.forward()?)?;
+        for (sequence, row) in batch.sequence_of_rows().zip(&rows) {
+            losses[batch.members[sequence]].loss += f64::from(*row);
+        }
+    }
+    let mut weighted = 0.0;
+    for (loss, sequence) in losses.iter_mut().zip(sequences) {
+        weighted += f64::from(sequence.loss_weight()) * loss.loss;
+        loss.loss /= f64::from(loss.token_count);
+    }
+    let tokens = losses.iter().map(|loss| u64::from(loss.token_count)).sum();
+    gradient.count(tokens, sequences.len() as u64, weighted);
+    Ok(losses)
+}
+
+impl<'a> Pass<'a> {
+    fn new(
+        decoder: &'a Decoder,
+        batch: &'a Packed,
+        gradient: &'a Gradient,
+        cancelled: &'a dyn Fn() -> bool,
+    ) -> Result<Self> {
+        let frequencies = decoder.inverse_frequencies();
+        let opposite: Vec<f32> = frequencies.iter().map(|frequency| -frequency).collect();
+        Ok(Self {
+            decoder,
+            layout: decoder.layout(),
+            heads: AttentionShape::of(decoder.config()),
+            angles: RotaryAngles::new(frequencies, &batch.positions, decoder.device())?,
+            opposite_angles: RotaryAngles::new(&opposite, &batch.positions, decoder.device())?,
+            batch,
+            gradient,
+            cancelled,
+        })
+    }
+}
+
+/// Stops the work if the caller asked for it.
+pub(super) fn check_cancelled(cancelled: &dyn Fn() -> bool) -> Result<()> {
+    if cancelled() { Err(Error::Cancelled) } else { Ok(()) }
+}

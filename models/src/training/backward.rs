@@ -1,0 +1,151 @@
+//! The backward pass: segments in reverse, every parameter's gradient added up in place as soon as it is known.
+
+use candle_core::Tensor;
+
+use super::tape::{LayerTape, Tape};
+use super::{Pass, check_cancelled};
+use crate::decoder::{Layer, NormParameters, ParameterId, Projection};
+use crate::error::Result;
+use crate::ops::backward::{
+    self, attention_backward, cross_entropy_head, embedding_backward, gather_rows, linear_backward,
+};
+use crate::ops::rotary;
+
+impl Pass<'_> {
+    /// Head, loss, and the way back. Returns the cross-entropy of every row that has a target.
+    pub(super) fn backward(&self, tape: Tape) -> Result<Vec<f32>> {
+        let Tape { mut layers, output } = tape;
+        check_cancelled(self.cancelled)?;
+        let (losses, mut gradient) = self.backward_head(&output)?;
+        drop(output);
+        for layer in self.layout.layers.iter().rev() {
+            check_cancelled(self.cancelled)?;
+            // One tape a layer was pushed by the forward pass.
+            let Some(tape) = layers.pop() else { break };
+            gradient = self.backward_layer(layer, tape, gradient)?;
+        }
+        self.backward_embedding(&gradient)?;
+        Ok(losses)
+    }
+
+    /// Final norm, head and cross-entropy of the rows that have targets: their losses, and the gradient of the last
+    /// layer's output, `[tokens, width]`.
+    fn backward_head(&self, output: &Tensor) -> Result<(Vec<f32>, Tensor)> {
+        let batch = self.batch;
+        let whole = batch.rows.len() == batch.tokens.len();
+        let x = if whole {
+            output.clone()
+        } else {
+            gather_rows(output, &batch.rows)?
+        };
+        let normed = self.decoder.normalize(&x, &self.layout.final_norm)?;
+        let head = self.layout.head.weight;
+        let (losses, dnormed) = cross_entropy_head(
+            &normed,
+            self.weight_f32(head)?,
+            &batch.targets,
+            &batch.factors,
+            self.gradient_of(head),
+        )?;
+        drop(normed);
+        let zeros = x.zeros_like()?;
+        self.backward_norm(&self.layout.final_norm, &x, &dnormed, &zeros)?;
+        if whole {
+            return Ok((losses, zeros));
+        }
+        let gradient = output.zeros_like()?;
+        embedding_backward(&batch.rows, &zeros, &gradient)?;
+        Ok((losses, gradient))
+    }
+
+    /// One layer: `gradient` of its output, `[tokens, width]`, becomes that of its input.
+    fn backward_layer(&self, layer: &Layer, tape: LayerTape, gradient: Tensor) -> Result<Tensor> {
+        self.backward_feed_forward(layer, &tape, &gradient)?;
+        let LayerTape { input, attention, .. } = tape;
+        let dattention = self.backward_linear(&layer.attention_output, &attention.output, &gradient, None)?;
+        let (dquery, dkey, dvalue) = attention_backward(attention, &dattention, &self.batch.bounds, &self.heads)?;
+        drop(dattention);
+        let dquery = self.rotate_back(dquery)?;
+        let dkey = self.rotate_back(dkey)?;
+        let normed = self.decoder.normalize(&input, &layer.attention_norm)?;
+        let [query, key, value] = &layer.query_key_value;
+        let dnormed = self.backward_linear(query, &normed, &dquery, None)?;
+        let dnormed = self.backward_linear(key, &normed, &dkey, Some(dnormed))?;
+        let dnormed = self.backward_linear(value, &normed, &dvalue, Some(dnormed))?;
+        self.backward_norm(&layer.attention_norm, &input, &dnormed, &gradient)?;
+        Ok(gradient)
+    }
+
+    /// The feed-forward half: `gradient` of the layer's output becomes that of the stream after attention, in place.
+    fn backward_feed_forward(&self, layer: &Layer, tape: &LayerTape, gradient: &Tensor) -> Result<()> {
+        let network = &layer.feed_forward;
+        let inner = self.activate(tape.gate.as_ref(), &tape.up)?;
+        let dinner = self.backward_linear(&network.down, &inner, gradient, None)?;
+        drop(inner);
+        let activation = self.decoder.config().activation;
+        let (dgate, dup) = backward::activate_backward(activation, tape.gate.as_ref(), &tape.up, &dinner)?;
+        drop(dinner);
+        let normed = self.decoder.normalize(&tape.middle, &layer.feed_forward_norm)?;
+        let mut dnormed = self.backward_linear(&network.up, &normed, &dup, None)?;
+        if let (Some(gate), Some(dgate)) = (&network.gate, &dgate) {
+            dnormed = self.backward_linear(gate, &normed, dgate, Some(dnormed))?;
+        }
+        self.backward_norm(&layer.feed_forward_norm, &tape.middle, &dnormed, gradient)
+    }
+
+    /// Adds the gradient of the embeddings.
+    fn backward_embedding(&self, gradient: &Tensor) -> Result<()> {
+        if let Some(sum) = self.gradient_of(self.layout.token_embedding) {
+            embedding_backward(&self.batch.tokens, gradient, sum)?;
+        }
+        if let Some(sum) = self
+            .layout
+            .position_embedding
+            .and_then(|positions| self.gradient_of(positions))
+        {
+            embedding_backward(&self.batch.positions, gradient, sum)?;
+        }
+        Ok(())
+    }
+
+    /// A projection: adds the gradients of its matrix and bias, and returns that of `x`, added to `dx` if given.
+    fn backward_linear(&self, projection: &Projection, x: &Tensor, dy: &Tensor, dx: Option<Tensor>) -> Result<Tensor> {
+        let matrix = backward::Matrix {
+            weight: self.weight_f32(projection.weight)?,
+            rows: projection.rows.clone(),
+            dweight: self.gradient_of(projection.weight),
+            dbias: projection.bias.and_then(|bias| self.gradient_of(bias)),
+        };
+        linear_backward(&matrix, x, dy, dx)
+    }
+
+    /// A norm: adds the gradients of its weight and bias, and adds that of `x` to `dx` in place.
+    fn backward_norm(&self, norm: &NormParameters, x: &Tensor, dy: &Tensor, dx: &Tensor) -> Result<()> {
+        let parameters = backward::NormBackward {
+            weight: self.weight_f32(norm.weight)?,
+            epsilon: self.decoder.config().norm_epsilon as f32,
+            kind: self.decoder.config().norm,
+            dweight: self.gradient_of(norm.weight),
+            dbias: norm.bias.and_then(|bias| self.gradient_of(bias)),
+        };
+        backward::norm_backward(&parameters, x, dy, dx)
+    }
+
+    /// The gradient of queries or keys before their rotation: rotated by the opposite angles.
+    fn rotate_back(&self, dx: Tensor) -> Result<Tensor> {
+        match &self.opposite_angles {
+            Some(angles) => rotary::rotate(&dx, angles, self.decoder.config().head_dim),
+            None => Ok(dx),
+        }
+    }
+
+    /// The values of a parameter, which must be held as f32.
+    fn weight_f32(&self, parameter: ParameterId) -> Result<&Tensor> {
+        self.decoder.weight(parameter).as_f32()
+    }
+
+    /// Where the gradient of a parameter is added up; none for a frozen one.
+    fn gradient_of(&self, parameter: ParameterId) -> Option<&Tensor> {
+        self.gradient.sum(parameter.0)
+    }
+}

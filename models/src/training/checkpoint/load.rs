@@ -1,0 +1,163 @@
+//! Reading a checkpoint back, every byte checked first.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+
+use super::manifest::{FILE_NAME, Manifest};
+use super::{FIRST_MOMENT, OPTIMIZER_FILE, SECOND_MOMENT, files};
+use crate::config::from_settings;
+use crate::decoder::{Decoder, ParameterInfo, WeightType, load_decoder};
+use crate::error::{Error, Result};
+use crate::formats::open_hugging_face;
+use crate::model::Model;
+use crate::training::AdamW;
+use crate::training::adamw::Moments;
+use crate::training::layout::from_transformers;
+
+/// What a checkpoint held.
+pub struct Restored {
+    /// The model, with f32 weights.
+    pub model: Model,
+    /// The optimizer as it was.
+    pub optimizer: AdamW,
+    /// Step, tag, log and digests.
+    pub manifest: Manifest,
+}
+
+/// Restores a checkpoint; training goes on bit for bit as if it had not been interrupted.
+///
+/// # Errors
+/// [`Error::InvalidFile`] that names the damaged file and tensor; [`Error::Io`].
+pub fn load(directory: &Path, device: &Device) -> Result<Restored> {
+    let manifest = verify(directory)?;
+    let source = open_hugging_face(directory)?;
+    let mut decoder = load_decoder(
+        from_settings(&manifest.decoder, None)?,
+        &source,
+        device,
+        Some(WeightType::F32),
+    )?;
+    for name in &manifest.frozen {
+        let unknown = |_| {
+            invalid(
+                directory,
+                FILE_NAME,
+                format!("it freezes the unknown parameter {name:?}"),
+            )
+        };
+        let parameter = decoder.parameter_id(name).map_err(unknown)?;
+        decoder.set_trainable(parameter, false);
+    }
+    let optimizer = load_optimizer(directory, &manifest, &decoder)?;
+    let text = source.text_assets()?;
+    let model = Model {
+        decoder,
+        tokenizer: text.tokenizer,
+        chat_template: text.chat_template,
+        end_tokens: manifest.end_tokens.clone(),
+        config: manifest.config.clone(),
+    };
+    Ok(Restored {
+        model,
+        optimizer,
+        manifest,
+    })
+}
+
+/// Checks sizes and digests of all files of a checkpoint.
+///
+/// # Errors
+/// As [`load`].
+pub fn verify(directory: &Path) -> Result<Manifest> {
+    let path = directory.join(FILE_NAME);
+    let bytes = match fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            return Err(invalid(
+                directory,
+                FILE_NAME,
+                "the file is missing; this is no checkpoint".into(),
+            ));
+        }
+        Err(e) => return Err(files::io_error(&path, e)),
+    };
+    let manifest = Manifest::parse(&path.display().to_string(), &bytes)?;
+    for file in &manifest.files {
+        files::verify(directory, file)?;
+    }
+    for name in [super::MODEL_FILE, OPTIMIZER_FILE, "config.json"] {
+        if !manifest.files.iter().any(|file| file.name == name) {
+            return Err(invalid(
+                directory,
+                FILE_NAME,
+                format!("it does not list the file {name}"),
+            ));
+        }
+    }
+    Ok(manifest)
+}
+
+/// The moments, each put back into the decoder's layout.
+fn load_optimizer(directory: &Path, manifest: &Manifest, decoder: &Decoder) -> Result<AdamW> {
+    let path = directory.join(OPTIMIZER_FILE);
+    let mut tensors = candle_core::safetensors::load(&path, &Device::Cpu)
+        .map_err(|e| invalid(directory, OPTIMIZER_FILE, e.to_string()))?;
+    let mut moments = Vec::with_capacity(decoder.parameters().len());
+    for parameter in decoder.parameters() {
+        let first = take(&mut tensors, directory, FIRST_MOMENT, parameter, decoder.device())?;
+        let second = take(&mut tensors, directory, SECOND_MOMENT, parameter, decoder.device())?;
+        moments.push(match (first, second) {
+            (Some(first), Some(second)) => Some(Moments { first, second }),
+            (None, None) => None,
+            _ => {
+                let reason = format!("it holds only one of the two moments of {:?}", parameter.name);
+                return Err(invalid(directory, OPTIMIZER_FILE, reason));
+            }
+        });
+    }
+    if let Some(name) = tensors.keys().next() {
+        return Err(invalid(
+            directory,
+            OPTIMIZER_FILE,
+            format!("the model has no parameter for its tensor {name:?}"),
+        ));
+    }
+    Ok(AdamW {
+        step: manifest.step,
+        moments,
+    })
+}
+
+/// Takes the moment of a parameter out of what the file held.
+fn take(
+    tensors: &mut HashMap<String, Tensor>,
+    directory: &Path,
+    prefix: &str,
+    parameter: &ParameterInfo,
+    device: &Device,
+) -> Result<Option<Tensor>> {
+    let name = format!("{prefix}{}", parameter.name);
+    let Some(tensor) = tensors.remove(&name) else {
+        return Ok(None);
+    };
+    if tensor.dims() != parameter.shape || tensor.dtype() != candle_core::DType::F32 {
+        let (shape, expected) = (tensor.dims(), &parameter.shape);
+        let reason = format!(
+            "its tensor {name:?} is {:?} {shape:?}, not F32 {expected:?}",
+            tensor.dtype()
+        );
+        return Err(invalid(directory, OPTIMIZER_FILE, reason));
+    }
+    let elements = tensor.flatten_all()?.to_vec1()?;
+    Ok(Some(from_transformers(elements, parameter)?.to_device(device)?))
+}
+
+fn invalid(directory: &Path, file: &str, reason: String) -> Error {
+    Error::InvalidFile {
+        path: directory.join(file).display().to_string(),
+        reason,
+    }
+}

@@ -1,0 +1,26 @@
+//! Training: a forward pass that keeps what backward needs, backward, the accumulated gradient, AdamW, checkpoints.
+//!
+//! ```text
+//! TrainingSequence ─▶ Packed ─▶ forward ─▶ Tape ─▶ backward ─▶ Gradient ─▶ AdamW ─▶ Decoder
+//! ```
+
+mod accumulate;
+mod adamw;
+mod backward;
+pub mod checkpoint;
+
+mod forward;
+mod gradient;
+mod layout;
+mod options;
+mod packed;
+mod sequence;
+mod tape;
+
+use accumulate::{Pass, check_cancelled};
+
+pub use accumulate::{SequenceLoss, accumulate};
+pub use adamw::{AdamW, StepReport};
+pub use gradient::Gradient;
+pub use options::AdamWOptions;
+pub use sequence::{IGNORED_TARGET, TrainingSequence};

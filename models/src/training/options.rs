@@ -1,0 +1,105 @@
+//! Settings of AdamW.
+
+use crate::error::{Error, Result};
+
+/// Settings of one step of [`AdamW`](super::AdamW), named as in arXiv:1711.05101. The defaults are PyTorch's.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdamWOptions {
+    /// Step size. Default 1e-3. Finite, at least 0.
+    pub learning_rate: f64,
+    /// Decay of the first moment. Default 0.9. In [0, 1).
+    pub beta1: f64,
+    /// Decay of the second moment. Default 0.999. In [0, 1).
+    pub beta2: f64,
+    /// Added to the denominator. Default 1e-8. Finite, above 0.
+    pub epsilon: f64,
+    /// Decoupled weight decay, applied to every trainable parameter. Default 0.01. Finite, at least 0.
+    pub weight_decay: f64,
+    /// A gradient whose Euclidean norm is larger is scaled down to it. Default: no clipping. Above 0.
+    pub max_grad_norm: Option<f64>,
+}
+
+impl Default for AdamWOptions {
+    fn default() -> Self {
+        Self {
+            learning_rate: 1e-3,
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 0.01,
+            max_grad_norm: None,
+        }
+    }
+}
+
+impl AdamWOptions {
+    /// Refuses values out of range.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] with the name of the setting, its value and its range.
+    pub fn validate(&self) -> Result<()> {
+        let finite_from_zero = |value: f64| value.is_finite() && value >= 0.0;
+        let decay = |value: f64| (0.0..1.0).contains(&value);
+        check(
+            "learning_rate",
+            self.learning_rate,
+            "finite and at least 0",
+            finite_from_zero,
+        )?;
+        check("beta1", self.beta1, "at least 0 and below 1", decay)?;
+        check("beta2", self.beta2, "at least 0 and below 1", decay)?;
+        check("epsilon", self.epsilon, "finite and above 0", |value| {
+            value.is_finite() && value > 0.0
+        })?;
+        check(
+            "weight_decay",
+            self.weight_decay,
+            "finite and at least 0",
+            finite_from_zero,
+        )?;
+        if let Some(norm) = self.max_grad_norm {
+            check("max_grad_norm", norm, "above 0", |value| value > 0.0)?;
+        }
+        Ok(())
+    }
+}
+
+/// The error that says which setting has which value and which ones it may have.
+fn check(name: &str, value: f64, range: &str, valid: impl Fn(f64) -> bool) -> Result<()> {
+    if valid(value) {
+        Ok(())
+    } else {
+        Err(Error::InvalidArgument(format!("{name} is {value}; it must be {range}")))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_valid() {
+        AdamWOptions::default().validate().unwrap();
+    }
+
+    #[test]
+    fn names_the_setting_and_the_value() {
+        let cases: [(&str, fn(&mut AdamWOptions)); 8] = [
+            ("learning_rate is NaN", |o| o.learning_rate = f64::NAN),
+            ("learning_rate is -1", |o| o.learning_rate = -1.0),
+            ("beta1 is 1", |o| o.beta1 = 1.0),
+            ("beta2 is -0.5", |o| o.beta2 = -0.5),
+            ("epsilon is 0", |o| o.epsilon = 0.0),
+            ("weight_decay is inf", |o| o.weight_decay = f64::INFINITY),
+            ("max_grad_norm is 0", |o| o.max_grad_norm = Some(0.0)),
+            ("max_grad_norm is NaN", |o| o.max_grad_norm = Some(f64::NAN)),
+        ];
+        for (expected, change) in cases {
+            let mut options = AdamWOptions::default();
+            change(&mut options);
+            let message = options.validate().unwrap_err().to_string();
+            assert!(message.contains(expected), "{message}");
+        }
+    }
+}

@@ -1,0 +1,156 @@
+//! Resumed equals uninterrupted, bit for bit; damage is refused by name.
+
+use std::fs;
+use std::path::Path;
+
+use candle_models::training::checkpoint::{self, Details};
+use candle_models::training::{AdamW, AdamWOptions};
+use candle_models::{Device, Error, LoadOptions, Model};
+use serde_json::json;
+
+use crate::support::{MODELS, golden_directory, gradient, random_sequence, read_parameter};
+
+fn load(name: &str) -> Model {
+    Model::load(&golden_directory().join(name), &LoadOptions::default()).unwrap()
+}
+
+fn train(model: &mut Model, optimizer: &mut AdamW, steps: std::ops::Range<u64>) {
+    let options = AdamWOptions {
+        max_grad_norm: Some(1.0),
+        ..AdamWOptions::default()
+    };
+    for step in steps {
+        let batch = [
+            random_sequence(&model.decoder, 17, step),
+            random_sequence(&model.decoder, 5, step + 100),
+        ];
+        let (gradient, _) = gradient(&model.decoder, &batch);
+        optimizer.step(&mut model.decoder, &gradient, &options).unwrap();
+    }
+}
+
+fn bits(model: &Model) -> Vec<Vec<u32>> {
+    let names = model.decoder.parameters().iter().map(|parameter| &parameter.name);
+    names
+        .map(|name| {
+            read_parameter(&model.decoder, name)
+                .iter()
+                .map(|value| value.to_bits())
+                .collect()
+        })
+        .collect()
+}
+
+fn save(directory: &Path, model: &Model, optimizer: &AdamW) -> checkpoint::Saved {
+    let details = Details {
+        tag: "test".into(),
+        log: vec![json!({"step": 3})],
+    };
+    checkpoint::save(directory, model, optimizer, details).unwrap()
+}
+
+#[test]
+fn resumed_equals_uninterrupted() {
+    for name in MODELS {
+        let (mut straight, mut straight_optimizer) = (load(name), AdamW::new());
+        train(&mut straight, &mut straight_optimizer, 0..7);
+
+        let (mut model, mut optimizer) = (load(name), AdamW::new());
+        train(&mut model, &mut optimizer, 0..3);
+        let folder = tempfile::tempdir().unwrap();
+        let directory = folder.path().join("3");
+        let saved = save(&directory, &model, &optimizer);
+        assert_eq!(saved.sha256.len(), 64);
+        let on_disk: u64 = fs::read_dir(&directory)
+            .unwrap()
+            .map(|f| f.unwrap().metadata().unwrap().len())
+            .sum();
+        assert_eq!(saved.bytes, on_disk);
+        assert_eq!(
+            fs::read_dir(folder.path()).unwrap().count(),
+            1,
+            "something was left beside the checkpoint"
+        );
+
+        let restored = checkpoint::load(&directory, &Device::Cpu).unwrap();
+        let (mut model, mut optimizer) = (restored.model, restored.optimizer);
+        assert_eq!((restored.manifest.step, optimizer.steps()), (3, 3));
+        assert_eq!(restored.manifest.log, [json!({"step": 3})]);
+        train(&mut model, &mut optimizer, 3..7);
+        assert_eq!(bits(&model), bits(&straight), "{name}");
+    }
+}
+
+#[test]
+fn a_model_that_was_never_trained_can_be_saved() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = load("llama");
+    save(&folder.path().join("0"), &model, &AdamW::new());
+    let restored = checkpoint::load(&folder.path().join("0"), &Device::Cpu).unwrap();
+    assert_eq!(restored.optimizer.steps(), 0);
+    assert_eq!(bits(&restored.model), bits(&model));
+}
+
+#[test]
+fn an_existing_checkpoint_is_not_overwritten() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = load("qwen2");
+    let directory = folder.path().join("0");
+    save(&directory, &model, &AdamW::new());
+    let error = checkpoint::save(&directory, &model, &AdamW::new(), Details::default()).unwrap_err();
+    assert!(matches!(error, Error::FailedPrecondition(_)), "{error}");
+    checkpoint::verify(&directory).unwrap();
+}
+
+#[test]
+fn damage_is_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let directory = folder.path().join("2");
+    let (mut model, mut optimizer) = (load("gpt2"), AdamW::new());
+    train(&mut model, &mut optimizer, 0..2);
+    save(&directory, &model, &optimizer);
+
+    let manifest = checkpoint::verify(&directory).unwrap();
+    let optimizer_file = manifest
+        .files
+        .iter()
+        .find(|file| file.name == "optimizer.safetensors")
+        .unwrap();
+    let tensor = &optimizer_file.tensors[3];
+    let refused = |name: &str, change: &dyn Fn(&mut Vec<u8>), expected: &str| {
+        let path = directory.join(name);
+        let original = fs::read(&path).unwrap();
+        let mut bytes = original.clone();
+        change(&mut bytes);
+        fs::write(&path, bytes).unwrap();
+        let message = match checkpoint::load(&directory, &Device::Cpu) {
+            Ok(_) => panic!("a damaged {name} was loaded"),
+            Err(error) => error.to_string(),
+        };
+        assert!(
+            message.contains(name) && message.contains(expected),
+            "{message:?} {expected:?}"
+        );
+        fs::write(&path, original).unwrap();
+    };
+    refused(
+        "optimizer.safetensors",
+        &|bytes| bytes[tensor.offset as usize] ^= 1,
+        &tensor.name,
+    );
+    refused(
+        "optimizer.safetensors",
+        &|bytes| bytes.truncate(bytes.len() - 1),
+        "bytes, but the manifest says",
+    );
+    refused("model.safetensors", &|bytes| bytes[9] ^= 1, "SHA-256");
+    refused("config.json", &|bytes| bytes[2] ^= 1, "SHA-256");
+    refused("manifest.json", &|bytes| bytes.truncate(40), "not JSON");
+    checkpoint::load(&directory, &Device::Cpu).unwrap();
+    fs::remove_file(directory.join("model.safetensors")).unwrap();
+    let error = checkpoint::load(&directory, &Device::Cpu).err().unwrap().to_string();
+    assert!(
+        error.contains("model.safetensors") && error.contains("missing"),
+        "{error}"
+    );
+}

@@ -1,0 +1,10 @@
+//! Training against PyTorch, against finite differences, and against itself (batched, resumed, damaged).
+#![allow(clippy::unwrap_used)]
+
+mod batching;
+mod checkpoints;
+
+mod finite_differences;
+mod golden;
+mod support;
+mod validation;
