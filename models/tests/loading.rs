@@ -1,0 +1,255 @@
+//! Models from files: what was saved is what runs, and what contradicts itself is refused by name.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
+use candle_core::{DType, Device, Tensor};
+use candle_models::{Error, LoadOptions, Model, Result};
+use serde_json::{Map, Value, json};
+
+fn golden(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("../tests/golden")
+        .join(name)
+}
+
+fn golden_values(name: &str) -> HashMap<String, Tensor> {
+    candle_core::safetensors::load(golden(&format!("{name}.golden.safetensors")), &Device::Cpu).unwrap()
+}
+
+/// The largest difference between a model's logits and PyTorch's.
+fn difference(model: &Model, name: &str) -> f32 {
+    let values = golden_values(name);
+    let ids: Vec<u32> = values["logits.ids"].to_dtype(DType::U32).unwrap().to_vec1().unwrap();
+    let logits = model.decoder.logits(&ids).unwrap();
+    let error = (logits - &values["logits.values"]).unwrap().abs().unwrap();
+    error.max_all().unwrap().to_scalar().unwrap()
+}
+
+fn options(config: Value) -> LoadOptions {
+    LoadOptions {
+        config: config.as_object().unwrap().clone(),
+        ..Default::default()
+    }
+}
+
+fn load(path: &Path) -> Result<Model> {
+    Model::load(path, &LoadOptions::default())
+}
+
+/// A copy of a golden model with changed tensors and configuration.
+fn changed(
+    name: &str,
+    change: impl FnOnce(&mut HashMap<String, Tensor>, &mut Map<String, Value>),
+) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let mut tensors = candle_core::safetensors::load(golden(name).join("model.safetensors"), &Device::Cpu).unwrap();
+    let mut config = serde_json::from_slice(&std::fs::read(golden(name).join("config.json")).unwrap()).unwrap();
+    change(&mut tensors, &mut config);
+    candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors")).unwrap();
+    std::fs::write(folder.path().join("config.json"), serde_json::to_vec(&config).unwrap()).unwrap();
+    folder
+}
+
+#[test]
+fn every_stored_form_gives_pytorchs_logits() {
+    for (folder, name, dtype, tolerance) in [
+        ("gpt2", "gpt2", "f32", 2e-4),
+        ("llama", "llama", "f32", 2e-4),
+        ("qwen2", "qwen2", "f32", 2e-4),
+        ("qwen2-sharded", "qwen2", "f32", 2e-4),
+        ("qwen2-f16", "qwen2", "f16", 0.02),
+        ("qwen2-bf16", "qwen2", "bf16", 0.15),
+    ] {
+        let model = load(&golden(folder)).unwrap();
+        assert_eq!(model.decoder.dtype(), dtype, "{folder}");
+        let difference = difference(&model, name);
+        assert!(difference < tolerance, "{folder}: {difference}");
+    }
+}
+
+#[test]
+fn weights_that_contradict_the_configuration_are_refused_by_name() {
+    let wrong: [(&str, &str, Value); 8] = [
+        ("gpt2", "n_embd", json!(18)),
+        ("gpt2", "n_layer", json!(3)),
+        ("gpt2", "n_layer", json!(1)),
+        ("gpt2", "vocab_size", json!(62)),
+        ("gpt2", "n_inner", json!(61)),
+        ("llama", "num_key_value_heads", json!(4)),
+        ("llama", "tie_word_embeddings", json!(true)),
+        ("llama", "attention_bias", json!(true)),
+    ];
+    for (name, field, value) in wrong {
+        let folder = changed(name, |_, config| {
+            config.insert(field.to_owned(), value.clone());
+        });
+        let found = load(folder.path());
+        if field == "tie_word_embeddings" {
+            // A stored copy of a tied head is allowed.
+            assert!(found.is_ok());
+            continue;
+        }
+        let error = found.unwrap_err();
+        assert!(
+            matches!(&error, Error::InvalidFile { reason, .. } if reason.contains('`')),
+            "{field}: {error}"
+        );
+    }
+}
+
+#[test]
+fn missing_and_foreign_tensors_are_refused_by_name() {
+    let missing = "transformer.h.1.mlp.c_fc.bias";
+    let folder = changed("gpt2", |tensors, _| {
+        tensors.remove(missing);
+    });
+    assert!(load(folder.path()).unwrap_err().to_string().contains(missing));
+    let folder = changed("gpt2", |tensors, _| {
+        tensors.insert("classifier.weight".into(), tensors["transformer.wpe.weight"].clone());
+    });
+    assert!(
+        load(folder.path())
+            .unwrap_err()
+            .to_string()
+            .contains("classifier.weight")
+    );
+}
+
+#[test]
+fn buffers_of_old_exports_and_missing_prefixes_are_understood() {
+    let folder = changed("gpt2", |tensors, _| {
+        let renamed = tensors
+            .drain()
+            .map(|(name, tensor)| (name.replace("transformer.", ""), tensor));
+        *tensors = renamed.collect();
+        tensors.insert(
+            "h.0.attn.bias".into(),
+            Tensor::zeros((1, 1, 40, 40), DType::F32, &Device::Cpu).unwrap(),
+        );
+    });
+    assert!(difference(&load(folder.path()).unwrap(), "gpt2") < 2e-4);
+}
+
+#[test]
+fn overrides_are_checked_and_shown() {
+    let model = Model::load(
+        &golden("llama"),
+        &options(json!({"context_length": 20, "learning_rate": 0.5})),
+    )
+    .unwrap();
+    assert_eq!(model.decoder.config().context_length, 20);
+    assert_eq!(
+        (&model.config["context_length"], &model.config["learning_rate"]),
+        (&json!(20), &json!(0.5))
+    );
+    for (name, config) in [
+        ("llama", json!({"context_length": 49})),
+        ("llama", json!({"heads": 2})),
+        ("llama", json!({"num_hidden_layers": 3})),
+        ("llama", json!({"architecture": "gpt2"})),
+        ("llama", json!({"nonsense": 1})),
+        ("llama", json!({"tied_head": true})),
+        ("gpt2", json!({"context_length": 41})),
+    ] {
+        let error = Model::load(&golden(name), &options(config.clone())).unwrap_err();
+        assert!(matches!(error, Error::InvalidConfig { .. }), "{config}: {error}");
+    }
+    // The same value is no contradiction, whichever way it is written.
+    Model::load(&golden("llama"), &options(json!({"n_head": 4.0, "dropout": 0}))).unwrap();
+}
+
+#[test]
+fn models_from_nothing_follow_their_seed() {
+    let config = json!({"architecture": "llama", "layers": 2, "width": 64, "heads": 4, "key_value_heads": 2,
+        "context_length": 16, "vocabulary": 40, "weight_decay": 0.1});
+    let make = |seed: u64| {
+        Model::create(
+            &LoadOptions {
+                seed,
+                ..options(config.clone())
+            },
+            None,
+        )
+        .unwrap()
+    };
+    let logits = |model: &Model| model.decoder.logits(&[1, 2, 3]).unwrap().to_vec2::<f32>().unwrap();
+    assert_eq!(logits(&make(1)), logits(&make(1)));
+    assert_ne!(logits(&make(1)), logits(&make(2)));
+    let model = make(1);
+    assert_eq!(model.config["feed_forward_width"], json!(192));
+    assert_eq!(model.config["weight_decay"], json!(0.1));
+    let too_large = json!({"architecture": "gpt2", "layers": 300, "width": 16384, "heads": 4, "context_length": 16,
+        "vocabulary": 40});
+    assert!(matches!(
+        Model::create(&options(too_large), None),
+        Err(Error::ResourceExhausted(_))
+    ));
+}
+
+/// Writes GPT-2's golden model as llama.cpp's converter does: its own names, matrices [out, in], the head twice.
+fn write_gguf(path: &Path, dtype: GgmlDType) {
+    let tensors = candle_core::safetensors::load(golden("gpt2").join("model.safetensors"), &Device::Cpu).unwrap();
+    let renames = [
+        ("transformer.wte", "token_embd"),
+        ("transformer.wpe", "position_embd"),
+        ("transformer.ln_f", "output_norm"),
+        ("transformer.h.", "blk."),
+        ("ln_1", "attn_norm"),
+        ("ln_2", "ffn_norm"),
+        ("attn.c_attn", "attn_qkv"),
+        ("attn.c_proj", "attn_output"),
+        ("mlp.c_fc", "ffn_up"),
+        ("mlp.c_proj", "ffn_down"),
+    ];
+    let mut written: Vec<(String, QTensor)> = Vec::new();
+    for (name, tensor) in &tensors {
+        let is_layer_matrix = name.contains(".h.") && tensor.rank() == 2;
+        let tensor = if is_layer_matrix {
+            tensor.t().unwrap().contiguous().unwrap()
+        } else {
+            tensor.clone()
+        };
+        let name = renames
+            .iter()
+            .fold(name.clone(), |name, (from, to)| name.replace(from, to));
+        let dtype = if is_layer_matrix { dtype } else { GgmlDType::F32 };
+        if name == "token_embd.weight" {
+            written.push(("output.weight".into(), QTensor::quantize(&tensor, dtype).unwrap()));
+        }
+        written.push((name, QTensor::quantize(&tensor, dtype).unwrap()));
+    }
+    let number = |value: u32| gguf_file::Value::U32(value);
+    let metadata = [
+        ("general.architecture", gguf_file::Value::String("gpt2".into())),
+        ("gpt2.block_count", number(2)),
+        ("gpt2.context_length", number(40)),
+        ("gpt2.embedding_length", number(15)),
+        ("gpt2.feed_forward_length", number(60)),
+        ("gpt2.attention.head_count", number(3)),
+        ("gpt2.attention.layer_norm_epsilon", gguf_file::Value::F32(1e-5)),
+    ];
+    let metadata: Vec<_> = metadata.iter().map(|(key, value)| (*key, value)).collect();
+    let tensors: Vec<_> = written.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    gguf_file::write(&mut std::fs::File::create(path).unwrap(), &metadata, &tensors).unwrap();
+}
+
+#[test]
+fn gguf_gives_the_same_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tiny.gguf");
+    for (dtype, name, tolerance) in [(GgmlDType::F32, "f32", 2e-4), (GgmlDType::F16, "f16", 0.05)] {
+        write_gguf(&path, dtype);
+        let model = load(&path).unwrap();
+        assert!(model.decoder.config().tied_head);
+        assert_eq!(model.decoder.parameters()[2].name, "transformer.h.0.ln_1.weight");
+        assert_eq!(model.decoder.dtype(), name);
+        let difference = difference(&model, "gpt2");
+        assert!(difference < tolerance, "{name}: {difference}");
+    }
+    let bytes = std::fs::read(&path).unwrap();
+    std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
+    assert!(matches!(load(&path), Err(Error::InvalidFile { .. })));
+}
