@@ -1,1 +1,50 @@
-//! stub
+//! Fused CPU kernels for decoder inference and training: slices in, slices out.
+//!
+//! Matrices are row-major `f32` slices; shapes are given in brackets in each docstring, outermost dimension first.
+//! Every kernel has one generic body over [`simd`]'s sixteen lanes, compiled for each level (portable, AVX2, AVX-512;
+//! NEON is written but was neither compiled nor run) and chosen at run time.
+//!
+//! Contracts that hold for all kernels:
+//! - Slice lengths are checked on entry and a mismatch panics with both lengths: lengths are the caller's code, never
+//!   outside data. Values (infinities, NaN, denormals) never panic.
+//! - Results do not depend on the number of threads.
+//! - [`linear`], the norms, the activations, [`rotary`] and attention treat each row alone, with the same operations in
+//!   the same order whatever the other rows are: a sequence's result is bit for bit the same alone or in a batch.
+
+mod activation;
+mod adamw;
+mod attention;
+mod cross_entropy;
+mod elementwise;
+mod embedding;
+mod format;
+mod linear;
+mod matmul;
+mod norm;
+mod quantized;
+mod reduce;
+mod rotary;
+pub mod simd;
+pub mod threads;
+mod tiles;
+
+#[cfg(test)]
+mod test_util;
+
+pub use activation::{
+    gelu_erf, gelu_erf_backward, gelu_tanh, gelu_tanh_backward, silu, silu_backward, silu_gate, silu_gate_backward,
+};
+pub use adamw::{AdamWStep, adamw};
+pub use attention::{
+    AttentionHeads, AttentionSaved, CachedSequence, attention_backward, attention_decode, attention_forward,
+};
+pub use cross_entropy::{HeadGradients, cross_entropy_head, log_probabilities};
+pub use elementwise::{add, add_assign, axpy, scale};
+pub use embedding::{embedding_gather, embedding_scatter_add};
+pub use format::{WeightFormat, Weights};
+pub use linear::linear;
+pub use matmul::{MatrixRef, matmul};
+pub use norm::{NormStatistics, layer_norm, layer_norm_backward, rms_norm, rms_norm_backward};
+pub use quantized::dequantize;
+pub use reduce::{all_finite, sum_of_squares, sum_rows};
+pub use rotary::{RotaryLayout, RotaryTable, rotary};

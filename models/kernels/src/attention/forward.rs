@@ -1,0 +1,245 @@
+//! The forward pass over packed sequences, and the block loop that cached inference shares.
+
+use super::rows::Rows;
+use super::tile::{KEYS, QUERY_ROWS, Scores, add_products, dot_rows};
+use super::{AttentionHeads, check_lengths};
+use crate::simd::math::exp;
+use crate::simd::{LANES, Level, Simd, dispatch, level};
+use crate::threads::parallel_for_worth;
+use crate::tiles::{Cuts, Tile, Tiles};
+
+/// Tokens of a task.
+const TASK_TOKENS: usize = 64;
+
+/// Causal attention of packed sequences: `out = softmax(scale * q k^T) v` per sequence and head.
+///
+/// `q` and `out` are `[tokens, heads * head_dim]`, `k` and `v` `[tokens, key_value_heads * head_dim]`; sequence `i` is
+/// tokens `cumulative_lengths[i]..cumulative_lengths[i + 1]`. With `log_sum_exp` (`[tokens, heads]`) the logarithms of
+/// the softmax' denominators are kept for the backward pass.
+///
+/// # Panics
+/// Where the lengths do not fit each other.
+pub fn attention_forward(
+    heads: &AttentionHeads,
+    cumulative_lengths: &[usize],
+    [q, k, v]: [&[f32]; 3],
+    out: &mut [f32],
+    log_sum_exp: Option<&mut [f32]>,
+) {
+    forward_with(level(), heads, cumulative_lengths, [q, k, v], out, log_sum_exp);
+}
+
+pub(super) fn forward_with(
+    level: Level,
+    heads: &AttentionHeads,
+    cumulative_lengths: &[usize],
+    [q, k, v]: [&[f32]; 3],
+    out: &mut [f32],
+    log_sum_exp: Option<&mut [f32]>,
+) {
+    heads.check();
+    let tokens = q.len() / heads.query_width().max(1);
+    check_lengths(cumulative_lengths, tokens);
+    assert_eq!(q.len(), tokens * heads.query_width(), "queries");
+    assert_eq!(out.len(), q.len(), "output");
+    assert!(
+        k.len() == tokens * heads.key_value_width() && v.len() == k.len(),
+        "keys and values"
+    );
+    assert!(
+        log_sum_exp
+            .as_ref()
+            .is_none_or(|values| values.len() == tokens * heads.heads),
+        "log-sum-exp"
+    );
+    if tokens == 0 {
+        return;
+    }
+    let blocks = token_blocks(cumulative_lengths);
+    let bounds: Vec<usize> = blocks.iter().map(|block| block.start).chain([tokens]).collect();
+    let (group, head_dim) = (heads.group(), heads.head_dim);
+    let columns = Cuts::Every {
+        step: group * head_dim,
+        length: heads.query_width(),
+    };
+    let out = Tiles::new(out, heads.query_width(), Cuts::At(&bounds), columns);
+    let log_sum_exp = log_sum_exp.map(|values| {
+        Tiles::new(
+            values,
+            heads.heads,
+            Cuts::At(&bounds),
+            Cuts::Every {
+                step: group,
+                length: heads.heads,
+            },
+        )
+    });
+    let cost: usize = blocks
+        .iter()
+        .map(|block| block.length * (block.offset + block.length))
+        .sum();
+    parallel_for_worth(
+        cost * heads.query_width(),
+        blocks.len() * heads.key_value_heads,
+        |task| {
+            // The longest rows of keys first, so that the last task is short.
+            let (index, head) = (
+                blocks.len() - 1 - task / heads.key_value_heads,
+                task % heads.key_value_heads,
+            );
+            let block = &blocks[index];
+            let sequence = (block.start - block.offset) * heads.key_value_width() + head * head_dim;
+            let query = Query {
+                rows: Rows::new(
+                    &q[block.start * heads.query_width() + head * group * head_dim..],
+                    heads.query_width(),
+                    group,
+                    head_dim,
+                ),
+                tokens: block.length,
+                position: block.offset,
+                group,
+                scale: heads.scale,
+            };
+            let keys = Rows::new(&k[sequence..], heads.key_value_width(), 1, head_dim);
+            let values = Rows::new(&v[sequence..], heads.key_value_width(), 1, head_dim);
+            let mut out = out.take(index, head);
+            let mut log_sum_exp = log_sum_exp.as_ref().map(|tiles| tiles.take(index, head));
+            dispatch!(
+                level,
+                attend(query, keys, values, head_dim, &mut out, log_sum_exp.as_mut())
+            );
+        },
+    );
+}
+
+/// Some tokens of one sequence.
+struct TokenBlock {
+    /// First token in the packed matrix.
+    start: usize,
+    /// The first token's position in its sequence.
+    offset: usize,
+    length: usize,
+}
+
+fn token_blocks(cumulative_lengths: &[usize]) -> Vec<TokenBlock> {
+    let sequences = cumulative_lengths.windows(2);
+    sequences
+        .flat_map(|bounds| {
+            let (start, length) = (bounds[0], bounds[1] - bounds[0]);
+            (0..length).step_by(TASK_TOKENS).map(move |offset| TokenBlock {
+                start: start + offset,
+                offset,
+                length: TASK_TOKENS.min(length - offset),
+            })
+        })
+        .collect()
+}
+
+/// The queries of neighbouring tokens for one key-value head.
+#[derive(Clone, Copy)]
+pub(super) struct Query<'a> {
+    pub(super) rows: Rows<'a>,
+    pub(super) tokens: usize,
+    /// Position of the first token in its sequence.
+    pub(super) position: usize,
+    /// Query heads per token.
+    pub(super) group: usize,
+    pub(super) scale: f32,
+}
+
+/// Attention of neighbouring tokens' queries over their sequence's keys and values, for one key-value head.
+#[inline(always)]
+pub(super) fn attend<S: Simd>(
+    s: S,
+    query: Query<'_>,
+    keys: Rows<'_>,
+    values: Rows<'_>,
+    head_dim: usize,
+    out: &mut Tile<'_, f32>,
+    mut log_sum_exp: Option<&mut Tile<'_, f32>>,
+) {
+    let rows = query.tokens * query.group;
+    let mut sums = vec![0.0; QUERY_ROWS.min(rows) * head_dim];
+    let mut scores: Scores = [[0.0; KEYS]; QUERY_ROWS];
+    for first in (0..rows).step_by(QUERY_ROWS) {
+        let count = QUERY_ROWS.min(rows - first);
+        let position = |row: usize| query.position + (first + row) / query.group;
+        sums.fill(0.0);
+        let mut largest = [f32::NEG_INFINITY; QUERY_ROWS];
+        let mut total = [0.0; QUERY_ROWS];
+        for start in (0..=position(count - 1)).step_by(KEYS) {
+            let width = KEYS.min(position(count - 1) + 1 - start);
+            dot_rows(s, [count, width], query.rows.from(first), keys.from(start), &mut scores);
+            for row in 0..count {
+                let visible = (position(row) + 1).saturating_sub(start).min(width);
+                let rescale = softmax_block(
+                    s,
+                    &mut scores[row],
+                    visible,
+                    query.scale,
+                    &mut largest[row],
+                    &mut total[row],
+                );
+                scale_row(s, rescale, &mut sums[row * head_dim..(row + 1) * head_dim]);
+            }
+            let factor = |row: usize, key: usize| scores[row][key];
+            add_products(s, [count, width], factor, values.from(start), head_dim, &mut sums);
+        }
+        for row in 0..count {
+            let (token, head) = ((first + row) / query.group, (first + row) % query.group);
+            let sums = &mut sums[row * head_dim..(row + 1) * head_dim];
+            scale_row(s, 1.0 / total[row], sums);
+            out.row(token)[head * head_dim..(head + 1) * head_dim].copy_from_slice(sums);
+            if let Some(values) = log_sum_exp.as_deref_mut() {
+                values.row(token)[head] = largest[row] + total[row].ln();
+            }
+        }
+    }
+}
+
+/// Turns a row's scores into `e^(scale * score - largest)`, with zeros from `visible` on, and updates the row's largest
+/// scaled score and its sum. Returns the factor for what was summed under the former largest score.
+#[inline(always)]
+fn softmax_block<S: Simd>(
+    s: S,
+    scores: &mut [f32; KEYS],
+    visible: usize,
+    scale: f32,
+    largest: &mut f32,
+    total: &mut f32,
+) -> f32 {
+    scores[visible..].fill(f32::NEG_INFINITY);
+    let factor = s.splat(scale);
+    let (chunks, _) = scores.as_chunks_mut::<LANES>();
+    let mut maximum = s.splat(*largest);
+    for chunk in chunks.iter_mut() {
+        // The scale may be negative or zero: masked scores must stay masked.
+        let scaled = s.mul(s.load(chunk), factor);
+        s.store(scaled, chunk);
+        maximum = s.max(maximum, scaled);
+    }
+    let new = s.reduce_max(maximum);
+    let mut sum = s.splat(0.0);
+    for chunk in chunks.iter_mut() {
+        let weight = exp(s, s.sub(s.load(chunk), s.splat(new)));
+        s.store(weight, chunk);
+        sum = s.add(sum, weight);
+    }
+    let rescale = (*largest - new).exp();
+    *total = *total * rescale + s.reduce_add(sum);
+    *largest = new;
+    rescale
+}
+
+#[inline(always)]
+fn scale_row<S: Simd>(s: S, factor: f32, row: &mut [f32]) {
+    if factor == 1.0 {
+        return;
+    }
+    let (chunks, rest) = row.as_chunks_mut::<LANES>();
+    for chunk in chunks {
+        s.store(s.mul(s.load(chunk), s.splat(factor)), chunk);
+    }
+    rest.iter_mut().for_each(|value| *value *= factor);
+}

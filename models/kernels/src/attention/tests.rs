@@ -1,0 +1,202 @@
+use super::backward::backward_with;
+use super::cached::decode_with;
+use super::forward::forward_with;
+use super::*;
+use crate::simd::{Level, available};
+use crate::test_util::{assert_close, numeric_gradient, random, weighted_sum};
+
+fn heads(heads: usize, key_value_heads: usize, head_dim: usize) -> AttentionHeads {
+    AttentionHeads {
+        heads,
+        key_value_heads,
+        head_dim,
+        scale: 1.0 / (head_dim as f32).sqrt(),
+    }
+}
+
+/// The definition, one row at a time in double precision.
+fn oracle(shape: &AttentionHeads, bounds: &[usize], [q, k, v]: [&[f32]; 3]) -> (Vec<f32>, Vec<f32>) {
+    let (dim, width, kv_width) = (shape.head_dim, shape.query_width(), shape.key_value_width());
+    let tokens = q.len() / width;
+    let (mut out, mut log_sum_exp) = (vec![0.0; q.len()], vec![0.0; tokens * shape.heads]);
+    for token in 0..tokens {
+        let start = *bounds.iter().rfind(|&&bound| bound <= token).unwrap();
+        for head in 0..shape.heads {
+            let query = &q[token * width + head * dim..][..dim];
+            let kv_head = head / (shape.heads / shape.key_value_heads);
+            let row = |data: &'_ [f32], j: usize, i: usize| f64::from(data[j * kv_width + kv_head * dim + i]);
+            let score = |j: usize| {
+                let dot: f64 = (0..dim).map(|i| f64::from(query[i]) * row(k, j, i)).sum();
+                (dot * f64::from(shape.scale)).exp()
+            };
+            let weights: Vec<f64> = (start..=token).map(score).collect();
+            let total: f64 = weights.iter().sum();
+            log_sum_exp[token * shape.heads + head] = total.ln() as f32;
+            for i in 0..dim {
+                let sum: f64 = (start..=token)
+                    .zip(&weights)
+                    .map(|(j, weight)| weight * row(v, j, i))
+                    .sum();
+                out[token * width + head * dim + i] = (sum / total) as f32;
+            }
+        }
+    }
+    (out, log_sum_exp)
+}
+
+fn inputs(shape: &AttentionHeads, tokens: usize) -> [Vec<f32>; 3] {
+    let q = random(tokens * shape.query_width(), 1)
+        .iter()
+        .map(|x| 3.0 * x)
+        .collect();
+    [
+        q,
+        random(tokens * shape.key_value_width(), 2),
+        random(tokens * shape.key_value_width(), 3),
+    ]
+}
+
+#[test]
+fn forward_agrees_with_the_definition() {
+    for (shape, bounds) in [
+        (heads(1, 1, 1), vec![0, 1]),
+        (heads(2, 1, 7), vec![0, 3, 3, 4, 37]),
+        (heads(4, 4, 33), vec![0, 65, 66]),
+        (heads(6, 2, 64), vec![0, 130, 200]),
+    ] {
+        let tokens = *bounds.last().unwrap();
+        let [q, k, v] = inputs(&shape, tokens);
+        let (want, want_log) = oracle(&shape, &bounds, [&q, &k, &v]);
+        for level in available() {
+            let (mut out, mut log_sum_exp) = (vec![0.0; q.len()], vec![0.0; tokens * shape.heads]);
+            forward_with(level, &shape, &bounds, [&q, &k, &v], &mut out, Some(&mut log_sum_exp));
+            assert_close(&out, &want, 2e-6);
+            assert_close(&log_sum_exp, &want_log, 2e-6);
+        }
+    }
+}
+
+#[test]
+fn a_cache_gives_bitwise_what_the_whole_sequence_gives() {
+    let shape = heads(6, 2, 40);
+    let bounds = [0, 150, 230];
+    let [q, k, v] = inputs(&shape, 230);
+    let (width, kv_width) = (shape.query_width(), shape.key_value_width());
+    for level in available() {
+        let mut whole = vec![0.0; q.len()];
+        forward_with(level, &shape, &bounds, [&q, &k, &v], &mut whole, None);
+        // New tokens at the end of each sequence: one, some, all.
+        for new in [[1, 1], [7, 70], [150, 80], [0, 3]] {
+            let starts = [150 - new[0], 230 - new[1]];
+            let pick = |data: &[f32]| {
+                let parts = [
+                    &data[starts[0] * width..150 * width],
+                    &data[starts[1] * width..230 * width],
+                ];
+                parts.concat()
+            };
+            let sequence = |index: usize| CachedSequence {
+                keys: &k[bounds[index] * kv_width..bounds[index + 1] * kv_width],
+                values: &v[bounds[index] * kv_width..bounds[index + 1] * kv_width],
+                new_tokens: new[index],
+            };
+            let queries = pick(&q);
+            let mut out = vec![0.0; queries.len()];
+            decode_with(level, &shape, &queries, &[sequence(0), sequence(1)], &mut out);
+            assert_eq!(out, pick(&whole), "{level}, {new:?} new tokens");
+        }
+    }
+}
+
+#[test]
+fn gradients_agree_with_differences() {
+    for (shape, bounds) in [(heads(2, 1, 3), vec![0, 5, 9]), (heads(2, 2, 17), vec![0, 1, 4])] {
+        let tokens = *bounds.last().unwrap();
+        let [q, k, v] = inputs(&shape, tokens);
+        let d_out = random(q.len(), 4);
+        let loss = |q: &[f32], k: &[f32], v: &[f32]| weighted_sum(&d_out, &oracle(&shape, &bounds, [q, k, v]).0);
+        let want_q = numeric_gradient(&q, 1e-2, |q| loss(q, &k, &v));
+        let want_k = numeric_gradient(&k, 1e-2, |k| loss(&q, k, &v));
+        let want_v = numeric_gradient(&v, 1e-2, |v| loss(&q, &k, v));
+        for level in available() {
+            let [dq, dk, dv] = backward_of(level, &shape, &bounds, [&q, &k, &v], &d_out);
+            assert_close(&dq, &want_q, 1e-3);
+            assert_close(&dk, &want_k, 1e-3);
+            assert_close(&dv, &want_v, 1e-3);
+        }
+    }
+}
+
+fn backward_of(
+    level: Level,
+    shape: &AttentionHeads,
+    bounds: &[usize],
+    [q, k, v]: [&[f32]; 3],
+    d_out: &[f32],
+) -> [Vec<f32>; 3] {
+    let tokens = bounds[bounds.len() - 1];
+    let (mut out, mut log_sum_exp) = (vec![0.0; q.len()], vec![0.0; tokens * shape.heads]);
+    forward_with(level, shape, bounds, [q, k, v], &mut out, Some(&mut log_sum_exp));
+    let saved = AttentionSaved {
+        q,
+        k,
+        v,
+        out: &out,
+        log_sum_exp: &log_sum_exp,
+    };
+    let mut gradients = [
+        vec![f32::NAN; q.len()],
+        vec![f32::NAN; k.len()],
+        vec![f32::NAN; v.len()],
+    ];
+    let [dq, dk, dv] = &mut gradients;
+    backward_with(level, shape, bounds, &saved, d_out, [dq, dk, dv]);
+    gradients
+}
+
+#[test]
+fn gradients_of_long_sequences_agree_with_the_definition() {
+    // The gradient of one weighted sum, written out as in a textbook: several blocks of rows and of keys.
+    let shape = heads(3, 1, 20);
+    let tokens = 150;
+    let [q, k, v] = inputs(&shape, tokens);
+    let d_out = random(q.len(), 4);
+    let (dim, width) = (shape.head_dim, shape.query_width());
+    let mut want = [vec![0.0f64; q.len()], vec![0.0f64; k.len()], vec![0.0f64; v.len()]];
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+    for token in 0..tokens {
+        for head in 0..shape.heads {
+            let at = token * width + head * dim;
+            let (query, upstream) = (&q[at..at + dim], &d_out[at..at + dim]);
+            let rows = |data: &'_ [f32], j: usize| data[j * dim..(j + 1) * dim].to_vec();
+            let scores: Vec<f64> = (0..=token)
+                .map(|j| (dot(query, &rows(&k, j)) * f64::from(shape.scale)).exp())
+                .collect();
+            let total: f64 = scores.iter().sum();
+            let weights: Vec<f64> = scores.iter().map(|score| score / total).collect();
+            let slopes: Vec<f64> = (0..=token).map(|j| dot(upstream, &rows(&v, j))).collect();
+            let mean: f64 = weights.iter().zip(&slopes).map(|(w, s)| w * s).sum();
+            for j in 0..=token {
+                let d_score = weights[j] * (slopes[j] - mean) * f64::from(shape.scale);
+                for i in 0..dim {
+                    want[0][at + i] += d_score * f64::from(k[j * dim + i]);
+                    want[1][j * dim + i] += d_score * f64::from(query[i]);
+                    want[2][j * dim + i] += weights[j] * f64::from(upstream[i]);
+                }
+            }
+        }
+    }
+    for level in available() {
+        let got = backward_of(level, &shape, &[0, tokens], [&q, &k, &v], &d_out);
+        for (got, want) in got.iter().zip(&want) {
+            assert_close(got, &want.iter().map(|x| *x as f32).collect::<Vec<_>>(), 1e-5);
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "do not cover 3 tokens")]
+fn lengths_that_do_not_cover_the_tokens_are_refused() {
+    let data = [0.0; 3];
+    attention_forward(&heads(1, 1, 1), &[0, 2], [&data, &data, &data], &mut [0.0; 3], None);
+}

@@ -1,0 +1,376 @@
+//! The language-model head and its cross-entropy together, block by block of tokens: the logits of all tokens never
+//! exist at once.
+
+use crate::linear::linear_with;
+use crate::matmul::{MatrixRef, matmul};
+use crate::simd::math::exp;
+use crate::simd::{LANES, Level, Simd, dispatch, level};
+use crate::threads::parallel_for;
+use crate::tiles::{Cuts, Tiles};
+use crate::{Weights, elementwise};
+
+/// Target of tokens that have none.
+const IGNORED: i64 = -100;
+
+/// Logits that are held at once: 64 MiB.
+const BLOCK_LOGITS: usize = 1 << 24;
+
+/// Where [`cross_entropy_head`] leaves the gradients.
+#[derive(Debug)]
+pub struct HeadGradients<'a> {
+    /// Gradient of the hidden states `[tokens, width]`; overwritten.
+    pub d_hidden: &'a mut [f32],
+    /// Gradient of the head's weight `[vocabulary, width]`; added to.
+    pub d_weight: &'a mut [f32],
+}
+
+/// Tokens of a block of logits.
+fn block_tokens(vocabulary: usize) -> usize {
+    (BLOCK_LOGITS / vocabulary.max(1)).clamp(16, 1024)
+}
+
+/// Cross-entropy of the head's logits `hidden * weight^T`, and the gradients of
+/// `sum over tokens of token_weight * loss`.
+///
+/// `hidden` is `[tokens, width]`, `weight` `[vocabulary, width]` (`[width]` is its length over `vocabulary`), `targets`
+/// and `token_weights` `[tokens]`. `losses` `[tokens]` receives each token's unweighted loss (natural logarithm), 0
+/// where the target is -100, which also gives no gradient.
+///
+/// # Panics
+/// Where the lengths do not fit each other or a target is neither -100 nor below `vocabulary`.
+pub fn cross_entropy_head(
+    hidden: &[f32],
+    weight: &[f32],
+    vocabulary: usize,
+    targets: &[i64],
+    token_weights: &[f32],
+    losses: &mut [f32],
+    mut gradients: Option<HeadGradients<'_>>,
+) {
+    let tokens = targets.len();
+    let width = weight.len() / vocabulary.max(1);
+    assert_eq!(
+        weight.len(),
+        vocabulary * width,
+        "weight is not rows of a vocabulary of {vocabulary}"
+    );
+    assert_eq!(
+        hidden.len(),
+        tokens * width,
+        "hidden states are not [{tokens}, {width}]"
+    );
+    assert!(
+        token_weights.len() == tokens && losses.len() == tokens,
+        "token weights and losses are not [{tokens}]"
+    );
+    check_targets(targets, vocabulary);
+    if let Some(gradients) = &gradients {
+        assert_eq!(gradients.d_hidden.len(), hidden.len(), "gradient of the hidden states");
+        assert_eq!(gradients.d_weight.len(), weight.len(), "gradient of the weight");
+    }
+    if tokens == 0 || vocabulary == 0 || width == 0 {
+        return;
+    }
+    let level = level();
+    let step = block_tokens(vocabulary).min(tokens);
+    let head = MatrixRef::new(weight, vocabulary, width);
+    let mut logits = vec![0.0; step * vocabulary];
+    for start in (0..tokens).step_by(step) {
+        let rows = start..tokens.min(start + step);
+        let count = rows.len();
+        let logits = &mut logits[..count * vocabulary];
+        let block = &hidden[rows.start * width..rows.end * width];
+        matmul(MatrixRef::new(block, count, width), head.transpose(), false, logits);
+        let labels = Labels {
+            targets: &targets[rows.clone()],
+            token_weights: &token_weights[rows.clone()],
+        };
+        softmax_rows(level, logits, labels, gradients.is_some(), &mut losses[rows.clone()]);
+        if let Some(HeadGradients { d_hidden, d_weight }) = &mut gradients {
+            let d_logits = MatrixRef::new(logits, count, vocabulary);
+            matmul(
+                d_logits,
+                head,
+                false,
+                &mut d_hidden[rows.start * width..rows.end * width],
+            );
+            matmul(
+                d_logits.transpose(),
+                MatrixRef::new(block, count, width),
+                true,
+                d_weight,
+            );
+        }
+    }
+}
+
+/// Log-probabilities of the targets under the head's logits `hidden * weights^T`, for weights of any format.
+///
+/// `hidden` is `[tokens, width]`, `weights` `[vocabulary, width]`, `targets` and `out` `[tokens]`; `out` is 0 where the
+/// target is -100. A token's value is the same whatever the other tokens are.
+///
+/// # Panics
+/// Where the lengths do not fit each other or a target is neither -100 nor below the vocabulary.
+pub fn log_probabilities(hidden: &[f32], weights: Weights<'_>, targets: &[i64], out: &mut [f32]) {
+    let (tokens, vocabulary, width) = (targets.len(), weights.rows, weights.columns);
+    assert_eq!(
+        hidden.len(),
+        tokens * width,
+        "hidden states are not [{tokens}, {width}]"
+    );
+    assert_eq!(out.len(), tokens, "output is not [{tokens}]");
+    check_targets(targets, vocabulary);
+    if tokens == 0 || vocabulary == 0 {
+        return;
+    }
+    let level = level();
+    let step = block_tokens(vocabulary).min(tokens);
+    let mut logits = vec![0.0; step * vocabulary];
+    for start in (0..tokens).step_by(step) {
+        let rows = start..tokens.min(start + step);
+        let logits = &mut logits[..rows.len() * vocabulary];
+        linear_with(
+            level,
+            &hidden[rows.start * width..rows.end * width],
+            weights,
+            None,
+            logits,
+        );
+        let labels = Labels {
+            targets: &targets[rows.clone()],
+            token_weights: &[],
+        };
+        softmax_rows(level, logits, labels, false, &mut out[rows]);
+    }
+    out.iter_mut().for_each(|loss| *loss = 0.0 - *loss);
+}
+
+fn check_targets(targets: &[i64], vocabulary: usize) {
+    let valid = |target: i64| target == IGNORED || usize::try_from(target).is_ok_and(|target| target < vocabulary);
+    if let Some(target) = targets.iter().find(|&&target| !valid(target)) {
+        panic!("target {target} in a vocabulary of {vocabulary}");
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Labels<'a> {
+    targets: &'a [i64],
+    token_weights: &'a [f32],
+}
+
+/// Losses of a block's rows of logits; with `differentiate` the logits become their gradients.
+fn softmax_rows(level: Level, logits: &mut [f32], labels: Labels<'_>, differentiate: bool, losses: &mut [f32]) {
+    let rows = labels.targets.len();
+    let vocabulary = logits.len() / rows;
+    let step = (elementwise::STEP / vocabulary).max(1);
+    let cuts = Cuts::Every { step, length: rows };
+    let logits = Tiles::new(logits, vocabulary, cuts, Cuts::none(vocabulary));
+    let losses = Tiles::new(losses, 1, cuts, Cuts::none(1));
+    parallel_for(rows.div_ceil(step), |task| {
+        let (mut logits, mut losses) = (logits.take(task, 0), losses.take(task, 0));
+        for local in 0..logits.rows() {
+            let row = task * step + local;
+            let logits = logits.row(local);
+            let Ok(target) = usize::try_from(labels.targets[row]) else {
+                losses.row(local)[0] = 0.0;
+                if differentiate {
+                    logits.fill(0.0);
+                }
+                continue;
+            };
+            let target_logit = logits[target];
+            let log_sum_exp = dispatch!(level, log_sum_exp(logits));
+            losses.row(local)[0] = log_sum_exp - target_logit;
+            if differentiate {
+                let weight = labels.token_weights[row];
+                dispatch!(level, softmax_scaled(logits, log_sum_exp, weight));
+                logits[target] -= weight;
+            }
+        }
+    });
+}
+
+#[inline(always)]
+fn log_sum_exp<S: Simd>(s: S, logits: &[f32]) -> f32 {
+    let (chunks, rest) = logits.as_chunks::<LANES>();
+    let rest = s.load_partial_or(rest, f32::NEG_INFINITY);
+    let mut largest = rest;
+    for chunk in chunks {
+        largest = s.max(s.load(chunk), largest);
+    }
+    let largest = s.reduce_max(largest);
+    let shift = s.splat(largest);
+    let mut sum = exp(s, s.sub(rest, shift));
+    for chunk in chunks {
+        sum = s.add(sum, exp(s, s.sub(s.load(chunk), shift)));
+    }
+    largest + s.reduce_add(sum).ln()
+}
+
+/// `logits = weight * e^(logits - log_sum_exp)`.
+#[inline(always)]
+fn softmax_scaled<S: Simd>(s: S, logits: &mut [f32], log_sum_exp: f32, weight: f32) {
+    let (shift, weight) = (s.splat(log_sum_exp), s.splat(weight));
+    for chunk in logits.chunks_mut(LANES) {
+        match chunk.first_chunk_mut() {
+            Some(lanes) => s.store(s.mul(weight, exp(s, s.sub(s.load(lanes), shift))), lanes),
+            None => s.store_partial(s.mul(weight, exp(s, s.sub(s.load_partial(chunk), shift))), chunk),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::WeightFormat;
+    use crate::test_util::{assert_close, numeric_gradient, random};
+
+    /// Losses by the definition in double precision.
+    fn oracle(hidden: &[f32], weight: &[f32], vocabulary: usize, targets: &[i64]) -> Vec<f32> {
+        let width = weight.len() / vocabulary;
+        let loss = |(hidden, &target): (&[f32], &i64)| {
+            let Ok(target) = usize::try_from(target) else {
+                return 0.0;
+            };
+            let logit = |row: &[f32]| {
+                row.iter()
+                    .zip(hidden)
+                    .map(|(w, h)| f64::from(*w) * f64::from(*h))
+                    .sum::<f64>()
+            };
+            let logits: Vec<f64> = weight.chunks(width).map(logit).collect();
+            (logits.iter().map(|logit| logit.exp()).sum::<f64>().ln() - logits[target]) as f32
+        };
+        hidden.chunks(width).zip(targets).map(loss).collect()
+    }
+
+    fn targets(tokens: usize, vocabulary: usize) -> Vec<i64> {
+        (0..tokens)
+            .map(|i| {
+                if i % 5 == 3 {
+                    IGNORED
+                } else {
+                    (i * 7 % vocabulary) as i64
+                }
+            })
+            .collect()
+    }
+
+    #[test]
+    fn losses_agree_with_the_definition() {
+        for (tokens, width, vocabulary) in [(1, 1, 1), (7, 33, 65), (40, 16, 100)] {
+            let (hidden, weight) = (random(tokens * width, 1), random(vocabulary * width, 2));
+            let targets = targets(tokens, vocabulary);
+            let want = oracle(&hidden, &weight, vocabulary, &targets);
+            let mut losses = vec![f32::NAN; tokens];
+            cross_entropy_head(
+                &hidden,
+                &weight,
+                vocabulary,
+                &targets,
+                &vec![1.0; tokens],
+                &mut losses,
+                None,
+            );
+            assert_close(&losses, &want, 1e-5);
+            let mut out = vec![f32::NAN; tokens];
+            log_probabilities(
+                &hidden,
+                Weights::from_f32(&weight, vocabulary, width),
+                &targets,
+                &mut out,
+            );
+            assert_close(&out.iter().map(|value| -value).collect::<Vec<_>>(), &want, 1e-5);
+        }
+    }
+
+    #[test]
+    fn a_head_in_half_precision_gives_log_probabilities() {
+        let (width, vocabulary) = (32, 50);
+        let weight: Vec<half::f16> = random(vocabulary * width, 2)
+            .into_iter()
+            .map(half::f16::from_f32)
+            .collect();
+        let expanded: Vec<f32> = weight.iter().map(|value| value.to_f32()).collect();
+        let hidden = random(6 * width, 1);
+        let weights = Weights {
+            format: WeightFormat::F16,
+            data: bytemuck::cast_slice(&weight),
+            rows: vocabulary,
+            columns: width,
+        };
+        let mut out = [0.0; 6];
+        log_probabilities(&hidden, weights, &targets(6, vocabulary), &mut out);
+        let want = oracle(&hidden, &expanded, vocabulary, &targets(6, vocabulary));
+        assert_close(&out.map(|value| -value), &want, 1e-5);
+    }
+
+    #[test]
+    fn gradients_agree_with_differences() {
+        let (tokens, width, vocabulary) = (6, 5, 19);
+        let (hidden, weight) = (random(tokens * width, 1), random(vocabulary * width, 2));
+        let (targets, token_weights) = (targets(tokens, vocabulary), random(tokens, 3));
+        let loss = |hidden: &[f32], weight: &[f32]| {
+            let losses = oracle(hidden, weight, vocabulary, &targets);
+            crate::test_util::weighted_sum(&token_weights, &losses)
+        };
+        let want_hidden = numeric_gradient(&hidden, 1e-2, |hidden| loss(hidden, &weight));
+        let want_weight = numeric_gradient(&weight, 1e-2, |weight| loss(&hidden, weight));
+        let (mut d_hidden, mut d_weight) = (vec![f32::NAN; hidden.len()], vec![0.5; weight.len()]);
+        let gradients = HeadGradients {
+            d_hidden: &mut d_hidden,
+            d_weight: &mut d_weight,
+        };
+        let mut losses = vec![0.0; tokens];
+        cross_entropy_head(
+            &hidden,
+            &weight,
+            vocabulary,
+            &targets,
+            &token_weights,
+            &mut losses,
+            Some(gradients),
+        );
+        assert_close(&d_hidden, &want_hidden, 1e-3);
+        d_weight.iter_mut().for_each(|value| *value -= 0.5);
+        assert_close(&d_weight, &want_weight, 1e-3);
+    }
+
+    #[test]
+    fn blocks_of_tokens_join_seamlessly() {
+        // A vocabulary so large that a block holds fewer tokens than there are.
+        let (tokens, width, vocabulary) = (40, 2, BLOCK_LOGITS / 16);
+        let (hidden, weight) = (random(tokens * width, 1), random(vocabulary * width, 2));
+        let targets = targets(tokens, vocabulary);
+        let mut losses = vec![0.0; tokens];
+        cross_entropy_head(
+            &hidden,
+            &weight,
+            vocabulary,
+            &targets,
+            &vec![1.0; tokens],
+            &mut losses,
+            None,
+        );
+        for token in [0, 15, 16, 39] {
+            let mut alone = [0.0];
+            let hidden = &hidden[token * width..(token + 1) * width];
+            cross_entropy_head(
+                hidden,
+                &weight,
+                vocabulary,
+                &targets[token..=token],
+                &[1.0],
+                &mut alone,
+                None,
+            );
+            assert_close(&alone, &losses[token..=token], 1e-5);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "target 4 in a vocabulary of 4")]
+    fn a_target_outside_the_vocabulary_is_named() {
+        cross_entropy_head(&[0.0; 2], &[0.0; 8], 4, &[4], &[1.0], &mut [0.0], None);
+    }
+}

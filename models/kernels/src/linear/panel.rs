@@ -1,0 +1,121 @@
+//! Many rows of `x`: panels of weights are decoded once and multiplied with all rows, tile by tile.
+
+use std::borrow::Cow;
+use std::cell::RefCell;
+
+use crate::quantized::dequantize_row;
+use crate::simd::{LANES, Level, Simd, dispatch};
+use crate::tiles::Tile;
+use crate::{WeightFormat, Weights};
+
+/// Rows of weights in a panel. A panel of a thousand columns is 64 KiB and stays in the second-level cache.
+const PANEL_ROWS: usize = 16;
+
+/// `out = x * W^T + bias`.
+pub(super) fn rows(level: Level, x: &[f32], weights: Weights<'_>, bias: Option<&[f32]>, out: &mut Tile<'_, f32>) {
+    thread_local! {
+        static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    }
+    let k = weights.columns;
+    let row_bytes = weights.data.len() / weights.rows;
+    SCRATCH.with_borrow_mut(|scratch| {
+        for start in (0..weights.rows).step_by(PANEL_ROWS) {
+            let end = weights.rows.min(start + PANEL_ROWS);
+            let data = &weights.data[start * row_bytes..end * row_bytes];
+            let panel = match bytemuck::try_cast_slice(data) {
+                Ok(panel) if weights.format == WeightFormat::F32 => Cow::Borrowed(panel),
+                _ => {
+                    scratch.resize((end - start) * k, 0.0);
+                    for (row, out) in data
+                        .chunks_exact(row_bytes.max(1))
+                        .zip(scratch.chunks_exact_mut(k.max(1)))
+                    {
+                        dequantize_row(level, weights.format, row, out);
+                    }
+                    Cow::Borrowed(scratch.as_slice())
+                }
+            };
+            dispatch!(level, multiply(x, &panel, bias, start, k, out));
+        }
+    });
+}
+
+/// Columns `start..` of `out` from a panel `[rows, k]`.
+#[inline(always)]
+fn multiply<S: Simd>(
+    s: S,
+    x: &[f32],
+    panel: &[f32],
+    bias: Option<&[f32]>,
+    start: usize,
+    k: usize,
+    out: &mut Tile<'_, f32>,
+) {
+    if S::ACCUMULATORS >= 16 {
+        multiply_tiles::<S, 4, 4>(s, x, panel, bias, start, k, out);
+    } else {
+        multiply_tiles::<S, 2, 2>(s, x, panel, bias, start, k, out);
+    }
+}
+
+#[inline(always)]
+fn multiply_tiles<S: Simd, const M: usize, const N: usize>(
+    s: S,
+    x: &[f32],
+    panel: &[f32],
+    bias: Option<&[f32]>,
+    start: usize,
+    k: usize,
+    out: &mut Tile<'_, f32>,
+) {
+    let rows = panel.len().checked_div(k).unwrap_or(0);
+    let m = out.rows();
+    for i in (0..m).step_by(M) {
+        for j in (0..rows).step_by(N) {
+            // At the edges a tile repeats the last row and drops the copies.
+            let x = std::array::from_fn(|l| row(x, (i + l).min(m - 1), k));
+            let w = std::array::from_fn(|l| row(panel, (j + l).min(rows - 1), k));
+            let sums = dots::<S, M, N>(s, x, w);
+            for (l, sums) in sums.into_iter().enumerate().take(m - i) {
+                let out = &mut out.row(i + l)[start + j..start + rows.min(j + N)];
+                for (column, (out, sum)) in out.iter_mut().zip(sums).enumerate() {
+                    *out = sum + bias.map_or(0.0, |bias| bias[start + j + column]);
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn row(matrix: &[f32], index: usize, k: usize) -> &[f32] {
+    &matrix[index * k..(index + 1) * k]
+}
+
+/// Dot products of `M` rows with `N` rows.
+#[inline(always)]
+pub(crate) fn dots<S: Simd, const M: usize, const N: usize>(s: S, x: [&[f32]; M], w: [&[f32]; N]) -> [[f32; N]; M] {
+    let k = x[0].len();
+    let (x, w) = (x.map(|x| &x[..k]), w.map(|w| &w[..k]));
+    let mut sums = [[s.splat(0.0); N]; M];
+    let mut offset = 0;
+    while offset + LANES <= k {
+        let w = w.map(|w| s.load_at(w, offset));
+        for (x, sums) in x.iter().zip(&mut sums) {
+            let x = s.load_at(x, offset);
+            for (w, sum) in w.iter().zip(sums) {
+                *sum = s.mul_add(*w, x, *sum);
+            }
+        }
+        offset += LANES;
+    }
+    if offset < k {
+        let w = w.map(|w| s.load_partial(&w[offset..]));
+        for (x, sums) in x.iter().zip(&mut sums) {
+            let x = s.load_partial(&x[offset..]);
+            for (w, sum) in w.iter().zip(sums) {
+                *sum = s.mul_add(*w, x, *sum);
+            }
+        }
+    }
+    sums.map(|sums| sums.map(|sum| s.reduce_add(sum)))
+}

@@ -1,0 +1,128 @@
+use super::*;
+use crate::simd::available;
+use crate::test_util::{assert_close, random};
+use crate::{WeightFormat, dequantize};
+
+/// `x * W^T + bias` in double precision.
+fn oracle(x: &[f32], w: &[f32], bias: Option<&[f32]>, m: usize, n: usize, k: usize) -> Vec<f32> {
+    let at = |i: usize| {
+        let (row, column) = (i / n, i % n);
+        let dot: f64 = (0..k)
+            .map(|l| f64::from(x[row * k + l]) * f64::from(w[column * k + l]))
+            .sum();
+        (dot + bias.map_or(0.0, |bias| f64::from(bias[column]))) as f32
+    };
+    (0..m * n).map(at).collect()
+}
+
+/// Bytes that decode to moderate, finite values in every format.
+pub(crate) fn weight_bytes(format: WeightFormat, elements: usize) -> Vec<u8> {
+    use candle_core::quantized::{GgmlDType, QTensor};
+    use candle_core::{Device, Tensor};
+    let kind = match format {
+        WeightFormat::F32 => GgmlDType::F32,
+        WeightFormat::F16 => GgmlDType::F16,
+        WeightFormat::BF16 => GgmlDType::BF16,
+        WeightFormat::Q4_0 => GgmlDType::Q4_0,
+        WeightFormat::Q4_1 => GgmlDType::Q4_1,
+        WeightFormat::Q5_0 => GgmlDType::Q5_0,
+        WeightFormat::Q5_1 => GgmlDType::Q5_1,
+        WeightFormat::Q8_0 => GgmlDType::Q8_0,
+        WeightFormat::Q2K => GgmlDType::Q2K,
+        WeightFormat::Q3K => GgmlDType::Q3K,
+        WeightFormat::Q4K => GgmlDType::Q4K,
+        WeightFormat::Q5K => GgmlDType::Q5K,
+        WeightFormat::Q6K => GgmlDType::Q6K,
+    };
+    let values = Tensor::from_vec(random(elements, 3), elements, &Device::Cpu).unwrap();
+    QTensor::quantize(&values, kind).unwrap().data().unwrap().into_owned()
+}
+
+#[test]
+fn every_format_shape_and_level_agrees_with_the_oracle() {
+    for format in WeightFormat::ALL {
+        let ks: &[usize] = if format.block_elements() == 1 {
+            &[1, 7, 16, 33, 65]
+        } else {
+            &[256, 768]
+        };
+        for (&k, n) in ks.iter().zip([1, 5, 8, 17, 40]) {
+            let data = weight_bytes(format, n * k);
+            let mut w = vec![0.0; n * k];
+            dequantize(format, &data, &mut w);
+            let weights = Weights {
+                format,
+                data: &data,
+                rows: n,
+                columns: k,
+            };
+            for m in [1, 2, 3, 4, 5, 7, 9] {
+                let (x, bias) = (random(m * k, 1), random(n, 2));
+                for bias in [None, Some(bias.as_slice())] {
+                    let want = oracle(&x, &w, bias, m, n, k);
+                    for level in available() {
+                        let mut out = vec![f32::NAN; m * n];
+                        linear_with(level, &x, weights, bias, &mut out);
+                        assert_close(&out, &want, 1e-4);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_is_bitwise_the_same_in_every_batch() {
+    for format in WeightFormat::ALL {
+        let (n, k) = (37, 512);
+        let data = weight_bytes(format, n * k);
+        let weights = Weights {
+            format,
+            data: &data,
+            rows: n,
+            columns: k,
+        };
+        let x = random(21 * k, 4);
+        for level in available() {
+            let mut whole = vec![0.0; 21 * n];
+            linear_with(level, &x, weights, None, &mut whole);
+            for m in [1, 2, 3, 4, 6, 13] {
+                let mut some = vec![0.0; m * n];
+                linear_with(level, &x[..m * k], weights, None, &mut some);
+                assert_eq!(some, whole[..m * n], "{format:?} at {level}, {m} rows");
+            }
+        }
+    }
+}
+
+#[test]
+fn unaligned_single_precision_weights_are_read() {
+    let (m, n, k) = (6, 9, 20);
+    let (x, w) = (random(m * k, 1), random(n * k, 2));
+    let mut bytes = vec![0];
+    bytes.extend_from_slice(bytemuck::cast_slice(&w));
+    let weights = Weights {
+        format: WeightFormat::F32,
+        data: &bytes[1..],
+        rows: n,
+        columns: k,
+    };
+    let mut out = vec![0.0; m * n];
+    linear(&x, weights, None, &mut out);
+    assert_close(&out, &oracle(&x, &w, None, m, n, k), 1e-5);
+}
+
+#[test]
+fn empty_shapes_are_fine() {
+    linear(&[], Weights::from_f32(&[1.0, 2.0], 1, 2), None, &mut []);
+    linear(&[], Weights::from_f32(&[], 0, 2), None, &mut []);
+    let mut out = [5.0; 2];
+    linear(&[], Weights::from_f32(&[], 2, 0), Some(&[1.0, 2.0]), &mut out);
+    assert_eq!(out, [1.0, 2.0]);
+}
+
+#[test]
+#[should_panic(expected = "input is not [2, 3]")]
+fn a_wrong_input_length_is_named() {
+    linear(&[0.0; 5], Weights::from_f32(&[0.0; 12], 4, 3), None, &mut [0.0; 8]);
+}

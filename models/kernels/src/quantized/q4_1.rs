@@ -1,0 +1,22 @@
+//! Q4_1: 32 elements `d * q + m`.
+//!
+//! Layout: d f16; m f16; 16 bytes, the low nibbles are elements 0 to 15 and the high ones 16 to 31.
+
+use super::{Format, bytes};
+use crate::simd::Simd;
+
+/// The decoder.
+pub(crate) struct Q4_1;
+
+impl Format for Q4_1 {
+    const BYTES: usize = 20;
+    const CHUNKS: usize = 2;
+
+    #[inline(always)]
+    fn decode<S: Simd>(s: S, block: &[u8], mut emit: impl FnMut(usize, S::F32)) {
+        let (d, m) = (s.f16(*bytes(block, 0)), s.f16(*bytes(block, 2)));
+        let (low, high) = s.affine_nibbles(bytes(block, 4), d, m);
+        emit(0, low);
+        emit(1, high);
+    }
+}

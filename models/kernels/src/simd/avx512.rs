@@ -1,0 +1,212 @@
+//! AVX-512 (F, BW, VL, DQ): one register holds the sixteen lanes.
+#![allow(unsafe_code)]
+
+use std::arch::x86_64::*;
+
+use super::{LANES, Level, Simd};
+
+/// Evidence that the machine has AVX-512 F, BW, VL and DQ with AVX2, FMA and F16C.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512(());
+
+impl Avx512 {
+    /// Calls `body` compiled with the level's instructions.
+    ///
+    /// Panics where the machine lacks them.
+    #[inline]
+    pub(crate) fn run<R>(body: impl FnOnce(Self) -> R) -> R {
+        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
+        fn compiled<R>(body: impl FnOnce(Avx512) -> R) -> R {
+            body(Avx512(()))
+        }
+        assert!(Level::Avx512.is_available(), "this machine has no AVX-512");
+        // SAFETY: the features were just found.
+        unsafe { compiled(body) }
+    }
+}
+
+/// Calls an intrinsic. It is safe because a value of `Avx512` exists only where the features were found.
+macro_rules! intrinsic {
+    ($($call:tt)*) => {
+        // SAFETY: `Avx512` is built only by `run`, after detection; memory operands are references of the right size.
+        unsafe { $($call)* }
+    };
+}
+
+impl Simd for Avx512 {
+    type F32 = __m512;
+
+    const ACCUMULATORS: usize = 24;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> __m512 {
+        intrinsic!(_mm512_set1_ps(value))
+    }
+
+    #[inline(always)]
+    fn load(self, from: &[f32; LANES]) -> __m512 {
+        intrinsic!(_mm512_loadu_ps(from.as_ptr()))
+    }
+
+    #[inline(always)]
+    fn store(self, value: __m512, to: &mut [f32; LANES]) {
+        intrinsic!(_mm512_storeu_ps(to.as_mut_ptr(), value))
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        intrinsic!(_mm512_add_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn sub(self, a: __m512, b: __m512) -> __m512 {
+        intrinsic!(_mm512_sub_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        intrinsic!(_mm512_mul_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn div(self, a: __m512, b: __m512) -> __m512 {
+        intrinsic!(_mm512_div_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        intrinsic!(_mm512_fmadd_ps(a, b, c))
+    }
+
+    #[inline(always)]
+    fn min(self, a: __m512, b: __m512) -> __m512 {
+        intrinsic!(_mm512_min_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        intrinsic!(_mm512_max_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn sqrt(self, a: __m512) -> __m512 {
+        intrinsic!(_mm512_sqrt_ps(a))
+    }
+
+    #[inline(always)]
+    fn round(self, a: __m512) -> __m512 {
+        intrinsic!(_mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a))
+    }
+
+    #[inline(always)]
+    fn scale_by_power_of_two(self, a: __m512, exponent: __m512) -> __m512 {
+        intrinsic!(_mm512_scalef_ps(a, exponent))
+    }
+
+    #[inline(always)]
+    fn select_less(self, a: __m512, b: __m512, then: __m512, otherwise: __m512) -> __m512 {
+        intrinsic!(_mm512_mask_blend_ps(
+            _mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b),
+            otherwise,
+            then
+        ))
+    }
+
+    #[inline(always)]
+    fn reduce_add(self, a: __m512) -> f32 {
+        intrinsic! {
+            let eight = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a));
+            let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+
+    #[inline(always)]
+    fn reduce_max(self, a: __m512) -> f32 {
+        intrinsic!(_mm512_reduce_max_ps(a))
+    }
+
+    #[inline(always)]
+    fn reduce_add_each(self, vectors: [__m512; LANES]) -> [f32; LANES] {
+        intrinsic! {
+            // Halves of pairs of vectors are added until one vector holds all sums: lane i with i + 8, as in reduce_add.
+            let eight: [__m512; 8] = std::array::from_fn(#[inline(always)] |i| {
+                let (a, b) = (vectors[i], vectors[i + 8]);
+                // [a.lo, b.lo] + [a.hi, b.hi], in units of 256 bits
+                _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xEE>(a, b))
+            });
+            let four: [__m512; 4] = std::array::from_fn(#[inline(always)] |i| {
+                let (a, b) = (eight[i], eight[i + 4]);
+                // 128-bit units: [a0, a2, b0, b2] + [a1, a3, b1, b3]
+                _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xDD>(a, b))
+            });
+            // Units now belong to vectors i, i+8, i+4, i+12; within each unit of four lanes the same twice more.
+            let two: [__m512; 2] = std::array::from_fn(#[inline(always)] |i| {
+                let (a, b) = (four[i], four[i + 2]);
+                _mm512_add_ps(_mm512_shuffle_ps::<0x44>(a, b), _mm512_shuffle_ps::<0xEE>(a, b))
+            });
+            let one = {
+                let (a, b) = (two[0], two[1]);
+                // lanes [a0, a2, b0, b2] + [a1, a3, b1, b3]
+                _mm512_add_ps(_mm512_shuffle_ps::<0x88>(a, b), _mm512_shuffle_ps::<0xDD>(a, b))
+            };
+            // Lane 4u + l holds vector UNIT[u] + LANE[l] with UNIT = [0, 8, 4, 12] and LANE = [0, 2, 1, 3].
+            let order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+            let mut sums = [0.0; LANES];
+            _mm512_storeu_ps(sums.as_mut_ptr(), _mm512_permutexvar_ps(order, one));
+            sums
+        }
+    }
+
+    #[inline(always)]
+    fn load_f32_bytes(self, from: &[u8; 64]) -> __m512 {
+        intrinsic!(_mm512_loadu_ps(from.as_ptr().cast()))
+    }
+
+    #[inline(always)]
+    fn load_f16_bytes(self, from: &[u8; 32]) -> __m512 {
+        intrinsic!(_mm512_cvtph_ps(_mm256_loadu_si256(from.as_ptr().cast())))
+    }
+
+    #[inline(always)]
+    fn load_bf16_bytes(self, from: &[u8; 32]) -> __m512 {
+        intrinsic! {
+            let words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.as_ptr().cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words))
+        }
+    }
+
+    #[inline(always)]
+    fn load_u8(self, from: &[u8; LANES]) -> __m512 {
+        intrinsic!(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(
+            from.as_ptr().cast()
+        ))))
+    }
+
+    #[inline(always)]
+    fn load_i8(self, from: &[u8; LANES]) -> __m512 {
+        intrinsic!(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(
+            from.as_ptr().cast()
+        ))))
+    }
+
+    #[inline(always)]
+    fn affine_nibbles(self, from: &[u8; LANES], scale: f32, offset: f32) -> (__m512, __m512) {
+        intrinsic! {
+            // The sixteen possible values in one register; a permutation by the nibbles looks them up (it reads only
+            // the low four bits of each index).
+            let steps = _mm512_setr_ps(0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.);
+            let values = _mm512_fmadd_ps(steps, _mm512_set1_ps(scale), _mm512_set1_ps(offset));
+            let low = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.as_ptr().cast()));
+            (_mm512_permutexvar_ps(low, values), _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(low), values))
+        }
+    }
+
+    #[inline(always)]
+    fn f16(self, bits: [u8; 2]) -> f32 {
+        intrinsic!(_mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(
+            u16::from_le_bytes(bits)
+        )))))
+    }
+}
