@@ -1,0 +1,139 @@
+//! The connection to a compute server: one per backend, server and user, opened on first use and reused; and the one
+//! function that waits on it, which PostgreSQL can interrupt.
+
+mod channel;
+mod runtime;
+
+pub(crate) use channel::{connect, option_map};
+pub(crate) use runtime::{dropped_work, flush, pump, spawn, wait};
+
+use std::future::Future;
+use std::time::Duration;
+
+use candle_compute_proto::MAX_MESSAGE_BYTES;
+use candle_compute_proto::v1::checkpoints_service_client::CheckpointsServiceClient;
+use candle_compute_proto::v1::inference_service_client::InferenceServiceClient;
+use candle_compute_proto::v1::models_service_client::ModelsServiceClient;
+use candle_compute_proto::v1::telemetry_service_client::TelemetryServiceClient;
+use candle_compute_proto::v1::training_service_client::TrainingServiceClient;
+use candle_compute_proto::v1::transactions_service_client::TransactionsServiceClient;
+use pgrx::{PgSqlErrorCode, pg_sys};
+use tonic::metadata::AsciiMetadataValue;
+use tonic::transport::Channel;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::error::{Error, Result, is_transport};
+
+/// Whose connection to which server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Session {
+    pub(crate) server: pg_sys::Oid,
+    pub(crate) user: pg_sys::Oid,
+}
+
+/// A connection, cheap to clone.
+#[derive(Clone, Debug)]
+pub(crate) struct Client {
+    pub(crate) session: Session,
+    channel: Channel,
+    token: Option<AsciiMetadataValue>,
+    timeout: Option<Duration>,
+    /// Sets of inputs of one scan that the server works on at a time.
+    pub(crate) fetch_size: usize,
+    /// Rows of one INSERT that travel together.
+    pub(crate) batch_size: i32,
+}
+
+macro_rules! services {
+    ($($method:ident: $client:ident),*) => {
+        impl Client {$(
+            pub(crate) fn $method(&self) -> $client<Channel> {
+                $client::new(self.channel.clone())
+                    .max_decoding_message_size(MAX_MESSAGE_BYTES)
+                    .max_encoding_message_size(MAX_MESSAGE_BYTES)
+            }
+        )*}
+    };
+}
+services!(
+    models: ModelsServiceClient,
+    inference: InferenceServiceClient,
+    training: TrainingServiceClient,
+    checkpoints: CheckpointsServiceClient,
+    transactions: TransactionsServiceClient,
+    telemetry: TelemetryServiceClient
+);
+
+/// Calls a method that may be repeated: `read!(client, service.method(message))` answers `Result<response>`.
+macro_rules! read {
+    ($client:expr, $service:ident.$method:ident($message:expr)) => {{
+        let client = &$client;
+        client.repeatable($message, |request| {
+            let mut service = client.$service();
+            async move { service.$method(request).await }
+        })
+    }};
+}
+/// Calls a method that must not be repeated.
+macro_rules! write {
+    ($client:expr, $service:ident.$method:ident($message:expr)) => {{
+        let client = &$client;
+        client.once($message, |request| {
+            let mut service = client.$service();
+            async move { service.$method(request).await }
+        })
+    }};
+}
+pub(crate) use {read, write};
+
+impl Client {
+    /// A request that carries the user's token.
+    pub(crate) fn request<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        if let Some(token) = &self.token {
+            request.metadata_mut().insert("authorization", token.clone());
+        }
+        request
+    }
+
+    /// Calls once.
+    pub(crate) async fn once<Q, A, F>(&self, message: Q, call: impl Fn(Request<Q>) -> F) -> Result<A>
+    where
+        F: Future<Output = std::result::Result<Response<A>, Status>>,
+    {
+        self.limited(call(self.request(message)))
+            .await?
+            .map(Response::into_inner)
+            .map_err(Error::from)
+    }
+
+    /// Calls, and once more over a new connection when the old one turns out to be dead.
+    pub(crate) async fn repeatable<Q: Clone, A, F>(&self, message: Q, call: impl Fn(Request<Q>) -> F) -> Result<A>
+    where
+        F: Future<Output = std::result::Result<Response<A>, Status>>,
+    {
+        match self.limited(call(self.request(message.clone()))).await? {
+            Err(status) if is_transport(&status) => self.once(message, call).await,
+            answer => answer.map(Response::into_inner).map_err(Error::from),
+        }
+    }
+
+    /// The next message of a stream; None at its end.
+    pub(crate) async fn next<T>(&self, stream: &mut Streaming<T>) -> Result<Option<T>> {
+        self.limited(stream.message()).await?.map_err(Error::from)
+    }
+
+    async fn limited<F: Future>(&self, future: F) -> Result<F::Output> {
+        let Some(limit) = self.timeout else {
+            return Ok(future.await);
+        };
+        tokio::time::timeout(limit, future).await.map_err(|_| {
+            let code = PgSqlErrorCode::ERRCODE_FDW_UNABLE_TO_CREATE_EXECUTION;
+            Error::new(
+                code,
+                format!("the compute server did not answer within {} ms", limit.as_millis()),
+            )
+            .hint("Raise the server option \"request_timeout_ms\", or set it to 0 to wait without end.")
+        })
+    }
+}

@@ -1,0 +1,8 @@
+//! Functions and procedures of the schema `candle`.
+
+mod generate;
+mod server;
+mod tokens;
+mod train;
+
+pub(crate) use server::register_settings;

@@ -1,0 +1,55 @@
+//! UPDATE and DELETE.
+#![allow(unsafe_code)]
+
+use pgrx::prelude::*;
+
+use super::state::Change;
+use crate::client::wait;
+use crate::error::{OrReport, Result};
+
+/// Callback: updates the row that the subplan found.
+#[pg_guard]
+pub(super) unsafe extern "C-unwind" fn exec_foreign_update(
+    _state: *mut pg_sys::EState,
+    target: *mut pg_sys::ResultRelInfo,
+    slot: *mut pg_sys::TupleTableSlot,
+    plan_slot: *mut pg_sys::TupleTableSlot,
+) -> *mut pg_sys::TupleTableSlot {
+    // SAFETY: the executor passes the target that `begin` prepared, the new row and the subplan's row.
+    unsafe {
+        let change = &*(*target).ri_FdwState.cast::<Change>();
+        let update = || -> Result<()> {
+            let identity = change.identity(plan_slot)?;
+            let new = change.values(slot, change.table.relation.writes().update)?;
+            wait(change.table.relation.update(change.writer()?, identity, new))
+        };
+        update().or_report();
+    }
+    slot
+}
+
+/// Callback: deletes the row that the subplan found.
+#[pg_guard]
+pub(super) unsafe extern "C-unwind" fn exec_foreign_delete(
+    _state: *mut pg_sys::EState,
+    target: *mut pg_sys::ResultRelInfo,
+    slot: *mut pg_sys::TupleTableSlot,
+    plan_slot: *mut pg_sys::TupleTableSlot,
+) -> *mut pg_sys::TupleTableSlot {
+    // SAFETY: the executor passes the target that `begin` prepared, a free slot and the subplan's row.
+    unsafe {
+        let change = &*(*target).ri_FdwState.cast::<Change>();
+        change.forget_rows();
+        let delete = || -> Result<()> {
+            wait(
+                change
+                    .table
+                    .relation
+                    .delete(change.writer()?, change.identity(plan_slot)?),
+            )
+        };
+        delete().or_report();
+        change.fill_old_row(slot, plan_slot);
+    }
+    slot
+}

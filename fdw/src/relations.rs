@@ -1,0 +1,29 @@
+//! The foreign tables, one file each.
+
+mod batches;
+mod checkpoints;
+mod devices;
+mod generation_tokens;
+mod generations;
+mod gradients;
+mod models;
+mod optimizer_steps;
+mod parameters;
+mod requests;
+mod sampling;
+mod tensors;
+mod token_scores;
+mod tokens;
+
+pub(crate) use batches::Batches;
+pub(crate) use checkpoints::Checkpoints;
+pub(crate) use devices::Devices;
+pub(crate) use generation_tokens::GenerationTokens;
+pub(crate) use generations::Generations;
+pub(crate) use gradients::Gradients;
+pub(crate) use models::Models;
+pub(crate) use optimizer_steps::OptimizerSteps;
+pub(crate) use parameters::Parameters;
+pub(crate) use requests::Requests;
+pub(crate) use token_scores::TokenScores;
+pub(crate) use tokens::Tokens;

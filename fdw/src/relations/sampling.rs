@@ -1,0 +1,91 @@
+//! The inputs that `generations` and `generation_tokens` share, and the request that they make of them.
+
+use candle_compute_proto::v1::generate_request::Input;
+use candle_compute_proto::v1::{ChatMessage, ChatMessages, GenerateRequest, SamplingOptions};
+
+use crate::error::{Error, Result};
+use crate::relation::{Call, Column, Inputs, input};
+use crate::values::Kind;
+
+/// Of each group one has to be given.
+pub(super) const REQUIRED: &[&[&str]] = &[&["model"], &["prompt", "messages"]];
+
+/// Number of input columns.
+pub(super) const INPUTS: usize = 11;
+
+/// The input columns, the first columns of both tables.
+pub(super) const COLUMNS: [Column; INPUTS] = [
+    input("model", Kind::Text),
+    input("prompt", Kind::Text),
+    input("messages", Kind::Jsonb),
+    input("max_tokens", Kind::Int),
+    input("temperature", Kind::Real),
+    input("top_k", Kind::Int),
+    input("top_p", Kind::Real),
+    input("min_p", Kind::Real),
+    input("repetition_penalty", Kind::Real),
+    input("seed", Kind::BigInt),
+    input("stop", Kind::TextArray),
+];
+
+/// The request for one set of inputs.
+pub(super) fn request(call: &Call, stream_tokens: bool) -> Result<GenerateRequest> {
+    let inputs = &call.inputs;
+    Ok(GenerateRequest {
+        transaction: call.transaction.clone(),
+        model: inputs.required("model")?,
+        input: Some(continue_what(inputs)?),
+        max_tokens: inputs.integer("max_tokens"),
+        sampling: Some(SamplingOptions {
+            temperature: inputs.real("temperature"),
+            top_k: top_k(inputs)?,
+            top_p: inputs.real("top_p"),
+            min_p: inputs.real("min_p"),
+            repetition_penalty: inputs.real("repetition_penalty"),
+            seed: inputs.integer("seed"),
+        }),
+        stop: inputs.texts("stop"),
+        stream_tokens,
+    })
+}
+
+fn top_k(inputs: &Inputs) -> Result<Option<i32>> {
+    let Some(value) = inputs.integer("top_k") else {
+        return Ok(None);
+    };
+    i32::try_from(value)
+        .map(Some)
+        .map_err(|_| Error::bad_value(format!("top_k must be a 32-bit number, not {value}")))
+}
+
+fn continue_what(inputs: &Inputs) -> Result<Input> {
+    match (inputs.text("prompt"), inputs.text("messages")) {
+        (Some(prompt), None) => Ok(Input::Prompt(prompt)),
+        (None, Some(messages)) => Ok(Input::Messages(parse_messages(&messages)?)),
+        _ => Err(Error::bad_value("give either prompt or messages, not both")),
+    }
+}
+
+/// Parses `[{"role": "user", "content": "…"}, …]`.
+fn parse_messages(text: &str) -> Result<ChatMessages> {
+    let wrong = || {
+        Error::bad_value("messages must be a JSON array of objects with a role and a content, both text")
+            .hint(r#"For example '[{"role": "user", "content": "Hello"}]'."#)
+    };
+    let parsed: serde_json::Value = serde_json::from_str(text).map_err(|_| wrong())?;
+    let list = parsed.as_array().filter(|list| !list.is_empty()).ok_or_else(wrong)?;
+    let messages = list.iter().map(|message| {
+        let object = message
+            .as_object()
+            .filter(|object| object.len() == 2)
+            .ok_or_else(wrong)?;
+        let field = |name: &str| object.get(name).and_then(|value| value.as_str()).map(str::to_string);
+        match (field("role"), field("content")) {
+            (Some(role), Some(content)) => Ok(ChatMessage { role, content }),
+            _ => Err(wrong()),
+        }
+    });
+    Ok(ChatMessages {
+        messages: messages.collect::<Result<_>>()?,
+    })
+}

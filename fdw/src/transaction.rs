@@ -1,0 +1,228 @@
+//! Ties PostgreSQL's transactions to the server's: what is written is staged there under an id, published at pre-commit
+//! and discarded on abort, by subtransaction where savepoints are used.
+#![allow(unsafe_code)]
+
+use std::cell::RefCell;
+use std::collections::{BTreeSet, HashMap};
+use std::panic::AssertUnwindSafe;
+use std::time::Duration;
+
+use candle_compute_proto::v1::{
+    GetServerInfoRequest, PublishRequest, ReleaseRequest, RollbackRequest, TransactionContext,
+};
+use pgrx::prelude::*;
+
+use crate::client::{Client, Session, flush, pump, read, wait, write};
+use crate::error::{Error, OrReport, Result};
+use crate::resources;
+
+/// Longest wait for a rollback to be delivered. The server discards what a lost connection left behind.
+const ROLLBACK_LIMIT: Duration = Duration::from_millis(250);
+
+/// A transaction on one server.
+struct Remote {
+    id: String,
+    client: Client,
+    /// Subtransactions that staged something.
+    levels: BTreeSet<pg_sys::SubTransactionId>,
+    /// Set when the server may not have heard of a rollback: then nothing may be published.
+    broken: bool,
+}
+
+thread_local! {
+    static REMOTES: RefCell<HashMap<Session, Remote>> = RefCell::new(HashMap::new());
+}
+
+/// Registers the callbacks, once per backend.
+pub(crate) fn register() {
+    // SAFETY: both functions live as long as the library, which is never unloaded.
+    unsafe {
+        pg_sys::RegisterXactCallback(Some(on_transaction), std::ptr::null_mut());
+        pg_sys::RegisterSubXactCallback(Some(on_subtransaction), std::ptr::null_mut());
+    }
+}
+
+/// The context for a read: set when this transaction has staged something on the server.
+pub(crate) fn reading(session: Session) -> Option<TransactionContext> {
+    REMOTES
+        .with_borrow(|remotes| remotes.get(&session).map(|remote| remote.id.clone()))
+        .map(context)
+}
+
+/// The context for a write; the first one begins the transaction.
+pub(crate) fn writing(client: &Client) -> Result<TransactionContext> {
+    let known = REMOTES.with_borrow(|remotes| remotes.contains_key(&client.session));
+    if !known {
+        // A write is never repeated, so a connection that died unnoticed is replaced before it.
+        wait(read!(client, telemetry.get_server_info(GetServerInfoRequest {})))?;
+    }
+    // SAFETY: reads a variable of the backend.
+    let level = unsafe { pg_sys::GetCurrentSubTransactionId() };
+    let id = REMOTES.with_borrow_mut(|remotes| {
+        let remote = remotes.entry(client.session).or_insert_with(|| Remote {
+            id: random_id(),
+            client: client.clone(),
+            levels: BTreeSet::new(),
+            broken: false,
+        });
+        remote.levels.insert(level);
+        remote.id.clone()
+    });
+    Ok(context(id))
+}
+
+fn context(transaction_id: String) -> TransactionContext {
+    // SAFETY: reads a variable of the backend.
+    let subtransaction_id = unsafe { pg_sys::GetCurrentSubTransactionId() };
+    TransactionContext {
+        transaction_id,
+        subtransaction_id,
+    }
+}
+
+/// A random UUID (version 4).
+fn random_id() -> String {
+    let mut bytes = [0_u8; 16];
+    // SAFETY: fills the 16 bytes.
+    if !unsafe { pg_sys::pg_strong_random(bytes.as_mut_ptr().cast(), bytes.len()) } {
+        Error::new(
+            PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,
+            "could not generate random numbers",
+        )
+        .report();
+    }
+    bytes[6] = bytes[6] & 0x0F | 0x40;
+    bytes[8] = bytes[8] & 0x3F | 0x80;
+    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!(
+        "{}-{}-{}-{}-{}",
+        &hex[..8],
+        &hex[8..12],
+        &hex[12..16],
+        &hex[16..20],
+        &hex[20..]
+    )
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn on_transaction(event: pg_sys::XactEvent::Type, _argument: *mut std::ffi::c_void) {
+    match event {
+        pg_sys::XactEvent::XACT_EVENT_PRE_COMMIT => publish().or_report(),
+        pg_sys::XactEvent::XACT_EVENT_PRE_PREPARE if REMOTES.with_borrow(|remotes| !remotes.is_empty()) => {
+            let code = PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED;
+            Error::new(
+                code,
+                "cannot PREPARE a transaction that has written to a compute server",
+            )
+            .report();
+        }
+        pg_sys::XactEvent::XACT_EVENT_ABORT | pg_sys::XactEvent::XACT_EVENT_COMMIT => {
+            // Nothing may be raised here: a panic would end the backend.
+            let _ = std::panic::catch_unwind(AssertUnwindSafe(|| {
+                resources::abort(None);
+                let remotes: Vec<Remote> =
+                    REMOTES.with_borrow_mut(|remotes| remotes.drain().map(|(_, one)| one).collect());
+                if event == pg_sys::XactEvent::XACT_EVENT_ABORT {
+                    remotes.iter().for_each(|remote| {
+                        roll_back(remote, 0);
+                    });
+                }
+                flush();
+            }));
+        }
+        _ => {}
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn on_subtransaction(
+    event: pg_sys::SubXactEvent::Type,
+    level: pg_sys::SubTransactionId,
+    parent: pg_sys::SubTransactionId,
+    _argument: *mut std::ffi::c_void,
+) {
+    match event {
+        pg_sys::SubXactEvent::SUBXACT_EVENT_PRE_COMMIT_SUB => release(level, parent).or_report(),
+        pg_sys::SubXactEvent::SUBXACT_EVENT_COMMIT_SUB => resources::promote(level, parent),
+        pg_sys::SubXactEvent::SUBXACT_EVENT_ABORT_SUB => {
+            let _ = std::panic::catch_unwind(AssertUnwindSafe(|| {
+                resources::abort(Some(level));
+                flush();
+                REMOTES.with_borrow_mut(|remotes| {
+                    for remote in remotes.values_mut().filter(|remote| remote.levels.contains(&level)) {
+                        remote.broken |= !roll_back(remote, level);
+                        remote.levels.remove(&level);
+                    }
+                });
+            }));
+        }
+        _ => {}
+    }
+}
+
+/// Publishes what was staged. With several servers one after the other: each by itself is all or nothing.
+fn publish() -> Result<()> {
+    let staged: Vec<(Client, String, bool)> = REMOTES.with_borrow(|remotes| {
+        remotes
+            .values()
+            .map(|remote| (remote.client.clone(), remote.id.clone(), remote.broken))
+            .collect()
+    });
+    if staged.iter().any(|(_, _, broken)| *broken) {
+        let code = PgSqlErrorCode::ERRCODE_TRANSACTION_ROLLBACK;
+        return Err(Error::new(
+            code,
+            "a rolled back savepoint could not be undone on the compute server",
+        )
+        .hint("The transaction is rolled back as a whole; repeat it."));
+    }
+    for (client, transaction_id, _) in staged {
+        let request = PublishRequest {
+            transaction_id: transaction_id.clone(),
+            expects_writes: true,
+        };
+        // Repeating a publish answers as the first did, so a lost answer is asked for again.
+        wait(read!(client, transactions.publish(request)))?;
+        REMOTES.with_borrow_mut(|remotes| remotes.retain(|_, remote| remote.id != transaction_id));
+    }
+    Ok(())
+}
+
+/// Gives what a subtransaction staged to its parent.
+fn release(level: pg_sys::SubTransactionId, parent: pg_sys::SubTransactionId) -> Result<()> {
+    let staged: Vec<(Client, String)> = REMOTES.with_borrow(|remotes| {
+        let touched = remotes.values().filter(|remote| remote.levels.contains(&level));
+        touched
+            .map(|remote| (remote.client.clone(), remote.id.clone()))
+            .collect()
+    });
+    for (client, transaction_id) in staged {
+        let request = ReleaseRequest {
+            transaction_id,
+            subtransaction_id: level,
+            parent_subtransaction_id: parent,
+        };
+        wait(write!(client, transactions.release(request)))?;
+    }
+    REMOTES.with_borrow_mut(|remotes| {
+        for remote in remotes.values_mut() {
+            if remote.levels.remove(&level) {
+                remote.levels.insert(parent);
+            }
+        }
+    });
+    Ok(())
+}
+
+/// Discards what a subtransaction staged, or everything for level 0. False when the server may not have heard it.
+fn roll_back(remote: &Remote, level: pg_sys::SubTransactionId) -> bool {
+    let request = RollbackRequest {
+        transaction_id: remote.id.clone(),
+        subtransaction_id: level,
+    };
+    let client = &remote.client;
+    pump(ROLLBACK_LIMIT, async {
+        read!(client, transactions.rollback(request)).await.is_ok()
+    })
+    .unwrap_or(false)
+}
