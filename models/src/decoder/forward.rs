@@ -3,6 +3,7 @@
 use super::{Decoder, KeyValueCache, Layer, NormParameters, Projection};
 use crate::error::{Error, Result};
 use crate::ops::attention::{AttentionShape, CachedSequence, attend_cached};
+use crate::ops::backward::add_in_place;
 use crate::ops::rotary::RotaryAngles;
 use crate::ops::{activation, embedding, linear, norm, rotary};
 use candle_core::Tensor;
@@ -135,19 +136,22 @@ impl Decoder {
         let mut keys = self.project(&normalized, key)?;
         let values = self.project(&normalized, value)?;
         if let Some(angles) = angles {
-            queries = rotary::rotate(&queries, angles, self.config.head_dim)?;
-            keys = rotary::rotate(&keys, angles, self.config.head_dim)?;
+            queries = rotary::rotate(queries, angles, self.config.head_dim)?;
+            keys = rotary::rotate(keys, angles, self.config.head_dim)?;
         }
         let attended = self.attend(index, &queries, &keys, &values, batch)?;
-        let hidden = (hidden + self.project(&attended, &layer.attention_output)?)?;
-        let normalized = self.normalize(&hidden, &layer.feed_forward_norm)?;
+        let middle = self.project(&attended, &layer.attention_output)?;
+        add_in_place(&middle, hidden)?;
+        let normalized = self.normalize(&middle, &layer.feed_forward_norm)?;
         let feed_forward = &layer.feed_forward;
         let up = self.project(&normalized, &feed_forward.up)?;
         let inner = match &feed_forward.gate {
             None => activation::activate(&up, self.config.activation)?,
             Some(gate) => activation::gate(&self.project(&normalized, gate)?, &up, self.config.activation)?,
         };
-        Ok((hidden + self.project(&inner, &feed_forward.down)?)?)
+        let output = self.project(&inner, &feed_forward.down)?;
+        add_in_place(&output, &middle)?;
+        Ok(output)
     }
 
     /// Extends the caches by the new keys and values and attends to all of them.
@@ -186,3 +190,6 @@ impl Decoder {
         linear::linear(input, self.weight(projection.weight), projection.rows.clone(), bias)
     }
 }
+
+#[cfg(test)]
+mod tests;

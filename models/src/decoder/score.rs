@@ -2,8 +2,8 @@
 
 use super::{Decoder, SequenceStep};
 use crate::error::{Error, Result};
+use crate::ops::log_probability::log_probabilities;
 use candle_core::Tensor;
-use rayon::prelude::*;
 
 /// Tokens whose logits exist at one time.
 const BLOCK: usize = 64;
@@ -17,20 +17,17 @@ impl Decoder {
 
     /// As [`score`](Self::score); ends with [`Error::Cancelled`] soon after `cancelled` returns true.
     pub fn score_unless(&self, tokens: &[u32], cancelled: &dyn Fn() -> bool) -> Result<Vec<Option<f32>>> {
+        let head = self.weight(self.layout.head.weight);
         let mut scores = Vec::with_capacity(tokens.len());
         scores.push(None);
-        self.for_each_logits(tokens, cancelled, &mut |first, logits| {
-            let count = logits.dim(0)?;
-            let targets = tokens
-                .get(first + 1..(first + 1 + count).min(tokens.len()))
-                .unwrap_or_default();
-            let vocabulary = self.config.vocabulary;
-            let logits: Vec<f32> = logits.flatten_all()?.to_vec1()?;
-            let block: Vec<f32> = logits
-                .par_chunks(vocabulary)
-                .zip(targets)
-                .map(|(row, target)| log_probability(row, *target as usize))
-                .collect();
+        self.for_each_block(tokens, cancelled, &mut |first, hidden| {
+            // The last token of the sequence predicts nothing.
+            let targets = &tokens[first + 1..tokens.len().min(first + 1 + hidden.dim(0)?)];
+            if targets.is_empty() {
+                return Ok(());
+            }
+            let hidden = self.normalize(&hidden.narrow(0, 0, targets.len())?, &self.layout.final_norm)?;
+            let block = log_probabilities(&hidden, head, targets)?;
             scores.extend(block.into_iter().map(Some));
             Ok(())
         })?;
@@ -45,6 +42,16 @@ impl Decoder {
         cancelled: &dyn Fn() -> bool,
         visit: &mut dyn FnMut(usize, Tensor) -> Result<()>,
     ) -> Result<()> {
+        self.for_each_block(tokens, cancelled, &mut |first, hidden| visit(first, self.head(hidden)?))
+    }
+
+    /// Calls `visit` with the number of the first token and the residual stream `[tokens, width]` of every block.
+    fn for_each_block(
+        &self,
+        tokens: &[u32],
+        cancelled: &dyn Fn() -> bool,
+        visit: &mut dyn FnMut(usize, &Tensor) -> Result<()>,
+    ) -> Result<()> {
         let mut cache = self.new_cache();
         self.check_tokens(tokens, cache.remaining())?;
         for (block, tokens) in tokens.chunks(BLOCK).enumerate() {
@@ -55,15 +62,8 @@ impl Decoder {
                 tokens,
                 cache: &mut cache,
             }])?;
-            visit(block * BLOCK, self.head(&hidden)?)?;
+            visit(block * BLOCK, &hidden)?;
         }
         Ok(())
     }
-}
-
-/// `log softmax(row)[target]`, the sum in f64.
-fn log_probability(row: &[f32], target: usize) -> f32 {
-    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = row.iter().map(|value| f64::from((value - max).exp())).sum();
-    (f64::from(row[target] - max) - sum.ln()) as f32
 }

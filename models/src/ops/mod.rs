@@ -6,6 +6,11 @@ pub mod attention;
 pub(crate) mod backward;
 pub mod embedding;
 pub mod linear;
+pub mod log_probability;
 pub mod norm;
 pub mod rotary;
 pub mod storage;
+pub mod weights;
+
+#[cfg(test)]
+pub(crate) mod test_util;

@@ -1,7 +1,9 @@
 //! Rotary positions (arXiv:2104.09864): the two halves of a head are the components of its pairs.
 
+use super::storage::{CpuSlice, is_cpu, with_mut_slice};
 use crate::error::Result;
 use candle_core::{D, Device, Tensor};
+use candle_kernels_cpu::{RotaryLayout, RotaryTable};
 
 /// Cosines and sines of a batch's rows, each `[rows, head_dim / 2]` f32.
 #[derive(Debug, Clone)]
@@ -31,9 +33,23 @@ impl RotaryAngles {
     }
 }
 
-/// Rotates every head of `x` `[rows, heads * head_dim]` by its row's angles.
-pub fn rotate(x: &Tensor, angles: &RotaryAngles, head_dim: usize) -> Result<Tensor> {
-    composed(x, angles, head_dim)
+/// Rotates every head of `x` `[rows, heads * head_dim]` by its row's angles, in place where the device allows it.
+pub fn rotate(x: Tensor, angles: &RotaryAngles, head_dim: usize) -> Result<Tensor> {
+    if !is_cpu(&x) {
+        return composed(&x, angles, head_dim);
+    }
+    let (cosines, sines) = (CpuSlice::new(&angles.cosines)?, CpuSlice::new(&angles.sines)?);
+    let table = RotaryTable {
+        cos: cosines.f32()?,
+        sin: sines.f32()?,
+        rotary_dim: head_dim,
+    };
+    // The table is that of the rows, not of all positions.
+    let rows: Vec<u32> = (0..x.dim(0)? as u32).collect();
+    with_mut_slice(&x, |x| {
+        candle_kernels_cpu::rotary(x, head_dim, &rows, table, RotaryLayout::HalfSplit, false)
+    })?;
+    Ok(x)
 }
 
 /// [`rotate`] from plain candle operations: for devices without kernels of our own, and the tests' oracle.
@@ -46,4 +62,28 @@ pub fn composed(x: &Tensor, angles: &RotaryAngles, head_dim: usize) -> Result<Te
     let rotated_first = (first.broadcast_mul(&cosines)? - second.broadcast_mul(&sines)?)?;
     let rotated_second = (second.broadcast_mul(&cosines)? + first.broadcast_mul(&sines)?)?;
     Ok(Tensor::cat(&[rotated_first, rotated_second], D::Minus1)?.reshape((rows, width))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::test_util::{assert_close, noise};
+
+    #[test]
+    fn rotation_equals_the_composition_and_keeps_lengths() {
+        let frequencies = [1.0, 0.3, 0.01];
+        let angles = RotaryAngles::new(&frequencies, &[0, 7, 3, 1000], &Device::Cpu)
+            .unwrap()
+            .unwrap();
+        let x = noise(&[4, 12], 1);
+        let expected = composed(&x, &angles, 6).unwrap();
+        let found = rotate(x.copy().unwrap(), &angles, 6).unwrap();
+        assert_close(&found, &expected, 1e-6);
+        assert_close(&found.narrow(0, 0, 1).unwrap(), &x.narrow(0, 0, 1).unwrap(), 1e-6);
+        assert_close(
+            &found.sqr().unwrap().sum(1).unwrap(),
+            &x.sqr().unwrap().sum(1).unwrap(),
+            1e-4,
+        );
+    }
 }

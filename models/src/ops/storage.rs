@@ -1,7 +1,7 @@
 //! The elements of CPU tensors as slices: the border between candle and the kernels.
 
 use crate::error::Result;
-use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Storage, StorageRef, Tensor};
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Shape, Storage, StorageRef, Tensor};
 use std::cell::Cell;
 
 /// Whether the kernels can compute on this tensor.
@@ -75,6 +75,14 @@ pub fn with_mut_slice<T>(tensor: &Tensor, write: impl FnOnce(&mut [f32]) -> T) -
     operation.result.into_inner().ok_or_else(missing)
 }
 
+/// A new f32 tensor of the shape on the CPU, written by `write`, which gets zeros.
+pub fn new_tensor(shape: impl Into<Shape>, write: impl FnOnce(&mut [f32]) -> Result<()>) -> Result<Tensor> {
+    let shape = shape.into();
+    let mut values = vec![0.0f32; shape.elem_count()];
+    write(&mut values)?;
+    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+}
+
 /// Runs a closure as candle's in-place operation, the one way to a tensor's elements for writing.
 struct InPlace<F, T> {
     write: Cell<Option<F>>,
@@ -103,7 +111,6 @@ impl<T, F: FnOnce(&mut [f32]) -> T> InplaceOp1 for InPlace<F, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Device;
 
     #[test]
     fn views_are_read_and_written_in_place() {

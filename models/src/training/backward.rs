@@ -134,7 +134,7 @@ impl Pass<'_> {
     /// The gradient of queries or keys before their rotation: rotated by the opposite angles.
     fn rotate_back(&self, dx: Tensor) -> Result<Tensor> {
         match &self.opposite_angles {
-            Some(angles) => rotary::rotate(&dx, angles, self.decoder.config().head_dim),
+            Some(angles) => rotary::rotate(dx, angles, self.decoder.config().head_dim),
             None => Ok(dx),
         }
     }

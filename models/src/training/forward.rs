@@ -70,7 +70,7 @@ impl Pass<'_> {
     /// Rotates queries or keys by their positions; nothing where positions are learned.
     fn rotate(&self, x: Tensor) -> Result<Tensor> {
         match &self.angles {
-            Some(angles) => rotary::rotate(&x, angles, self.decoder.config().head_dim),
+            Some(angles) => rotary::rotate(x, angles, self.decoder.config().head_dim),
             None => Ok(x),
         }
     }
