@@ -127,6 +127,8 @@ pub(crate) struct Writes {
     pub(crate) delete: bool,
     /// Columns that UPDATE may change.
     pub(crate) update: &'static [&'static str],
+    /// Changes take effect at once rather than with the transaction.
+    pub(crate) immediate: bool,
 }
 
 /// The values that a statement gives, by column; absent and NULL are the same.
@@ -243,7 +245,8 @@ impl Call {
 #[derive(Clone, Debug)]
 pub(crate) struct Writer {
     pub(crate) client: Client,
-    pub(crate) transaction: TransactionContext,
+    /// Absent where changes are not staged.
+    pub(crate) transaction: Option<TransactionContext>,
 }
 
 /// A row: one value per column of the relation.

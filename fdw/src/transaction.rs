@@ -23,8 +23,10 @@ const ROLLBACK_LIMIT: Duration = Duration::from_millis(250);
 struct Remote {
     id: String,
     client: Client,
-    /// Subtransactions that staged something.
+    /// Subtransactions that wrote, or tried to.
     levels: BTreeSet<pg_sys::SubTransactionId>,
+    /// Those of them in which a write succeeded: the server holds something that must not get lost.
+    staged: BTreeSet<pg_sys::SubTransactionId>,
     /// Set when the server may not have heard of a rollback: then nothing may be published.
     broken: bool,
 }
@@ -63,12 +65,24 @@ pub(crate) fn writing(client: &Client) -> Result<TransactionContext> {
             id: random_id(),
             client: client.clone(),
             levels: BTreeSet::new(),
+            staged: BTreeSet::new(),
             broken: false,
         });
         remote.levels.insert(level);
         remote.id.clone()
     });
     Ok(context(id))
+}
+
+/// Notes that a write of the current subtransaction succeeded.
+pub(crate) fn wrote(session: Session) {
+    // SAFETY: reads a variable of the backend.
+    let level = unsafe { pg_sys::GetCurrentSubTransactionId() };
+    REMOTES.with_borrow_mut(|remotes| {
+        if let Some(remote) = remotes.get_mut(&session) {
+            remote.staged.insert(level);
+        }
+    });
 }
 
 fn context(transaction_id: String) -> TransactionContext {
@@ -152,6 +166,7 @@ unsafe extern "C-unwind" fn on_subtransaction(
                     for remote in remotes.values_mut().filter(|remote| remote.levels.contains(&level)) {
                         remote.broken |= !roll_back(remote, level);
                         remote.levels.remove(&level);
+                        remote.staged.remove(&level);
                     }
                 });
             }));
@@ -162,13 +177,8 @@ unsafe extern "C-unwind" fn on_subtransaction(
 
 /// Publishes what was staged. With several servers one after the other: each by itself is all or nothing.
 fn publish() -> Result<()> {
-    let staged: Vec<(Client, String, bool)> = REMOTES.with_borrow(|remotes| {
-        remotes
-            .values()
-            .map(|remote| (remote.client.clone(), remote.id.clone(), remote.broken))
-            .collect()
-    });
-    if staged.iter().any(|(_, _, broken)| *broken) {
+    let broken = REMOTES.with_borrow(|remotes| remotes.values().any(|remote| remote.broken));
+    if broken {
         let code = PgSqlErrorCode::ERRCODE_TRANSACTION_ROLLBACK;
         return Err(Error::new(
             code,
@@ -176,14 +186,20 @@ fn publish() -> Result<()> {
         )
         .hint("The transaction is rolled back as a whole; repeat it."));
     }
-    for (client, transaction_id, _) in staged {
-        let request = PublishRequest {
-            transaction_id: transaction_id.clone(),
-            expects_writes: true,
+    let staged: Vec<(Session, Client, PublishRequest)> = REMOTES.with_borrow(|remotes| {
+        let request = |remote: &Remote| PublishRequest {
+            transaction_id: remote.id.clone(),
+            expects_writes: !remote.staged.is_empty(),
         };
+        remotes
+            .iter()
+            .map(|(session, remote)| (*session, remote.client.clone(), request(remote)))
+            .collect()
+    });
+    for (session, client, request) in staged {
         // Repeating a publish answers as the first did, so a lost answer is asked for again.
         wait(read!(client, transactions.publish(request)))?;
-        REMOTES.with_borrow_mut(|remotes| remotes.retain(|_, remote| remote.id != transaction_id));
+        REMOTES.with_borrow_mut(|remotes| remotes.remove(&session));
     }
     Ok(())
 }
@@ -206,8 +222,10 @@ fn release(level: pg_sys::SubTransactionId, parent: pg_sys::SubTransactionId) ->
     }
     REMOTES.with_borrow_mut(|remotes| {
         for remote in remotes.values_mut() {
-            if remote.levels.remove(&level) {
-                remote.levels.insert(parent);
+            for levels in [&mut remote.levels, &mut remote.staged] {
+                if levels.remove(&level) {
+                    levels.insert(parent);
+                }
             }
         }
     });

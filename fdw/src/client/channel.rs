@@ -49,7 +49,19 @@ pub(crate) fn connect(session: Session) -> Result<Client> {
         fetch_size: options.fetch_size,
         batch_size: options.batch_size,
     };
-    wait(greet(&client))?;
+    wait(async {
+        // A listener that never answers takes connections all the same.
+        tokio::time::timeout(options.connect_timeout, greet(&client))
+            .await
+            .unwrap_or_else(|_| {
+                let code = PgSqlErrorCode::ERRCODE_FDW_UNABLE_TO_ESTABLISH_CONNECTION;
+                let limit = options.connect_timeout.as_millis();
+                Err(
+                    Error::new(code, format!("the compute server did not answer within {limit} ms"))
+                        .hint("Raise the server option \"connect_timeout_ms\", or check what listens at the endpoint."),
+                )
+            })
+    })?;
     CONNECTIONS.with_borrow_mut(|connections| {
         connections.insert(
             session,

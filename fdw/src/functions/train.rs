@@ -89,6 +89,7 @@ fn train_step(
         let taken = wait(write!(client, training.step(request)))?
             .step
             .ok_or_else(|| Error::protocol("step"))?;
+        transaction::wrote(client.session);
         Ok((i64::try_from(taken.step).unwrap_or(i64::MAX), taken.loss))
     };
     TableIterator::once(step().or_report())

@@ -4,7 +4,6 @@
 use pgrx::prelude::*;
 
 use super::state::Change;
-use crate::client::wait;
 use crate::error::{OrReport, Result};
 
 /// Callback: updates the row that the subplan found.
@@ -21,7 +20,7 @@ pub(super) unsafe extern "C-unwind" fn exec_foreign_update(
         let update = || -> Result<()> {
             let identity = change.identity(plan_slot)?;
             let new = change.values(slot, change.table.relation.writes().update)?;
-            wait(change.table.relation.update(change.writer()?, identity, new))
+            change.run(|writer| change.table.relation.update(writer, identity, new))
         };
         update().or_report();
     }
@@ -41,12 +40,8 @@ pub(super) unsafe extern "C-unwind" fn exec_foreign_delete(
         let change = &*(*target).ri_FdwState.cast::<Change>();
         change.forget_rows();
         let delete = || -> Result<()> {
-            wait(
-                change
-                    .table
-                    .relation
-                    .delete(change.writer()?, change.identity(plan_slot)?),
-            )
+            let identity = change.identity(plan_slot)?;
+            change.run(|writer| change.table.relation.delete(writer, identity))
         };
         delete().or_report();
         change.fill_old_row(slot, plan_slot);

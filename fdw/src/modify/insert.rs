@@ -4,7 +4,6 @@
 use pgrx::prelude::*;
 
 use super::state::Change;
-use crate::client::wait;
 use crate::error::{Error, OrReport, Result};
 
 /// Callback: inserts one row and hands it back as the server has it.
@@ -76,7 +75,7 @@ unsafe fn insert(target: *mut pg_sys::ResultRelInfo, slots: &[*mut pg_sys::Tuple
             .iter()
             .map(|slot| change.inputs(*slot))
             .collect::<Result<Vec<_>>>()?;
-        let inserted = wait(change.table.relation.insert(change.writer()?, rows))?;
+        let inserted = change.run(|writer| change.table.relation.insert(writer, rows))?;
         if inserted.len() != slots.len() {
             return Err(Error::protocol("row for every inserted row"));
         }

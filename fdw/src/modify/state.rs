@@ -4,9 +4,9 @@
 use pgrx::prelude::*;
 
 use super::plan::{WHOLE_ROW, junk_name, refuse_on_conflict};
-use crate::client::{Client, connect};
+use crate::client::{Client, connect, wait};
 use crate::error::{Error, OrReport, Result};
-use crate::relation::{Inputs, Row, Writer};
+use crate::relation::{Inputs, Row, Work, Writer};
 use crate::resources;
 use crate::table::{Table, effective_user};
 use crate::transaction;
@@ -117,12 +117,19 @@ unsafe fn begin(modify: *mut pg_sys::ModifyTableState, target: *mut pg_sys::Resu
 }
 
 impl Change {
-    /// Where and in which transaction to write.
-    pub(super) fn writer(&self) -> Result<Writer> {
-        Ok(Writer {
-            client: self.client.clone(),
-            transaction: transaction::writing(&self.client)?,
-        })
+    /// Writes: gives `work` where and in which transaction to write, and waits for it.
+    pub(super) fn run<T>(&self, work: impl FnOnce(Writer) -> Work<T>) -> Result<T> {
+        let client = self.client.clone();
+        if self.table.relation.writes().immediate {
+            return wait(work(Writer {
+                client,
+                transaction: None,
+            }));
+        }
+        let transaction = Some(transaction::writing(&self.client)?);
+        let outcome = wait(work(Writer { client, transaction }))?;
+        transaction::wrote(self.client.session);
+        Ok(outcome)
     }
 
     /// The values that a row gives. Errors: a value for a column that the server computes.

@@ -75,7 +75,7 @@ impl Relation for Batches {
 
 async fn accumulate(writer: &Writer, model: String, sequences: Vec<Sequence>, rows: &mut Vec<Row>) -> Result<()> {
     let request = AccumulateBatchesRequest {
-        transaction: Some(writer.transaction.clone()),
+        transaction: writer.transaction.clone(),
         model: model.clone(),
         sequences: sequences.clone(),
     };

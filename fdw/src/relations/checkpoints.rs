@@ -64,7 +64,7 @@ impl Relation for Checkpoints {
             let mut rows = Vec::with_capacity(inputs.len());
             for inputs in inputs {
                 let request = CreateCheckpointRequest {
-                    transaction: Some(writer.transaction.clone()),
+                    transaction: writer.transaction.clone(),
                     model: inputs.required("model")?,
                     tag: inputs.text("tag").unwrap_or_default(),
                 };
@@ -78,7 +78,7 @@ impl Relation for Checkpoints {
     fn delete(&self, writer: Writer, row: Inputs) -> Work<()> {
         Box::pin(async move {
             let request = DeleteCheckpointRequest {
-                transaction: Some(writer.transaction),
+                transaction: writer.transaction,
                 model: row.required("model")?,
                 step: row
                     .integer("step")

@@ -81,7 +81,7 @@ impl Relation for Models {
     fn delete(&self, writer: Writer, row: Inputs) -> Work<()> {
         Box::pin(async move {
             let request = UnloadModelRequest {
-                transaction: Some(writer.transaction),
+                transaction: writer.transaction,
                 name: row.required("name")?,
             };
             write!(writer.client, models.unload_model(request)).await?;
@@ -92,7 +92,7 @@ impl Relation for Models {
     fn update(&self, writer: Writer, row: Inputs, new: Inputs) -> Work<()> {
         Box::pin(async move {
             let request = UpdateModelRequest {
-                transaction: Some(writer.transaction),
+                transaction: writer.transaction,
                 name: row.required("name")?,
                 config_json: new.required("config")?,
             };
@@ -104,7 +104,7 @@ impl Relation for Models {
 
 async fn load(writer: &Writer, inputs: &Inputs) -> Result<Model> {
     let request = LoadModelRequest {
-        transaction: Some(writer.transaction.clone()),
+        transaction: writer.transaction.clone(),
         name: inputs.required("name")?,
         source: inputs.text("source").unwrap_or_default(),
         config_json: inputs.text("config").unwrap_or_else(|| "{}".into()),

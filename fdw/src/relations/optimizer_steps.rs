@@ -64,7 +64,7 @@ impl Relation for OptimizerSteps {
             let mut rows = Vec::with_capacity(inputs.len());
             for inputs in inputs {
                 let request = StepRequest {
-                    transaction: Some(writer.transaction.clone()),
+                    transaction: writer.transaction.clone(),
                     model: inputs.required("model")?,
                     options: Some(AdamWOptions {
                         learning_rate: inputs.number("learning_rate"),

@@ -58,6 +58,7 @@ impl Relation for Requests {
     fn writes(&self) -> Writes {
         Writes {
             delete: true,
+            immediate: true,
             ..Writes::default()
         }
     }
