@@ -1,11 +1,12 @@
 //! AdamW (arXiv:1711.05101), with PyTorch's order of operations.
 
 use candle_core::Tensor;
+use candle_kernels_cpu::{AdamWStep, adamw, sum_of_squares};
 
 use super::{AdamWOptions, Gradient};
 use crate::decoder::{Decoder, ParameterId};
 use crate::error::{Error, Result};
-use crate::ops::storage::{is_cpu, with_slice};
+use crate::ops::storage::{is_cpu, with_mut_slice, with_slice};
 
 /// Added to the norm before the clipping factor is taken, as torch.nn.utils.clip_grad_norm_ does.
 const CLIPPING_EPSILON: f64 = 1e-6;
@@ -145,7 +146,15 @@ impl AdamW {
 
     /// The update itself, with the gradient's sums multiplied by `factor`.
     fn update(&self, decoder: &mut Decoder, gradient: &Gradient, options: &AdamWOptions, factor: f64) -> Result<()> {
-        let coefficients = Coefficients::new(options, factor, self.step + 1);
+        let step = AdamWStep {
+            learning_rate: options.learning_rate,
+            beta1: options.beta1,
+            beta2: options.beta2,
+            epsilon: options.epsilon,
+            weight_decay: options.weight_decay,
+            step: self.step + 1,
+            gradient_scale: factor,
+        };
         for (index, moments) in self.moments.iter().enumerate() {
             let (Some(moments), Some(sum)) = (moments, gradient.sum(index)) else {
                 continue;
@@ -154,7 +163,7 @@ impl AdamW {
                 continue;
             }
             let parameter = decoder.weight(ParameterId(index)).as_f32()?;
-            composed(parameter, sum, moments, &coefficients)?;
+            update_one(parameter, sum, moments, &step)?;
         }
         Ok(())
     }
@@ -166,9 +175,7 @@ fn norm(gradient: &Gradient) -> Result<f64> {
     for index in 0..gradient.parameter_count() {
         let Some(sum) = gradient.sum(index) else { continue };
         squares += if is_cpu(sum) {
-            with_slice(sum, |sum| {
-                sum.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>()
-            })?
+            with_slice(sum, sum_of_squares)?
         } else {
             f64::from(sum.sqr()?.sum_all()?.to_scalar::<f32>()?)
         };
@@ -176,56 +183,82 @@ fn norm(gradient: &Gradient) -> Result<f64> {
     Ok(squares.sqrt())
 }
 
-/// Coefficients of one step, the same for every parameter.
-struct Coefficients {
-    /// What the gradient's sums are multiplied by: the mean, clipped.
-    factor: f64,
-    /// What the parameters are multiplied by before the step: decoupled weight decay.
-    decay: f64,
-    /// Weight of the new gradient in the first moment.
-    first: f64,
-    /// Weight of the square of the new gradient in the second moment.
-    second: f64,
-    /// Learning rate over the bias correction of the first moment.
-    rate: f64,
-    /// Root of the bias correction of the second moment.
-    correction: f64,
-    /// Added to the denominator.
-    epsilon: f64,
+/// One parameter's step, in place.
+fn update_one(parameter: &Tensor, sum: &Tensor, moments: &Moments, step: &AdamWStep) -> Result<()> {
+    if !is_cpu(parameter) {
+        return composed(parameter, sum, moments, step);
+    }
+    with_slice(sum, |sum| {
+        with_mut_slice(parameter, |parameter| {
+            with_mut_slice(&moments.first, |first| {
+                with_mut_slice(&moments.second, |second| adamw(parameter, first, second, sum, step))
+            })?
+        })?
+    })?
 }
 
-impl Coefficients {
-    fn new(options: &AdamWOptions, factor: f64, step: u64) -> Self {
-        let correction = |beta: f64| 1.0 - beta.powf(step as f64);
-        Self {
-            factor,
-            decay: 1.0 - options.learning_rate * options.weight_decay,
-            first: 1.0 - options.beta1,
-            second: 1.0 - options.beta2,
-            rate: options.learning_rate / correction(options.beta1),
-            correction: correction(options.beta2).sqrt(),
-            epsilon: options.epsilon,
+/// [`update_one`] from plain candle operations: for devices without kernels of our own, and the tests' oracle.
+fn composed(parameter: &Tensor, sum: &Tensor, moments: &Moments, step: &AdamWStep) -> Result<()> {
+    let correction = |beta: f64| 1.0 - beta.powf(step.step as f64);
+    let rate = step.learning_rate / correction(step.beta1);
+    let gradient = (sum * step.gradient_scale)?;
+    let first = (&moments.first + ((&gradient - &moments.first)? * (1.0 - step.beta1))?)?;
+    let second = ((&moments.second * step.beta2)? + (gradient.sqr()? * (1.0 - step.beta2))?)?;
+    let denominator = ((second.sqrt()? / correction(step.beta2).sqrt())? + step.epsilon)?;
+    let decayed = (parameter * (1.0 - step.learning_rate * step.weight_decay))?;
+    let changed = (decayed - ((&first / denominator)? * rate)?)?;
+    moments.first.slice_set(&first, 0, 0)?;
+    moments.second.slice_set(&second, 0, 0)?;
+    Ok(parameter.slice_set(&changed, 0, 0)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn the_kernel_does_what_plain_operations_do() {
+        let random = || Tensor::randn(0f32, 1f32, (7, 37), &Device::Cpu).unwrap();
+        let (parameter, sum) = (random(), random());
+        let moments = Moments {
+            first: random(),
+            second: random().sqr().unwrap(),
+        };
+        let copy = |x: &Tensor| x.copy().unwrap();
+        let (other, other_moments) = (
+            copy(&parameter),
+            Moments {
+                first: copy(&moments.first),
+                second: copy(&moments.second),
+            },
+        );
+        let step = AdamWStep {
+            learning_rate: 0.01,
+            beta1: 0.8,
+            beta2: 0.95,
+            epsilon: 1e-3,
+            weight_decay: 0.1,
+            step: 3,
+            gradient_scale: 0.25,
+        };
+        update_one(&parameter, &sum, &moments, &step).unwrap();
+        composed(&other, &sum, &other_moments, &step).unwrap();
+        let pairs = [
+            (parameter, other),
+            (moments.first, other_moments.first),
+            (moments.second, other_moments.second),
+        ];
+        for (kernel, plain) in pairs {
+            let difference = (kernel - plain)
+                .unwrap()
+                .abs()
+                .unwrap()
+                .max_all()
+                .unwrap()
+                .to_scalar::<f32>()
+                .unwrap();
+            assert!(difference < 1e-6, "{difference:e}");
         }
     }
-}
-
-/// One parameter's step from plain candle operations: for devices without kernels of our own, and the tests' oracle.
-fn composed(parameter: &Tensor, sum: &Tensor, moments: &Moments, coefficients: &Coefficients) -> Result<()> {
-    let Coefficients {
-        factor,
-        decay,
-        first,
-        second,
-        rate,
-        correction,
-        epsilon,
-    } = *coefficients;
-    let gradient = (sum * factor)?;
-    let mean = (&moments.first + ((&gradient - &moments.first)? * first)?)?;
-    let square = ((&moments.second * (1.0 - second))? + (gradient.sqr()? * second)?)?;
-    let denominator = ((square.sqrt()? / correction)? + epsilon)?;
-    let changed = ((parameter * decay)? - ((&mean / denominator)? * rate)?)?;
-    moments.first.slice_set(&mean, 0, 0)?;
-    moments.second.slice_set(&square, 0, 0)?;
-    Ok(parameter.slice_set(&changed, 0, 0)?)
 }

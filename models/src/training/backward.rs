@@ -7,7 +7,7 @@ use super::{Pass, check_cancelled};
 use crate::decoder::{Layer, NormParameters, ParameterId, Projection};
 use crate::error::Result;
 use crate::ops::backward::{
-    self, attention_backward, cross_entropy_head, embedding_backward, gather_rows, linear_backward,
+    self, NormWeights, attention_backward, cross_entropy_head, embedding_backward, gather_rows, linear_backward,
 };
 use crate::ops::rotary;
 
@@ -38,18 +38,18 @@ impl Pass<'_> {
         } else {
             gather_rows(output, &batch.rows)?
         };
-        let normed = self.decoder.normalize(&x, &self.layout.final_norm)?;
+        let norm = self.norm(&self.layout.final_norm)?;
+        let normed = norm.forward(&x)?;
         let head = self.layout.head.weight;
         let (losses, dnormed) = cross_entropy_head(
-            &normed,
+            &normed.output,
             self.weight_f32(head)?,
             &batch.targets,
             &batch.factors,
             self.gradient_of(head),
         )?;
-        drop(normed);
         let zeros = x.zeros_like()?;
-        self.backward_norm(&self.layout.final_norm, &x, &dnormed, &zeros)?;
+        norm.backward(&normed, &x, &dnormed, &zeros)?;
         if whole {
             return Ok((losses, zeros));
         }
@@ -67,12 +67,13 @@ impl Pass<'_> {
         drop(dattention);
         let dquery = self.rotate_back(dquery)?;
         let dkey = self.rotate_back(dkey)?;
-        let normed = self.decoder.normalize(&input, &layer.attention_norm)?;
+        let norm = self.norm(&layer.attention_norm)?;
+        let normed = norm.forward(&input)?;
         let [query, key, value] = &layer.query_key_value;
-        let dnormed = self.backward_linear(query, &normed, &dquery, None)?;
-        let dnormed = self.backward_linear(key, &normed, &dkey, Some(dnormed))?;
-        let dnormed = self.backward_linear(value, &normed, &dvalue, Some(dnormed))?;
-        self.backward_norm(&layer.attention_norm, &input, &dnormed, &gradient)?;
+        let dnormed = self.backward_linear(query, &normed.output, &dquery, None)?;
+        let dnormed = self.backward_linear(key, &normed.output, &dkey, Some(dnormed))?;
+        let dnormed = self.backward_linear(value, &normed.output, &dvalue, Some(dnormed))?;
+        norm.backward(&normed, &input, &dnormed, &gradient)?;
         Ok(gradient)
     }
 
@@ -85,12 +86,13 @@ impl Pass<'_> {
         let activation = self.decoder.config().activation;
         let (dgate, dup) = backward::activate_backward(activation, tape.gate.as_ref(), &tape.up, &dinner)?;
         drop(dinner);
-        let normed = self.decoder.normalize(&tape.middle, &layer.feed_forward_norm)?;
-        let mut dnormed = self.backward_linear(&network.up, &normed, &dup, None)?;
+        let norm = self.norm(&layer.feed_forward_norm)?;
+        let normed = norm.forward(&tape.middle)?;
+        let mut dnormed = self.backward_linear(&network.up, &normed.output, &dup, None)?;
         if let (Some(gate), Some(dgate)) = (&network.gate, &dgate) {
-            dnormed = self.backward_linear(gate, &normed, dgate, Some(dnormed))?;
+            dnormed = self.backward_linear(gate, &normed.output, dgate, Some(dnormed))?;
         }
-        self.backward_norm(&layer.feed_forward_norm, &tape.middle, &dnormed, gradient)
+        norm.backward(&normed, &tape.middle, &dnormed, gradient)
     }
 
     /// Adds the gradient of the embeddings.
@@ -119,16 +121,17 @@ impl Pass<'_> {
         linear_backward(&matrix, x, dy, dx)
     }
 
-    /// A norm: adds the gradients of its weight and bias, and adds that of `x` to `dx` in place.
-    fn backward_norm(&self, norm: &NormParameters, x: &Tensor, dy: &Tensor, dx: &Tensor) -> Result<()> {
-        let parameters = backward::NormBackward {
+    /// A norm's parameters, and where their gradients are added up.
+    fn norm(&self, norm: &NormParameters) -> Result<NormWeights<'_>> {
+        let config = self.decoder.config();
+        Ok(NormWeights {
+            kind: config.norm,
+            epsilon: config.norm_epsilon as f32,
             weight: self.weight_f32(norm.weight)?,
-            epsilon: self.decoder.config().norm_epsilon as f32,
-            kind: self.decoder.config().norm,
+            bias: norm.bias.map(|bias| self.weight_f32(bias)).transpose()?,
             dweight: self.gradient_of(norm.weight),
             dbias: norm.bias.and_then(|bias| self.gradient_of(bias)),
-        };
-        backward::norm_backward(&parameters, x, dy, dx)
+        })
     }
 
     /// The gradient of queries or keys before their rotation: rotated by the opposite angles.

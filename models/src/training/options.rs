@@ -85,7 +85,8 @@ mod tests {
 
     #[test]
     fn names_the_setting_and_the_value() {
-        let cases: [(&str, fn(&mut AdamWOptions)); 8] = [
+        type Change = fn(&mut AdamWOptions);
+        let cases: [(&str, Change); 8] = [
             ("learning_rate is NaN", |o| o.learning_rate = f64::NAN),
             ("learning_rate is -1", |o| o.learning_rate = -1.0),
             ("beta1 is 1", |o| o.beta1 = 1.0),

@@ -72,12 +72,39 @@ fn resumed_equals_uninterrupted() {
             "something was left beside the checkpoint"
         );
 
+        assert_eq!(checkpoint::read_manifest(&directory).unwrap().1, saved);
         let restored = checkpoint::load(&directory, &Device::Cpu).unwrap();
         let (mut model, mut optimizer) = (restored.model, restored.optimizer);
         assert_eq!((restored.manifest.step, optimizer.steps()), (3, 3));
         assert_eq!(restored.manifest.log, [json!({"step": 3})]);
         train(&mut model, &mut optimizer, 3..7);
         assert_eq!(bits(&model), bits(&straight), "{name}");
+    }
+}
+
+#[test]
+fn frozen_parameters_stay_frozen() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut model, mut optimizer) = (load("gpt2"), AdamW::new());
+    let frozen = [
+        "transformer.wte.weight",
+        "transformer.h.0.ln_1.weight",
+        "transformer.h.1.mlp.c_fc.bias",
+    ];
+    for name in frozen {
+        let parameter = model.decoder.parameter_id(name).unwrap();
+        model.decoder.set_trainable(parameter, false);
+    }
+    let before = bits(&model);
+    train(&mut model, &mut optimizer, 0..2);
+    save(&folder.path().join("2"), &model, &optimizer);
+    let restored = checkpoint::load(&folder.path().join("2"), &Device::Cpu).unwrap();
+    let (mut model, mut optimizer) = (restored.model, restored.optimizer);
+    train(&mut model, &mut optimizer, 2..3);
+    for ((parameter, before), after) in model.decoder.parameters().iter().zip(&before).zip(&bits(&model)) {
+        let name = parameter.name.as_str();
+        assert_eq!(parameter.trainable, !frozen.contains(&name), "{name}");
+        assert_eq!(before == after, frozen.contains(&name), "{name}");
     }
 }
 

@@ -10,10 +10,19 @@ pub(crate) fn add_in_place(sum: &Tensor, delta: &Tensor) -> Result<()> {
     if is_cpu(sum) {
         let delta = delta.contiguous()?;
         return with_slice(&delta, |delta| {
-            with_mut_slice(sum, |sum| {
-                sum.iter_mut().zip(delta).for_each(|(sum, delta)| *sum += delta)
-            })
+            with_mut_slice(sum, |sum| candle_kernels_cpu::add_assign(sum, delta))
         })?;
     }
     Ok(sum.slice_set(&(sum + delta)?, 0, 0)?)
+}
+
+/// [`with_mut_slice`] of a tensor that may be absent.
+pub(crate) fn with_optional_mut_slice<T>(
+    tensor: Option<&Tensor>,
+    write: impl FnOnce(Option<&mut [f32]>) -> T,
+) -> Result<T> {
+    match tensor {
+        Some(tensor) => with_mut_slice(tensor, |slice| write(Some(slice))),
+        None => Ok(write(None)),
+    }
 }

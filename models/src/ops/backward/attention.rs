@@ -1,10 +1,12 @@
 //! Causal attention over packed sequences, forward with what backward needs, and backward.
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
+use candle_kernels_cpu as kernels;
 
 use super::composed;
 use crate::error::Result;
 use crate::ops::attention::{AttentionShape, CachedSequence};
+use crate::ops::storage::{CpuSlice, is_cpu};
 
 /// What backward needs of attention.
 pub(crate) struct AttentionTape {
@@ -16,6 +18,8 @@ pub(crate) struct AttentionTape {
     value: Tensor,
     /// The attention's output, `[tokens, heads * head_dim]`.
     pub(crate) output: Tensor,
+    /// Logarithms of the softmax' denominators, `[tokens, heads]`; empty on devices without kernels of our own.
+    log_sum_exp: Vec<f32>,
 }
 
 /// Attends within each sequence, which has the rows from `bounds[i]` to `bounds[i + 1]`.
@@ -26,23 +30,51 @@ pub(crate) fn attention_forward(
     bounds: &[usize],
     shape: &AttentionShape,
 ) -> Result<AttentionTape> {
-    let sequence = |bound: &[usize]| -> Result<CachedSequence> {
-        let rows = bound[0]..bound[1];
-        let part = |x: &Tensor| x.narrow(0, rows.start, rows.len());
-        Ok(CachedSequence {
-            keys: part(&key)?,
-            values: part(&value)?,
-            rows: rows.clone(),
-        })
-    };
-    let sequences: Vec<_> = bounds.windows(2).map(sequence).collect::<Result<_>>()?;
-    let output = crate::ops::attention::composed(&query, &sequences, shape)?;
+    if !is_cpu(&query) {
+        let output = forward_elsewhere(&query, &key, &value, bounds, shape)?;
+        return Ok(AttentionTape {
+            query,
+            key,
+            value,
+            output,
+            log_sum_exp: vec![],
+        });
+    }
+    let mut output = vec![0.0; query.elem_count()];
+    let mut log_sum_exp = vec![0.0; query.dim(0)? * shape.heads];
+    {
+        let (q, k, v) = (CpuSlice::new(&query)?, CpuSlice::new(&key)?, CpuSlice::new(&value)?);
+        let inputs = [q.f32()?, k.f32()?, v.f32()?];
+        kernels::attention_forward(&heads(shape), bounds, inputs, &mut output, Some(&mut log_sum_exp));
+    }
+    let output = Tensor::from_vec(output, query.shape(), &Device::Cpu)?;
     Ok(AttentionTape {
         query,
         key,
         value,
         output,
+        log_sum_exp,
     })
+}
+
+fn forward_elsewhere(
+    query: &Tensor,
+    key: &Tensor,
+    value: &Tensor,
+    bounds: &[usize],
+    shape: &AttentionShape,
+) -> Result<Tensor> {
+    let sequence = |bound: &[usize]| -> Result<CachedSequence> {
+        let rows = bound[0]..bound[1];
+        let part = |x: &Tensor| x.narrow(0, rows.start, rows.len());
+        Ok(CachedSequence {
+            keys: part(key)?,
+            values: part(value)?,
+            rows: rows.clone(),
+        })
+    };
+    let sequences: Vec<_> = bounds.windows(2).map(sequence).collect::<Result<_>>()?;
+    crate::ops::attention::composed(query, &sequences, shape)
 }
 
 /// The gradients of queries, keys and values from the gradient `dy` `[tokens, heads * head_dim]` of the output.
@@ -52,5 +84,45 @@ pub(crate) fn attention_backward(
     bounds: &[usize],
     shape: &AttentionShape,
 ) -> Result<(Tensor, Tensor, Tensor)> {
-    composed::attention((&tape.query, &tape.key, &tape.value), dy, bounds, shape)
+    let AttentionTape {
+        query,
+        key,
+        value,
+        output,
+        log_sum_exp,
+    } = tape;
+    if !is_cpu(dy) {
+        return composed::attention((&query, &key, &value), dy, bounds, shape);
+    }
+    let [mut dq, mut dk, mut dv] = [&query, &key, &value].map(|x| vec![0.0; x.elem_count()]);
+    {
+        let (q, k, v) = (CpuSlice::new(&query)?, CpuSlice::new(&key)?, CpuSlice::new(&value)?);
+        let (out, dy) = (CpuSlice::new(&output)?, CpuSlice::new(dy)?);
+        let saved = kernels::AttentionSaved {
+            q: q.f32()?,
+            k: k.f32()?,
+            v: v.f32()?,
+            out: out.f32()?,
+            log_sum_exp: &log_sum_exp,
+        };
+        kernels::attention_backward(&heads(shape), bounds, &saved, dy.f32()?, [&mut dq, &mut dk, &mut dv]);
+    }
+    let tensor = |values: Vec<f32>, like: &Tensor| Tensor::from_vec(values, like.shape(), &Device::Cpu);
+    Ok((tensor(dq, &query)?, tensor(dk, &key)?, tensor(dv, &value)?))
+}
+
+/// The kernels' words for the heads.
+fn heads(shape: &AttentionShape) -> kernels::AttentionHeads {
+    let &AttentionShape {
+        heads,
+        key_value_heads,
+        head_dim,
+        scale,
+    } = shape;
+    kernels::AttentionHeads {
+        heads,
+        key_value_heads,
+        head_dim,
+        scale,
+    }
 }

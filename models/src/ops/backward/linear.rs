@@ -2,10 +2,12 @@
 
 use std::ops::Range;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
+use candle_kernels_cpu::{MatrixRef, matmul, sum_rows};
 
 use super::{add_in_place, composed};
 use crate::error::Result;
+use crate::ops::storage::{CpuSlice, is_cpu, with_mut_slice};
 
 /// A projection: rows of a matrix, and where the gradients of matrix and bias are added up.
 pub(crate) struct Matrix<'a> {
@@ -19,16 +21,58 @@ pub(crate) struct Matrix<'a> {
     pub(crate) dbias: Option<&'a Tensor>,
 }
 
+impl Matrix<'_> {
+    /// The projection's part of the matrix, the bias or their gradients; shares storage.
+    fn part(&self, tensor: &Tensor) -> Result<Tensor> {
+        Ok(tensor.narrow(0, self.rows.start, self.rows.len())?)
+    }
+}
+
 /// `x` `[tokens, in]` and the gradient `dy` `[tokens, rows]` of the output: adds the gradients of matrix and bias, and
 /// returns that of `x`, added to `dx` in place if given.
 pub(crate) fn linear_backward(matrix: &Matrix<'_>, x: &Tensor, dy: &Tensor, dx: Option<Tensor>) -> Result<Tensor> {
-    let rows = |tensor: &Tensor| tensor.narrow(0, matrix.rows.start, matrix.rows.len());
-    if let Some(dbias) = matrix.dbias {
-        add_in_place(&rows(dbias)?, &composed::sum_rows(dy)?)?;
+    if is_cpu(x) {
+        on_cpu(matrix, x, dy, dx)
+    } else {
+        elsewhere(matrix, x, dy, dx)
     }
-    let (own, dweight) = composed::linear(x, &rows(matrix.weight)?, dy)?;
+}
+
+fn on_cpu(matrix: &Matrix<'_>, x: &Tensor, dy: &Tensor, dx: Option<Tensor>) -> Result<Tensor> {
+    let (tokens, inputs) = x.dims2()?;
+    let outputs = matrix.rows.len();
+    let (x, dy, weight) = (CpuSlice::new(x)?, CpuSlice::new(dy)?, matrix.part(matrix.weight)?);
+    let weight = CpuSlice::new(&weight)?;
+    let (x, dy, weight) = (x.f32()?, dy.f32()?, weight.f32()?);
+    if let Some(sum) = matrix.dbias {
+        with_mut_slice(&matrix.part(sum)?, |sum| sum_rows(dy, sum))?;
+    }
+    let dy = MatrixRef::new(dy, tokens, outputs);
     if let Some(sum) = matrix.dweight {
-        add_in_place(&rows(sum)?, &dweight)?;
+        let x = MatrixRef::new(x, tokens, inputs);
+        with_mut_slice(&matrix.part(sum)?, |sum| matmul(dy.transpose(), x, true, sum))?;
+    }
+    let weight = MatrixRef::new(weight, outputs, inputs);
+    match dx {
+        Some(dx) => {
+            with_mut_slice(&dx, |dx| matmul(dy, weight, true, dx))?;
+            Ok(dx)
+        }
+        None => {
+            let mut dx = vec![0.0; tokens * inputs];
+            matmul(dy, weight, false, &mut dx);
+            Ok(Tensor::from_vec(dx, (tokens, inputs), &Device::Cpu)?)
+        }
+    }
+}
+
+fn elsewhere(matrix: &Matrix<'_>, x: &Tensor, dy: &Tensor, dx: Option<Tensor>) -> Result<Tensor> {
+    if let Some(sum) = matrix.dbias {
+        add_in_place(&matrix.part(sum)?, &composed::sum_rows(dy)?)?;
+    }
+    let (own, dweight) = composed::linear(x, &matrix.part(matrix.weight)?, dy)?;
+    if let Some(sum) = matrix.dweight {
+        add_in_place(&matrix.part(sum)?, &dweight)?;
     }
     match dx {
         None => Ok(own),

@@ -11,13 +11,13 @@ mod head;
 mod linear;
 mod norm;
 
-pub(crate) use accumulate::add_in_place;
+pub(crate) use accumulate::{add_in_place, with_optional_mut_slice};
 pub(crate) use activation::activate_backward;
 pub(crate) use attention::{AttentionTape, attention_backward, attention_forward};
 pub(crate) use embedding::{embedding_backward, gather_rows};
 pub(crate) use head::cross_entropy_head;
 pub(crate) use linear::{Matrix, linear_backward};
-pub(crate) use norm::{NormBackward, norm_backward};
+pub(crate) use norm::NormWeights;
 
 #[cfg(test)]
 mod tests;

@@ -1,8 +1,8 @@
 //! Every backward against candle's own differentiation of a plain composition.
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 
-use super::composed;
+use super::{Matrix, NormWeights, composed};
 use crate::config::{Activation, Norm};
 use crate::ops::attention::{AttentionShape, CachedSequence};
 use crate::ops::{activation, attention, norm};
@@ -44,6 +44,85 @@ fn norms() {
     let expected = differentiate(&y, &dy, &[&x, &weight]);
     let (dx, dweight) = composed::rms_norm(&x, &weight, &dy, 1e-5).unwrap();
     [dx, dweight].iter().zip(&expected).for_each(|(a, e)| assert_near(a, e));
+}
+
+#[test]
+fn norms_in_place() {
+    for kind in [Norm::Layer, Norm::Rms] {
+        let (x, weight, bias, dy) = (random(&[70, 17]), random(&[17]), random(&[17]), random(&[70, 17]));
+        let bias = (kind == Norm::Layer).then_some(&bias);
+        let y = norm::composed(&x, kind, &weight, bias.map(|bias| bias.as_tensor()), 1e-5).unwrap();
+        let mut expected = differentiate(&y, &dy, &[&x, &weight]);
+        expected.extend(bias.map(|bias| differentiate(&y, &dy, &[bias]).remove(0)));
+        // Everything is added to what is there already.
+        let before = |x: &Tensor| random(x.dims()).as_tensor().copy().unwrap();
+        let sums: Vec<Tensor> = expected.iter().map(before).collect();
+        let started: Vec<Tensor> = sums.iter().map(|sum| sum.copy().unwrap()).collect();
+        let weights = NormWeights {
+            kind,
+            epsilon: 1e-5,
+            weight: &weight,
+            bias: bias.map(|bias| bias.as_tensor()),
+            dweight: Some(&sums[1]),
+            dbias: sums.get(2),
+        };
+        let normed = weights.forward(&x).unwrap();
+        assert_near(&normed.output, &y);
+        weights.backward(&normed, &x, &dy, &sums[0]).unwrap();
+        for ((sum, started), expected) in sums.iter().zip(&started).zip(&expected) {
+            assert_near(&(sum - started).unwrap(), expected);
+        }
+        let frozen = NormWeights {
+            dweight: None,
+            dbias: None,
+            ..weights
+        };
+        frozen.backward(&normed, &x, &dy, &started[0]).unwrap();
+        assert_near(&started[0], &sums[0]);
+    }
+}
+
+#[test]
+fn projections_of_a_part_of_a_matrix() {
+    let (x, weight, dy) = (random(&[9, 11]), random(&[20, 11]), random(&[9, 7]));
+    let part = weight.narrow(0, 5, 7).unwrap();
+    let expected = differentiate(&x.matmul(&part.t().unwrap()).unwrap(), &dy, &[&x, &weight]);
+    let (dweight, dbias) = (
+        weight.zeros_like().unwrap(),
+        weight.narrow(1, 0, 1).unwrap().squeeze(1).unwrap(),
+    );
+    let dbias = dbias.zeros_like().unwrap();
+    let matrix = Matrix {
+        weight: &weight,
+        rows: 5..12,
+        dweight: Some(&dweight),
+        dbias: Some(&dbias),
+    };
+    let dx = super::linear_backward(&matrix, &x, &dy, None).unwrap();
+    assert_near(&dx, &expected[0]);
+    assert_near(&dweight, &expected[1]);
+    assert_near(&dbias.narrow(0, 5, 7).unwrap(), &dy.sum(0).unwrap());
+    assert_near(
+        &dbias.narrow(0, 0, 5).unwrap(),
+        &Tensor::zeros(5, DType::F32, &Device::Cpu).unwrap(),
+    );
+    let twice = super::linear_backward(&matrix, &x, &dy, Some(dx.copy().unwrap())).unwrap();
+    assert_near(&twice, &(dx * 2.0).unwrap());
+}
+
+#[test]
+fn rows_of_a_table() {
+    let (table, dy) = (random(&[6, 5]), random(&[4, 5]));
+    let ids = [3, 0, 3, 5];
+    let rows = super::gather_rows(&table, &ids).unwrap();
+    let ids_tensor = Tensor::new(&ids, &Device::Cpu).unwrap();
+    let y = table.index_select(&ids_tensor, 0).unwrap();
+    assert_near(&rows, &y);
+    let expected = differentiate(&y, &dy, &[&table]);
+    let dtable = table.zeros_like().unwrap();
+    super::embedding_backward(&ids, &dy, &dtable).unwrap();
+    assert_near(&dtable, &expected[0]);
+    assert_near(&composed::embedding(&ids, &dy, 6).unwrap(), &expected[0]);
 }
 
 #[test]

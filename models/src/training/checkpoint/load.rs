@@ -7,7 +7,7 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 
 use super::manifest::{FILE_NAME, Manifest};
-use super::{FIRST_MOMENT, OPTIMIZER_FILE, SECOND_MOMENT, files};
+use super::{FIRST_MOMENT, MODEL_FILE, OPTIMIZER_FILE, SECOND_MOMENT, Saved, files};
 use crate::config::from_settings;
 use crate::decoder::{Decoder, ParameterInfo, WeightType, load_decoder};
 use crate::error::{Error, Result};
@@ -72,6 +72,18 @@ pub fn load(directory: &Path, device: &Device) -> Result<Restored> {
 /// # Errors
 /// As [`load`].
 pub fn verify(directory: &Path) -> Result<Manifest> {
+    let (manifest, _) = read_manifest(directory)?;
+    for file in &manifest.files {
+        files::verify(directory, file)?;
+    }
+    Ok(manifest)
+}
+
+/// Reads the manifest of a checkpoint alone, which says quickly what there is but not whether it is undamaged.
+///
+/// # Errors
+/// [`Error::InvalidFile`] if there is no valid manifest; [`Error::Io`].
+pub fn read_manifest(directory: &Path) -> Result<(Manifest, Saved)> {
     let path = directory.join(FILE_NAME);
     let bytes = match fs::read(&path) {
         Ok(bytes) => bytes,
@@ -85,10 +97,7 @@ pub fn verify(directory: &Path) -> Result<Manifest> {
         Err(e) => return Err(files::io_error(&path, e)),
     };
     let manifest = Manifest::parse(&path.display().to_string(), &bytes)?;
-    for file in &manifest.files {
-        files::verify(directory, file)?;
-    }
-    for name in [super::MODEL_FILE, OPTIMIZER_FILE, "config.json"] {
+    for name in [MODEL_FILE, OPTIMIZER_FILE, "config.json"] {
         if !manifest.files.iter().any(|file| file.name == name) {
             return Err(invalid(
                 directory,
@@ -97,7 +106,8 @@ pub fn verify(directory: &Path) -> Result<Manifest> {
             ));
         }
     }
-    Ok(manifest)
+    let saved = Saved::of(&manifest, &bytes);
+    Ok((manifest, saved))
 }
 
 /// The moments, each put back into the decoder's layout.

@@ -16,7 +16,7 @@ mod load;
 mod manifest;
 mod save;
 
-pub use load::{Restored, load, verify};
+pub use load::{Restored, load, read_manifest, verify};
 pub use manifest::{FileEntry, Manifest, TensorEntry};
 pub use save::{Details, Saved, save};
 

@@ -34,6 +34,17 @@ pub struct Saved {
     pub sha256: String,
 }
 
+impl Saved {
+    /// From the manifest and the bytes of its file.
+    pub(super) fn of(manifest: &Manifest, text: &[u8]) -> Self {
+        let files: u64 = manifest.files.iter().map(|file| file.bytes).sum();
+        Self {
+            bytes: files + text.len() as u64,
+            sha256: hexadecimal(&Sha256::digest(text)),
+        }
+    }
+}
+
 /// Saves a model and its optimizer as the folder `directory`, whose parent must exist.
 ///
 /// The files are written to a sibling folder (`.NAME.partial`), flushed to the disk with their folder, and renamed: after
@@ -117,12 +128,8 @@ fn write_all(partial: &Path, model: &Model, optimizer: &AdamW, details: Details)
             .push(write_json(partial, "tokenizer_config.json", &tokenizer_config)?);
     }
     let text = serde_json::to_vec_pretty(&manifest).map_err(|e| io_error(&partial.join(FILE_NAME), e.into()))?;
-    let files: u64 = manifest.files.iter().map(|file| file.bytes).sum();
     write_bytes(partial, FILE_NAME, &text)?;
-    Ok(Saved {
-        bytes: files + text.len() as u64,
-        sha256: hexadecimal(&Sha256::digest(&text)),
-    })
+    Ok(Saved::of(&manifest, &text))
 }
 
 fn write_json(partial: &Path, name: &str, value: &Value) -> Result<FileEntry> {
