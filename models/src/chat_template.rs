@@ -130,8 +130,10 @@ impl ChatTemplate {
 
 /// The template's own words if it refused; otherwise what went wrong and where.
 fn refusal(error: &minijinja::Error) -> Error {
+    let mut reasons = Vec::new();
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(current) = cause {
+        reasons.push(current.to_string());
         if let Some(Refusal(message)) = current.downcast_ref() {
             return Error::InvalidArgument(format!("the model's chat template refuses the messages: {message}"));
         }
@@ -140,7 +142,8 @@ fn refusal(error: &minijinja::Error) -> Error {
     if error.kind() == ErrorKind::OutOfFuel {
         return Error::InvalidArgument("the model's chat template runs for too long on these messages".to_owned());
     }
-    Error::InvalidArgument(format!("the model's chat template fails on the messages: {error}"))
+    let reasons = reasons.join(": ");
+    Error::InvalidArgument(format!("the model's chat template fails on the messages: {reasons}"))
 }
 
 /// Collects the output and refuses to grow past the limit.

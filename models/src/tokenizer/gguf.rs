@@ -5,11 +5,12 @@ use tokenizers::decoders::fuse::Fuse;
 use tokenizers::decoders::sequence::Sequence as DecoderSequence;
 use tokenizers::decoders::strip::Strip;
 use tokenizers::models::bpe::{BPE, BpeBuilder, Vocab};
+use tokenizers::normalizers::prepend::Prepend;
 use tokenizers::normalizers::replace::Replace;
+use tokenizers::normalizers::utils::Sequence as NormalizerSequence;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::pre_tokenizers::metaspace::{Metaspace, PrependScheme};
 use tokenizers::processors::template::TemplateProcessing;
-use tokenizers::{AddedToken, ModelWrapper};
+use tokenizers::{AddedToken, ModelWrapper, NormalizerWrapper};
 
 use super::pre_tokenizer::Family;
 use super::sentencepiece::merges_of;
@@ -250,13 +251,16 @@ fn sentencepiece(vocabulary: &Vocabulary<'_>) -> Result<Tokenizer> {
     }
     let mut inner = vocabulary.build(builder)?;
     let adds_space = metadata.boolean("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
-    let scheme = if adds_space {
-        PrependScheme::First
+    let failed = |error: tokenizers::Error| Error::Unsupported(format!("tokenizer rules: {error}"));
+    let replace = || Replace::new(" ", "▁").map_err(failed);
+    // transformers' original layout for Llama: the space goes before every stretch of text between special tokens.
+    let normalizer: NormalizerWrapper = if adds_space {
+        NormalizerSequence::new(vec![Prepend::new("▁".to_owned()).into(), replace()?.into()]).into()
     } else {
-        PrependScheme::Never
+        replace()?.into()
     };
-    inner.with_pre_tokenizer(Some(Metaspace::new('▁', scheme, false)));
-    let replace = Replace::new("▁", " ").map_err(|error| Error::Unsupported(format!("tokenizer decoder: {error}")))?;
+    inner.with_normalizer(Some(normalizer)).map_err(failed)?;
+    let replace = Replace::new("▁", " ").map_err(failed)?;
     let mut decoders = vec![replace.into(), ByteFallback::new().into(), Fuse::new().into()];
     if adds_space {
         decoders.push(Strip::new(' ', 1, 0).into());

@@ -118,8 +118,8 @@ impl Tokenizer {
             self.check(token)?;
             if keep(token) {
                 bytes.extend_from_slice(self.bytes.get(token, at_start));
+                at_start = false;
             }
-            at_start &= self.is_special(token);
         }
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     }

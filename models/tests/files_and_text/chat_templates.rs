@@ -1,0 +1,125 @@
+//! Rendered conversations as jinja2 gives them with transformers' settings.
+
+use std::collections::BTreeMap;
+
+use candle_models::{ChatMessage, ChatTemplate, Error};
+use serde::Deserialize;
+
+use crate::golden;
+
+#[derive(Deserialize)]
+struct Golden {
+    templates: BTreeMap<String, String>,
+    cases: Vec<Case>,
+}
+
+#[derive(Deserialize)]
+struct Case {
+    template: String,
+    messages: Vec<BTreeMap<String, String>>,
+    rendered: Option<String>,
+    error: Option<String>,
+}
+
+fn message(role: &str, content: &str) -> ChatMessage {
+    ChatMessage {
+        role: role.to_owned(),
+        content: content.to_owned(),
+    }
+}
+
+#[test]
+fn renders_as_the_reference() {
+    let golden: Golden = serde_json::from_slice(&std::fs::read(golden("text/chat_templates.json")).unwrap()).unwrap();
+    for case in golden.cases {
+        let template = ChatTemplate::new(&golden.templates[&case.template], Some("<s>"), Some("</s>")).unwrap();
+        let messages: Vec<_> = case
+            .messages
+            .iter()
+            .map(|m| message(&m["role"], &m["content"]))
+            .collect();
+        match (template.render(&messages), case.rendered, case.error) {
+            (Ok(ours), Some(reference), _) => assert_eq!(ours, reference, "{}: {messages:?}", case.template),
+            (Err(Error::InvalidArgument(ours)), _, Some(reference)) => {
+                assert!(
+                    ours.contains(&reference),
+                    "{}: {ours} instead of {reference}",
+                    case.template
+                );
+            }
+            (ours, reference, error) => panic!("{}: {messages:?}: {ours:?}, {reference:?}, {error:?}", case.template),
+        }
+    }
+}
+
+#[test]
+fn refusals_carry_the_templates_words() {
+    let template = ChatTemplate::new("{{ raise_exception('only ' ~ messages|length) }}", None, None).unwrap();
+    let error = template.render(&[message("user", "x")]).unwrap_err().to_string();
+    assert!(error.ends_with("refuses the messages: only 1"), "{error}");
+}
+
+#[test]
+fn endless_and_swelling_templates_are_stopped() {
+    let endless = "{% for a in range(9999) %}{% for b in range(9999) %}{% set c = a %}{% endfor %}{% endfor %}";
+    let error = ChatTemplate::new(endless, None, None)
+        .unwrap()
+        .render(&[message("user", "x")])
+        .unwrap_err();
+    assert!(error.to_string().contains("too long"), "{error}");
+    let swelling = "{% for a in range(9999) %}{{ 'x' * 100000 }}{% endfor %}";
+    let error = ChatTemplate::new(swelling, None, None)
+        .unwrap()
+        .render(&[message("user", "x")])
+        .unwrap_err();
+    assert!(error.to_string().contains("exceeds"), "{error}");
+    let nested = "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}";
+    assert!(
+        ChatTemplate::new(nested, None, None)
+            .unwrap()
+            .render(&[message("user", "x")])
+            .is_err()
+    );
+}
+
+#[test]
+fn damaged_templates_are_refused() {
+    for source in [
+        "{% if %}",
+        "{{ ",
+        "{% for x in %}",
+        "{% include 'x' %}{%",
+        &"{{(".repeat(100_000),
+        &"[".repeat(2 << 20),
+    ] {
+        let result = ChatTemplate::new(source, None, None);
+        assert!(
+            matches!(result, Err(Error::InvalidFile { .. })),
+            "{:?}",
+            source.get(..30)
+        );
+    }
+    let template = ChatTemplate::new("{% include 'other' %}", None, None).unwrap();
+    assert!(template.render(&[message("user", "x")]).is_err());
+    assert!(template.render(&[]).unwrap_err().to_string().contains("at least one"));
+}
+
+#[test]
+fn generation_marks_and_dates() {
+    let source = "{%- generation -%} a {%- endgeneration -%} {% generation %}b{% endgeneration %}";
+    assert_eq!(
+        ChatTemplate::new(source, None, None)
+            .unwrap()
+            .render(&[message("user", "x")])
+            .unwrap(),
+        "ab"
+    );
+    let date = ChatTemplate::new("{{ strftime_now('%d %b %Y') }}", None, None)
+        .unwrap()
+        .render(&[message("user", "x")]);
+    assert_eq!(date.unwrap().len(), 11);
+    let bad = ChatTemplate::new("{{ strftime_now('%Q') }}", None, None)
+        .unwrap()
+        .render(&[message("user", "x")]);
+    assert!(bad.unwrap_err().to_string().contains("%Q"));
+}

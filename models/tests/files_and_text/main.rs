@@ -1,0 +1,17 @@
+//! Tokenizers, chat templates and weight files against their reference implementations, and against hostile input.
+//! The fixtures are made by `tests/golden/text.py` and `tests/golden/quantized.py`.
+#![allow(clippy::unwrap_used)]
+
+mod chat_templates;
+mod completions;
+mod sampling;
+mod tokenizers;
+
+use std::path::PathBuf;
+
+/// A file of the golden folder.
+fn golden(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("../tests/golden")
+        .join(name)
+}
