@@ -33,7 +33,11 @@ const BLOCK: usize = 64;
 pub(super) fn select(scaled: &[f32], options: &SamplingOptions, candidates: &mut Vec<Candidate>) {
     let top_k = usize::try_from(options.top_k).unwrap_or(usize::MAX);
     let limits_count = top_k > 0 && top_k < scaled.len();
-    let min_p_floor = if options.min_p > 0.0 { f64::from(options.min_p).ln() as f32 } else { f32::NEG_INFINITY };
+    let min_p_floor = if options.min_p > 0.0 {
+        f64::from(options.min_p).ln() as f32
+    } else {
+        f32::NEG_INFINITY
+    };
     let top_p = f64::from(options.top_p);
     let mut mass = 0.0;
     let mut floor = min_p_floor;
@@ -47,7 +51,10 @@ pub(super) fn select(scaled: &[f32], options: &SamplingOptions, candidates: &mut
     }
     candidates.clear();
     let tokens = scaled.iter().enumerate().filter(|&(_, &logit)| logit >= floor);
-    candidates.extend(tokens.map(|(id, &logit)| Candidate { token: id as u32, logit }));
+    candidates.extend(tokens.map(|(id, &logit)| Candidate {
+        token: id as u32,
+        logit,
+    }));
     if limits_count {
         if top_k < candidates.len() {
             candidates.select_nth_unstable_by(top_k - 1, by_likelihood);
@@ -65,8 +72,10 @@ pub(super) fn select(scaled: &[f32], options: &SamplingOptions, candidates: &mut
 
 /// A logit that at least `top_k` tokens reach: the `top_k`-th largest of the maxima of blocks.
 fn top_k_bound(scaled: &[f32], top_k: usize) -> f32 {
-    let mut maxima: Vec<f32> =
-        scaled.chunks(BLOCK).map(|block| block.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a })).collect();
+    let mut maxima: Vec<f32> = scaled
+        .chunks(BLOCK)
+        .map(|block| block.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a }))
+        .collect();
     if maxima.len() < top_k {
         return f32::NEG_INFINITY;
     }

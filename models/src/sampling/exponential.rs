@@ -35,7 +35,11 @@ pub(super) fn sum_of_exponentials(values: &[f32], shift: f32) -> f64 {
                 *lane += exp_of_negative(value - shift);
             }
         }
-        let rest: f64 = chunks.remainder().iter().map(|&value| f64::from(exp_of_negative(value - shift))).sum();
+        let rest: f64 = chunks
+            .remainder()
+            .iter()
+            .map(|&value| f64::from(exp_of_negative(value - shift)))
+            .sum();
         total += rest + lanes.iter().map(|&lane| f64::from(lane)).sum::<f64>();
     }
     total
@@ -54,7 +58,10 @@ pub(super) fn largest(values: &[f32]) -> (f32, bool) {
     }
     let rest = chunks.remainder();
     invalid |= rest.iter().any(|value| value.is_nan());
-    (lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |a, &b| a.max(b)), invalid)
+    (
+        lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |a, &b| a.max(b)),
+        invalid,
+    )
 }
 
 #[cfg(test)]
@@ -83,7 +90,10 @@ mod tests {
             assert!(!invalid);
             assert_eq!(largest, values.iter().copied().fold(f32::MIN, f32::max));
             let exact: f64 = values.iter().map(|&value| f64::from(value - largest).exp()).sum();
-            assert!((sum_of_exponentials(&values, largest) / exact - 1.0).abs() < 1e-6, "{length}");
+            assert!(
+                (sum_of_exponentials(&values, largest) / exact - 1.0).abs() < 1e-6,
+                "{length}"
+            );
         }
         assert!(super::largest(&[0.0; 20].map(|_: f32| f32::NAN)).1);
         assert!(super::largest(&[1.0, f32::NAN]).1);

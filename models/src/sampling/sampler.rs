@@ -35,7 +35,12 @@ impl Sampler {
     pub fn new(options: &SamplingOptions) -> Result<Self> {
         options.validate()?;
         let random = ChaCha8Rng::seed_from_u64(options.seed);
-        Ok(Self { options: options.clone(), random, scaled: Vec::new(), candidates: Vec::new() })
+        Ok(Self {
+            options: options.clone(),
+            random,
+            scaled: Vec::new(),
+            candidates: Vec::new(),
+        })
     }
 
     /// Chooses a token from `logits` [vocabulary], which the repetition penalty changes in place.
@@ -56,7 +61,10 @@ impl Sampler {
             Ok(index) => saved[index].1,
             Err(_) => logits[token as usize],
         };
-        Ok(Sampled { token, logprob: (f64::from(raw) - normalizer) as f32 })
+        Ok(Sampled {
+            token,
+            logprob: (f64::from(raw) - normalizer) as f32,
+        })
     }
 
     fn choose(&mut self, logits: &[f32]) -> u32 {
@@ -68,7 +76,11 @@ impl Sampler {
         // The largest logit is subtracted first, so that a tiny temperature cannot overflow. Adding 0 makes -0 equal 0.
         let inverse = 1.0 / f64::from(options.temperature);
         self.scaled.clear();
-        self.scaled.extend(logits.iter().map(|&logit| (f64::from(logit - best) * inverse) as f32 + 0.0));
+        self.scaled.extend(
+            logits
+                .iter()
+                .map(|&logit| (f64::from(logit - best) * inverse) as f32 + 0.0),
+        );
         let draw: f64 = self.random.random();
         if options.top_k == 0 && options.top_p >= 1.0 && options.min_p <= 0.0 {
             return draw_from_all(&self.scaled, draw);
@@ -113,15 +125,27 @@ fn draw_in_order(candidates: &[Candidate], draw: f64) -> u32 {
 
 /// Applies the repetition penalty once per seen token; returns the changed tokens, sorted, with their former logits.
 fn penalize(logits: &mut [f32], seen: &[u32], penalty: f32) -> Vec<(u32, f32)> {
-    let mut distinct: Vec<u32> = seen.iter().copied().filter(|&token| (token as usize) < logits.len()).collect();
+    let mut distinct: Vec<u32> = seen
+        .iter()
+        .copied()
+        .filter(|&token| (token as usize) < logits.len())
+        .collect();
     distinct.sort_unstable();
     distinct.dedup();
     let change = |token: u32| {
         let logit = &mut logits[token as usize];
         let former = *logit;
-        let changed = if former > 0.0 { former / penalty } else { former * penalty };
+        let changed = if former > 0.0 {
+            former / penalty
+        } else {
+            former * penalty
+        };
         // An extreme penalty must not make an infinity; a token that was impossible stays so.
-        *logit = if former.is_finite() { changed.clamp(f32::MIN, f32::MAX) } else { former };
+        *logit = if former.is_finite() {
+            changed.clamp(f32::MIN, f32::MAX)
+        } else {
+            former
+        };
         (token, former)
     };
     distinct.into_iter().map(change).collect()

@@ -4,10 +4,11 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use serde_json::{Map, Value};
-use tokenizers::models::bpe::{BPE, Vocab};
+use tokenizers::models::bpe::Vocab;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, ModelWrapper};
 
+use super::merges::bpe_builder;
 use super::pre_tokenizer::Family;
 use super::train::END_OF_TEXT;
 use super::wrapper::Tokenizer;
@@ -110,8 +111,8 @@ fn from_vocabulary(directory: &Path, path: &Path, ids: Vocab, merges: Vec<(Strin
     };
     let family = family_of(&config)?;
     let has_end = ids.contains_key(END_OF_TEXT);
-    let model = BPE::builder().vocab_and_merges(ids, merges).build();
-    let model = model.map_err(|error| invalid(path, format!("it does not fit the vocabulary: {error}")))?;
+    let builder = bpe_builder(ids, merges).map_err(|reason| invalid(path, reason))?;
+    let model = builder.build().map_err(|error| invalid(path, format!("it does not fit the vocabulary: {error}")))?;
     let mut inner = tokenizers::Tokenizer::new(ModelWrapper::BPE(model));
     let failed = |error: tokenizers::Error| invalid(&config_path, format!("its tokens cannot be used: {error}"));
     inner.with_normalizer(family.normalizer()).map_err(failed)?;

@@ -4,7 +4,7 @@ use tokenizers::decoders::byte_fallback::ByteFallback;
 use tokenizers::decoders::fuse::Fuse;
 use tokenizers::decoders::sequence::Sequence as DecoderSequence;
 use tokenizers::decoders::strip::Strip;
-use tokenizers::models::bpe::{BPE, BpeBuilder, Vocab};
+use tokenizers::models::bpe::{BpeBuilder, Vocab};
 use tokenizers::normalizers::prepend::Prepend;
 use tokenizers::normalizers::replace::Replace;
 use tokenizers::normalizers::utils::Sequence as NormalizerSequence;
@@ -12,6 +12,7 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, ModelWrapper, NormalizerWrapper};
 
+use super::merges::bpe_builder;
 use super::pre_tokenizer::Family;
 use super::sentencepiece::merges_of;
 use super::token_bytes::fallback_byte;
@@ -123,6 +124,10 @@ impl<'a> Vocabulary<'a> {
         Ok(Some((id as u32, token)))
     }
 
+    fn builder(&self, merges: Vec<(String, String)>) -> Result<BpeBuilder> {
+        bpe_builder(self.ids()?, merges).map_err(|reason| self.invalid(reason))
+    }
+
     fn build(&self, builder: BpeBuilder) -> Result<tokenizers::Tokenizer> {
         let model = builder
             .build()
@@ -212,9 +217,7 @@ fn byte_level(vocabulary: &Vocabulary<'_>) -> Result<Tokenizer> {
     let merges = vocabulary
         .merges()?
         .ok_or_else(|| vocabulary.invalid("tokenizer.ggml.merges is missing"))?;
-    let builder = BPE::builder()
-        .vocab_and_merges(vocabulary.ids()?, merges)
-        .ignore_merges(family.ignores_merges());
+    let builder = vocabulary.builder(merges)?.ignore_merges(family.ignores_merges());
     let mut inner = vocabulary.build(builder)?;
     inner
         .with_normalizer(family.normalizer())
@@ -236,9 +239,7 @@ fn sentencepiece(vocabulary: &Vocabulary<'_>) -> Result<Tokenizer> {
     // Control, user-defined, unknown and byte tokens never come out of joining.
     let joinable = |id: usize| !matches!(vocabulary.types[id], UNKNOWN | CONTROL | USER_DEFINED | BYTE);
     let merges = merges_of(vocabulary.tokens, &scores, joinable);
-    let mut builder = BPE::builder()
-        .vocab_and_merges(vocabulary.ids()?, merges)
-        .fuse_unk(true);
+    let mut builder = vocabulary.builder(merges)?.fuse_unk(true);
     let has_bytes = vocabulary
         .tokens
         .iter()

@@ -2,6 +2,7 @@
 
 mod files;
 mod gguf;
+mod merges;
 mod pre_tokenizer;
 mod sentencepiece;
 mod token_bytes;

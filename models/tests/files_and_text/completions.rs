@@ -13,7 +13,8 @@ fn bytes() -> Arc<Tokenizer> {
 
 /// The tokens of bytes, one each, valid UTF-8 or not.
 fn tokens_of(tokenizer: &Tokenizer, text: &[u8]) -> Vec<u32> {
-    let of = |byte: &u8| (0..257).find(|&token| !tokenizer.is_special(token) && tokenizer.token_bytes(token) == [*byte]);
+    let of =
+        |byte: &u8| (0..257).find(|&token| !tokenizer.is_special(token) && tokenizer.token_bytes(token) == [*byte]);
     text.iter().map(|byte| of(byte).unwrap()).collect()
 }
 
@@ -22,7 +23,11 @@ fn expected(text: &[u8], stops: &[String]) -> (String, bool) {
     let text = String::from_utf8_lossy(text);
     for (start, character) in text.char_indices() {
         let end = start + character.len_utf8();
-        if let Some(stop) = stops.iter().filter(|stop| text[..end].ends_with(stop.as_str())).max_by_key(|stop| stop.len()) {
+        if let Some(stop) = stops
+            .iter()
+            .filter(|stop| text[..end].ends_with(stop.as_str()))
+            .max_by_key(|stop| stop.len())
+        {
             return (text[..end - stop.len()].to_owned(), true);
         }
     }
@@ -38,7 +43,10 @@ fn check(tokenizer: &Arc<Tokenizer>, text: &[u8], stops: &[String]) {
     for token in tokens_of(tokenizer, text) {
         let progress = completion.push(token);
         streamed += &progress.text;
-        assert!(whole.starts_with(&streamed), "{text:?} {stops:?}: {streamed:?} of {whole:?}");
+        assert!(
+            whole.starts_with(&streamed),
+            "{text:?} {stops:?}: {streamed:?} of {whole:?}"
+        );
         stopped |= progress.stopped;
         if stopped {
             break;
@@ -47,7 +55,10 @@ fn check(tokenizer: &Arc<Tokenizer>, text: &[u8], stops: &[String]) {
     streamed += &completion.finish();
     assert_eq!(streamed, whole, "{text:?} {stops:?}");
     // A stop text that an incomplete character completes is only seen at the end.
-    assert!(stopped == stops_early || (stops_early && stops.iter().any(|stop| stop.contains('\u{fffd}'))), "{text:?}");
+    assert!(
+        stopped == stops_early || (stops_early && stops.iter().any(|stop| stop.contains('\u{fffd}'))),
+        "{text:?}"
+    );
     assert_eq!(completion.finish(), "");
 }
 
@@ -55,7 +66,14 @@ fn check(tokenizer: &Arc<Tokenizer>, text: &[u8], stops: &[String]) {
 fn all_short_texts_over_a_small_alphabet() {
     let tokenizer = bytes();
     let stops: Vec<Vec<String>> = [
-        &["ab"][..], &["a"], &["aab", "ba"], &["abab", "bb"], &["abb", "b"], &["aa", "aaa"], &["bab", "abba", "aabb"], &["é", "aé"],
+        &["ab"][..],
+        &["a"],
+        &["aab", "ba"],
+        &["abab", "bb"],
+        &["abb", "b"],
+        &["aa", "aaa"],
+        &["bab", "abba", "aabb"],
+        &["é", "aé"],
     ]
     .iter()
     .map(|stops| stops.iter().map(|&stop| stop.to_owned()).collect())
@@ -63,7 +81,9 @@ fn all_short_texts_over_a_small_alphabet() {
     let alphabet = [b'a', b'b', 0xc3, 0xa9];
     for length in 0..=6 {
         for number in 0..alphabet.len().pow(length) {
-            let text: Vec<u8> = (0..length).map(|i| alphabet[number / alphabet.len().pow(i) % alphabet.len()]).collect();
+            let text: Vec<u8> = (0..length)
+                .map(|i| alphabet[number / alphabet.len().pow(i) % alphabet.len()])
+                .collect();
             check(&tokenizer, &text, &stops[number % stops.len()]);
             check(&tokenizer, &text, &[]);
         }
@@ -74,13 +94,29 @@ fn all_short_texts_over_a_small_alphabet() {
 fn random_bytes_and_stops() {
     let tokenizer = bytes();
     let mut random = ChaCha8Rng::seed_from_u64(5);
-    let pieces: [&[u8]; 12] =
-        [b"a", b"b", b"\n", b"User:", "é".as_bytes(), "语".as_bytes(), "😀".as_bytes(), b"\xf0\x9f", b"\xe8", b"\xff", b"\x80", b" "];
+    let pieces: [&[u8]; 12] = [
+        b"a",
+        b"b",
+        b"\n",
+        b"User:",
+        "é".as_bytes(),
+        "语".as_bytes(),
+        "😀".as_bytes(),
+        b"\xf0\x9f",
+        b"\xe8",
+        b"\xff",
+        b"\x80",
+        b" ",
+    ];
     let stop_pieces = ["a", "b", "\n", "User:", "é", "语", "😀", " ", "\u{fffd}"];
     for _ in 0..3000 {
-        let text: Vec<u8> = (0..random.random_range(0..12)).flat_map(|_| pieces[random.random_range(0..12)].to_vec()).collect();
+        let text: Vec<u8> = (0..random.random_range(0..12))
+            .flat_map(|_| pieces[random.random_range(0..12)].to_vec())
+            .collect();
         let stop = |random: &mut ChaCha8Rng| -> String {
-            (0..random.random_range(1..4)).map(|_| stop_pieces[random.random_range(0..9)]).collect()
+            (0..random.random_range(1..4))
+                .map(|_| stop_pieces[random.random_range(0..9)])
+                .collect()
         };
         let stops: Vec<String> = (0..random.random_range(0..4)).map(|_| stop(&mut random)).collect();
         check(&tokenizer, &text, &stops);

@@ -4,6 +4,9 @@
 
 mod chat_templates;
 mod completions;
+mod hostile_gguf;
+mod hostile_hugging_face;
+mod quantized;
 mod sampling;
 mod tokenizers;
 

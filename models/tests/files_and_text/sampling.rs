@@ -5,14 +5,21 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 fn options() -> SamplingOptions {
-    SamplingOptions { temperature: 1.0, ..Default::default() }
+    SamplingOptions {
+        temperature: 1.0,
+        ..Default::default()
+    }
 }
 
 /// The plain way: sort everything, filter step by step, draw. Returns the kept tokens, most likely first.
 fn naive(logits: &[f32], options: &SamplingOptions) -> Vec<(u32, f64)> {
     let best = logits.iter().copied().fold(f32::MIN, f32::max);
     let weight = |logit: f32| f64::from((f64::from(logit - best) / f64::from(options.temperature)) as f32).exp();
-    let mut kept: Vec<(u32, f64)> = logits.iter().enumerate().map(|(id, &logit)| (id as u32, weight(logit))).collect();
+    let mut kept: Vec<(u32, f64)> = logits
+        .iter()
+        .enumerate()
+        .map(|(id, &logit)| (id as u32, weight(logit)))
+        .collect();
     kept.sort_by(|a, b| b.1.total_cmp(&a.1));
     if options.top_k > 0 {
         kept.truncate(options.top_k as usize);
@@ -46,11 +53,17 @@ fn filters_and_draws_as_the_naive_sampler() {
     for case in 0..2000u64 {
         let vocabulary = [1, 2, 7, 63, 64, 65, 300, 2000][random.random_range(0..8)];
         let spread: f32 = [0.0, 1.0, 5.0, 30.0][random.random_range(0..4)];
-        let mut logits: Vec<f32> = (0..vocabulary).map(|_| random.random_range(-1.0..=1.0f32) * spread).collect();
+        let mut logits: Vec<f32> = (0..vocabulary)
+            .map(|_| random.random_range(-1.0..=1.0f32) * spread)
+            .collect();
         if case % 5 == 0 {
             logits.iter_mut().for_each(|logit| *logit = logit.round());
         }
-        let mut options = SamplingOptions { temperature: random.random_range(0.05..3.0), seed: case, ..options() };
+        let mut options = SamplingOptions {
+            temperature: random.random_range(0.05..3.0),
+            seed: case,
+            ..options()
+        };
         options.top_k = [0, 2, 3, 40, 5000][random.random_range(0..5)];
         options.top_p = [1.0, 0.9, 0.5, 0.01][random.random_range(0..4)];
         options.min_p = [0.0, 0.01, 0.3, 1.0][random.random_range(0..4)];
@@ -85,26 +98,78 @@ fn distributions_are_as_worked_out() {
     let quarter_power: f64 = probabilities.iter().map(|p: &f64| p.powf(0.5)).sum();
     let cases = [
         (options(), vec![0.1, 0.4, 0.2, 0.3]),
-        (SamplingOptions { top_k: 2, ..options() }, vec![0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0]),
-        (SamplingOptions { top_k: 1, ..options() }, vec![0.0, 1.0, 0.0, 0.0]),
-        (SamplingOptions { top_p: 0.39, ..options() }, vec![0.0, 1.0, 0.0, 0.0]),
-        (SamplingOptions { top_p: 0.69, ..options() }, vec![0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0]),
-        (SamplingOptions { top_p: 0.71, ..options() }, vec![0.0, 4.0 / 9.0, 2.0 / 9.0, 3.0 / 9.0]),
-        // Top-p is a share of what top-k leaves: 4/9 + 3/9 = 0.78 reaches 0.75.
-        (SamplingOptions { top_k: 3, top_p: 0.75, ..options() }, vec![0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0]),
-        (SamplingOptions { min_p: 0.6, ..options() }, vec![0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0]),
-        (SamplingOptions { min_p: 1.0, ..options() }, vec![0.0, 1.0, 0.0, 0.0]),
         (
-            SamplingOptions { temperature: 2.0, ..options() },
+            SamplingOptions { top_k: 2, ..options() },
+            vec![0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0],
+        ),
+        (SamplingOptions { top_k: 1, ..options() }, vec![0.0, 1.0, 0.0, 0.0]),
+        (
+            SamplingOptions {
+                top_p: 0.39,
+                ..options()
+            },
+            vec![0.0, 1.0, 0.0, 0.0],
+        ),
+        (
+            SamplingOptions {
+                top_p: 0.69,
+                ..options()
+            },
+            vec![0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0],
+        ),
+        (
+            SamplingOptions {
+                top_p: 0.71,
+                ..options()
+            },
+            vec![0.0, 4.0 / 9.0, 2.0 / 9.0, 3.0 / 9.0],
+        ),
+        // Top-p is a share of what top-k leaves: 4/9 + 3/9 = 0.78 reaches 0.75.
+        (
+            SamplingOptions {
+                top_k: 3,
+                top_p: 0.75,
+                ..options()
+            },
+            vec![0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0],
+        ),
+        (
+            SamplingOptions {
+                min_p: 0.6,
+                ..options()
+            },
+            vec![0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0],
+        ),
+        (
+            SamplingOptions {
+                min_p: 1.0,
+                ..options()
+            },
+            vec![0.0, 1.0, 0.0, 0.0],
+        ),
+        (
+            SamplingOptions {
+                temperature: 2.0,
+                ..options()
+            },
             probabilities.iter().map(|p| p.powf(0.5) / quarter_power).collect(),
         ),
-        (SamplingOptions { temperature: 1e-30, ..options() }, vec![0.0, 1.0, 0.0, 0.0]),
+        (
+            SamplingOptions {
+                temperature: 1e-30,
+                ..options()
+            },
+            vec![0.0, 1.0, 0.0, 0.0],
+        ),
     ];
     for (options, expected) in cases {
         for (share, expected) in shares(&probabilities, &options).iter().zip(&expected) {
             // Five standard deviations of a share of 100,000 draws; exactly zero where the token is excluded.
             let tolerance = 5.0 * (expected * (1.0 - expected) / 1e5).sqrt() + 1e-9;
-            assert!((share - expected).abs() <= tolerance, "{options:?}: {share} instead of {expected}");
+            assert!(
+                (share - expected).abs() <= tolerance,
+                "{options:?}: {share} instead of {expected}"
+            );
         }
     }
 }
@@ -123,24 +188,51 @@ fn greedy_takes_the_lowest_id_of_the_largest() {
 fn logprob_is_of_the_raw_logits() {
     let logits: Vec<f32> = (0..1000).map(|i| ((i * 37 % 101) as f32) / 7.0).collect();
     let sum: f64 = logits.iter().map(|&logit| f64::from(logit).exp()).sum();
-    let changes = SamplingOptions { temperature: 0.3, top_k: 5, repetition_penalty: 1.7, seed: 3, ..options() };
+    let changes = SamplingOptions {
+        temperature: 0.3,
+        top_k: 5,
+        repetition_penalty: 1.7,
+        seed: 3,
+        ..options()
+    };
     for options in [SamplingOptions::default(), changes] {
         let seen: Vec<u32> = (0..1000).rev().step_by(2).chain([5000, 5]).collect();
-        let sampled = Sampler::new(&options).unwrap().sample(&mut logits.clone(), &seen).unwrap();
+        let sampled = Sampler::new(&options)
+            .unwrap()
+            .sample(&mut logits.clone(), &seen)
+            .unwrap();
         let exact = f64::from(logits[sampled.token as usize]) - sum.ln();
-        assert!((f64::from(sampled.logprob) - exact).abs() < 2e-6, "{} instead of {exact}", sampled.logprob);
+        assert!(
+            (f64::from(sampled.logprob) - exact).abs() < 2e-6,
+            "{} instead of {exact}",
+            sampled.logprob
+        );
     }
 }
 
 #[test]
 fn repetition_penalty_counts_once_per_token() {
-    let mut sampler = Sampler::new(&SamplingOptions { repetition_penalty: 2.0, ..Default::default() }).unwrap();
+    let mut sampler = Sampler::new(&SamplingOptions {
+        repetition_penalty: 2.0,
+        ..Default::default()
+    })
+    .unwrap();
     let mut logits = [3.0, -1.0, 2.0, -3.0];
     let sampled = sampler.sample(&mut logits, &[0, 0, 1, 0, 99]).unwrap();
     assert_eq!(logits, [1.5, -2.0, 2.0, -3.0]);
     assert_eq!(sampled.token, 2);
-    let extreme = SamplingOptions { repetition_penalty: 1e-38, ..options() };
-    assert_eq!(Sampler::new(&extreme).unwrap().sample(&mut [30.0, 1.0], &[0]).unwrap().token, 0);
+    let extreme = SamplingOptions {
+        repetition_penalty: 1e-38,
+        ..options()
+    };
+    assert_eq!(
+        Sampler::new(&extreme)
+            .unwrap()
+            .sample(&mut [30.0, 1.0], &[0])
+            .unwrap()
+            .token,
+        0
+    );
 }
 
 #[test]
@@ -148,7 +240,9 @@ fn seeds_decide() {
     let logits: Vec<f32> = (0..500).map(|i| (i % 13) as f32 / 5.0).collect();
     let draws = |seed: u64| -> Vec<u32> {
         let mut sampler = Sampler::new(&SamplingOptions { seed, ..options() }).unwrap();
-        (0..20).map(|_| sampler.sample(&mut logits.clone(), &[]).unwrap().token).collect()
+        (0..20)
+            .map(|_| sampler.sample(&mut logits.clone(), &[]).unwrap().token)
+            .collect()
     };
     assert_eq!(draws(7), draws(7));
     assert_ne!(draws(7), draws(8));
@@ -180,7 +274,13 @@ fn bad_options_are_named() {
 #[test]
 fn broken_logits_are_an_error() {
     let mut sampler = Sampler::new(&SamplingOptions::default()).unwrap();
-    for logits in [vec![1.0, f32::NAN], vec![f32::INFINITY, 0.0], vec![f32::NEG_INFINITY; 3], vec![], vec![f32::NAN; 40]] {
+    for logits in [
+        vec![1.0, f32::NAN],
+        vec![f32::INFINITY, 0.0],
+        vec![f32::NEG_INFINITY; 3],
+        vec![],
+        vec![f32::NAN; 40],
+    ] {
         let result = sampler.sample(&mut logits.clone(), &[]);
         assert!(matches!(result, Err(Error::FailedPrecondition(_))), "{logits:?}");
     }
