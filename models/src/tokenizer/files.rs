@@ -112,7 +112,9 @@ fn from_vocabulary(directory: &Path, path: &Path, ids: Vocab, merges: Vec<(Strin
     let family = family_of(&config)?;
     let has_end = ids.contains_key(END_OF_TEXT);
     let builder = bpe_builder(ids, merges).map_err(|reason| invalid(path, reason))?;
-    let model = builder.build().map_err(|error| invalid(path, format!("it does not fit the vocabulary: {error}")))?;
+    let model = builder
+        .build()
+        .map_err(|error| invalid(path, format!("it does not fit the vocabulary: {error}")))?;
     let mut inner = tokenizers::Tokenizer::new(ModelWrapper::BPE(model));
     let failed = |error: tokenizers::Error| invalid(&config_path, format!("its tokens cannot be used: {error}"));
     inner.with_normalizer(family.normalizer()).map_err(failed)?;

@@ -12,8 +12,13 @@ pub(super) fn bpe_builder(ids: Vocab, merges: Vec<(String, String)>) -> Result<B
         joined.clear();
         joined.push_str(left);
         joined.push_str(right);
-        if let Some(missing) = [left, right, &joined].into_iter().find(|token| !ids.contains_key(token.as_str())) {
-            return Err(format!("the merge of {left:?} and {right:?} needs {missing:?}, which is not in the vocabulary"));
+        if let Some(missing) = [left, right, &joined]
+            .into_iter()
+            .find(|token| !ids.contains_key(token.as_str()))
+        {
+            return Err(format!(
+                "the merge of {left:?} and {right:?} needs {missing:?}, which is not in the vocabulary"
+            ));
         }
     }
     Ok(BPE::builder().vocab_and_merges(ids, merges))
