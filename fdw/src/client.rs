@@ -5,7 +5,7 @@ mod channel;
 mod runtime;
 
 pub(crate) use channel::{connect, option_map};
-pub(crate) use runtime::{dropped_work, flush, pump, spawn, wait};
+pub(crate) use runtime::{dropped_work, flush, pump, spawn, wait, wait_settled};
 
 use std::future::Future;
 use std::time::Duration;

@@ -140,7 +140,7 @@ pub(crate) fn describe(error: &(dyn std::error::Error + 'static)) -> String {
         let text = error
             .downcast_ref::<Status>()
             .map_or_else(|| error.to_string(), |status| status.message().to_string());
-        if !text.is_empty() && parts.last() != Some(&text) {
+        if !text.is_empty() && !parts.contains(&text) {
             parts.push(text);
         }
         next = error.source();

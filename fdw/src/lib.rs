@@ -2,13 +2,13 @@
 //! optimizer steps and checkpoints) as foreign tables.
 //!
 //! Contents:
-//! - [`wrapper`]: handler, validator, IMPORT FOREIGN SCHEMA
-//! - [`relation`], [`relations`]: the contract of a foreign table, and the tables, one file each
-//! - [`scan`], [`modify`]: SELECT, and INSERT, UPDATE, DELETE, COPY
-//! - [`table`], [`values`], [`nodes`]: definitions of tables, values and PostgreSQL's lists
-//! - [`client`], [`transaction`], [`resources`]: the connection, what is staged over it, what an abort must clean up
-//! - [`options`], [`error`]: options and errors
-//! - [`functions`]: functions and procedures of the schema `candle`
+//! - `wrapper`: handler, validator, IMPORT FOREIGN SCHEMA
+//! - `relation`, `relations`: the contract of a foreign table, and the tables, one file each
+//! - `scan`, `modify`: SELECT, and INSERT, UPDATE, DELETE, COPY
+//! - `table`, `values`, `nodes`: definitions of tables, values and PostgreSQL's lists
+//! - `client`, `transaction`, `resources`: the connection, what is staged over it, what an abort must clean up
+//! - `options`, `error`: options and errors
+//! - `functions`: functions and procedures of the schema `candle`
 
 mod client;
 mod error;

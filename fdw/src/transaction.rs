@@ -12,12 +12,15 @@ use candle_compute_proto::v1::{
 };
 use pgrx::prelude::*;
 
-use crate::client::{Client, Session, flush, pump, read, wait, write};
+use crate::client::{Client, Session, flush, pump, read, wait, wait_settled, write};
 use crate::error::{Error, OrReport, Result};
 use crate::resources;
 
 /// Longest wait for a rollback to be delivered. The server discards what a lost connection left behind.
 const ROLLBACK_LIMIT: Duration = Duration::from_millis(250);
+
+/// How long a cancel waits for a publish that is under way: were it cut off, nobody would know whether it happened.
+const PUBLISH_LIMIT: Duration = Duration::from_secs(2);
 
 /// A transaction on one server.
 struct Remote {
@@ -198,7 +201,7 @@ fn publish() -> Result<()> {
     });
     for (session, client, request) in staged {
         // Repeating a publish answers as the first did, so a lost answer is asked for again.
-        wait(read!(client, transactions.publish(request)))?;
+        wait_settled(PUBLISH_LIMIT, read!(client, transactions.publish(request)))?;
         REMOTES.with_borrow_mut(|remotes| remotes.remove(&session));
     }
     Ok(())

@@ -32,6 +32,8 @@ fn runtime() -> Result<&'static Runtime> {
     let runtime = Builder::new_current_thread()
         .enable_io()
         .enable_time()
+        // Names are looked up on a thread of their own, which must not run PostgreSQL's signal handlers.
+        .on_thread_start(block_signals)
         .build()
         .map_err(|error| {
             let code = PgSqlErrorCode::ERRCODE_FDW_UNABLE_TO_ESTABLISH_CONNECTION;
@@ -40,6 +42,25 @@ fn runtime() -> Result<&'static Runtime> {
     let runtime: &'static Runtime = Box::leak(Box::new(ManuallyDrop::new(runtime)));
     RUNTIME.set(Some(runtime));
     Ok(runtime)
+}
+
+fn block_signals() {
+    // SAFETY: fills a set on the stack and blocks its signals for this thread only.
+    unsafe {
+        let mut signals = std::mem::zeroed();
+        libc::sigfillset(&mut signals);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &signals, std::ptr::null_mut());
+    }
+}
+
+/// Waits for a future whose outcome must be known, as that of a publish: interrupts wait for `limit`, and only then does
+/// a cancel drop it. A server that hangs cannot hold the backend for longer.
+pub(crate) fn wait_settled<T>(limit: Duration, future: impl Future<Output = Result<T>>) -> Result<T> {
+    let mut future = pin!(future);
+    match pump(limit, &mut future) {
+        Some(output) => output,
+        None => wait(future),
+    }
 }
 
 /// Waits for a future, and lets PostgreSQL interrupt the wait: a cancel unwinds from here and drops the future.

@@ -55,6 +55,7 @@ fn train_step(
     sequence_length: Option<i32>,
     learning_rate: default!(Option<f64>, "NULL"),
 ) -> TableIterator<'static, (name!(step, i64), name!(loss, f64))> {
+    refuse_read_only(c"candle.train_step()");
     let step = || -> Result<(i64, f64)> {
         let (Some(model), Some(tokens), Some(length)) = (model, tokens, sequence_length) else {
             return Err(Error::bad_value("model, tokens and sequence_length must not be NULL"));
@@ -95,6 +96,12 @@ fn train_step(
     TableIterator::once(step().or_report())
 }
 
+/// Raises an error in a read-only transaction.
+fn refuse_read_only(command: &std::ffi::CStr) {
+    // SAFETY: reads a variable of the backend and the NUL-terminated name.
+    unsafe { pg_sys::PreventCommandIfReadOnly(command.as_ptr()) };
+}
+
 fn sequence(tokens: &[i64]) -> Sequence {
     Sequence {
         token_ids: tokens.to_vec(),
@@ -113,6 +120,7 @@ COMMENT ON PROCEDURE candle.train_tokenizer IS 'Trains a BPE tokenizer on the fi
 "#
 )]
 fn train_tokenizer(name: Option<&str>, query: Option<&str>, vocabulary_size: Option<i32>) {
+    refuse_read_only(c"candle.train_tokenizer()");
     let train = || -> Result<TrainTokenizerResponse> {
         let (Some(name), Some(query), Some(size)) = (name, query, vocabulary_size) else {
             return Err(Error::bad_value("name, query and vocabulary_size must not be NULL"));

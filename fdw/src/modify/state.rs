@@ -234,8 +234,7 @@ impl Change {
             for (index, attribute) in self.table.attributes.iter().enumerate() {
                 let Some(attribute) = attribute else { continue };
                 let value = &row[attribute.column];
-                if *value == Value::Echo || self.table.relation.columns()[attribute.column].insertable && !nulls[index]
-                {
+                if *value == Value::Echo {
                     continue;
                 }
                 let name = self.table.relation.columns()[attribute.column].name;

@@ -58,11 +58,14 @@ pub(super) unsafe extern "C-unwind" fn get_foreign_paths(
     // SAFETY: the planner passes valid structures; relid sets and paths live in its memory context.
     unsafe {
         let own = planned.own_clauses();
-        let joins = planned.join_clauses();
         let given = planned.choose(&own);
-        let ignored = joins.iter().any(|(_, join)| {
-            relation.columns()[join.column].role == Role::Input && !given.iter().any(|own| own.column == join.column)
-        });
+        // Where the query says beforehand which values a join may ask for, one scan works on all of them at a time,
+        // which beats a call per row of the other table.
+        let mut joins = planned.join_clauses();
+        joins.retain(|(_, join)| given.iter().all(|own| own.column != join.column));
+        let ignored = joins
+            .iter()
+            .any(|(_, join)| relation.columns()[join.column].role == Role::Input);
         planned.add((*rel).lateral_relids, &given, ignored || !planned.complete(&given));
 
         let mut outers: Vec<pg_sys::Relids> = Vec::new();
