@@ -25,6 +25,12 @@ pub(crate) fn register_settings() {
 
 /// The connection that functions of the current user use.
 pub(super) fn client() -> Result<Client> {
+    // SAFETY: reads a variable of the backend.
+    if unsafe { pg_sys::GetDatabaseEncoding() } != pg_sys::pg_enc::PG_UTF8 as i32 {
+        let code = PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED;
+        return Err(Error::new(code, "candle's functions need a database in UTF8")
+            .hint("The foreign tables convert from and to every encoding."));
+    }
     let server = find()?;
     // SAFETY: reads a variable of the backend, and looks into the catalogs.
     let (user, allowed) = unsafe {

@@ -183,8 +183,9 @@ impl Combinations {
 /// Refuses a scan that lacks a required input, or that asks of an input what cannot be told to the server.
 pub(super) fn check(table: &Table, private: &Private, bindings: &[Binding]) -> Result<()> {
     let relation = table.relation;
-    let code = PgSqlErrorCode::ERRCODE_FDW_UNABLE_TO_CREATE_EXECUTION;
-    let hint = "Give inputs in WHERE as column = value, column = ANY (array), or by a join on the column.";
+    let code = PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE;
+    let hint = "Give inputs in WHERE as column = value, column = ANY (array), or by a join on the column. \
+                A volatile function gives one when it is written as (SELECT function()).";
     let name_of = |attribute: &i32| {
         let attribute = table
             .attributes

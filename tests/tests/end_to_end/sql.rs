@@ -27,4 +27,4 @@ fn folder() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/sql"))
 }
 
-sql_tests!(definitions, inference, input_forms, models, training);
+sql_tests!(definitions, inference, input_forms, models, table_semantics, training);
