@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::error::{Error, Result};
 
 /// Longest text file read whole (tokenizer, configuration, index), in bytes.
-const MAX_TEXT_BYTES: u64 = 256 << 20;
+const MAX_TEXT_BYTES: u64 = 128 << 20;
 
 /// An `InvalidFile` error.
 pub(super) fn invalid(path: &Path, reason: impl Into<String>) -> Error {

@@ -123,6 +123,25 @@ fn byte_level_round_trips_are_exact() {
 }
 
 #[test]
+fn long_monotonous_texts_round_trip() {
+    let texts = [
+        "a".repeat(300_000),
+        // More than the regular expression engine can remember.
+        " ".repeat(1_100_000) + "x",
+        "\n \n".repeat(50_000),
+        "😀".repeat(50_000),
+        "7".repeat(100_000),
+        "语".repeat(100_000),
+    ];
+    for tokenizer in [from_gguf("smollm"), from_gguf("llama-bpe"), from_gguf("sentencepiece")] {
+        for text in &texts {
+            let ids = tokenizer.encode(text).unwrap();
+            assert!(tokenizer.decode_skipping_special_tokens(&ids).unwrap() == *text);
+        }
+    }
+}
+
+#[test]
 fn streamed_text_is_the_decoded_text() {
     for name in ["gpt-2", "sentencepiece", "qwen2"] {
         let tokenizer = Arc::new(from_gguf(name));

@@ -15,7 +15,7 @@ pub(crate) enum MetadataValue {
     Float(f64),
     Boolean(bool),
     String(String),
-    Integers(Vec<i128>),
+    Integers(Vec<i64>),
     Floats(Vec<f64>),
     Booleans(Vec<bool>),
     Strings(Vec<String>),

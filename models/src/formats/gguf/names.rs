@@ -58,3 +58,28 @@ const LLAMA_LAYER: &[(&str, &str)] = &[
     ("ffn_up", "mlp.up_proj"),
     ("ffn_down", "mlp.down_proj"),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::transformers_name;
+
+    #[test]
+    fn names_of_both_families() {
+        for (architecture, name, expected) in [
+            ("gpt2", "token_embd.weight", "transformer.wte.weight"),
+            ("gpt2", "blk.11.attn_qkv.bias", "transformer.h.11.attn.c_attn.bias"),
+            ("gpt2", "blk.0.ffn_down.weight", "transformer.h.0.mlp.c_proj.weight"),
+            ("gpt2", "output_norm.bias", "transformer.ln_f.bias"),
+            ("llama", "blk.3.ffn_gate.weight", "model.layers.3.mlp.gate_proj.weight"),
+            ("qwen2", "blk.3.attn_q.bias", "model.layers.3.self_attn.q_proj.bias"),
+            ("llama", "output.weight", "lm_head.weight"),
+            ("llama", "rope_freqs.weight", "rope_freqs.weight"),
+            ("llama", "blk.x.attn_q.weight", "blk.x.attn_q.weight"),
+            ("llama", "blk.1.attn_q.scale", "blk.1.attn_q.scale"),
+            ("llama", "blk.1", "blk.1"),
+            ("llama", "", ""),
+        ] {
+            assert_eq!(transformers_name(architecture, name), expected);
+        }
+    }
+}

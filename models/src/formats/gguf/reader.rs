@@ -15,8 +15,9 @@ const MAGIC: [u8; 4] = *b"GGUF";
 const DEFAULT_ALIGNMENT: u64 = 32;
 /// Most dimensions of a tensor, as in ggml.
 const MAX_DIMENSIONS: u32 = 4;
-/// Most elements of a metadata array: far above the largest vocabulary.
-const MAX_ARRAY_ELEMENTS: u64 = 1 << 24;
+/// Most elements of all metadata arrays together: far above what the largest vocabulary needs. In memory an element
+/// takes more than the one byte that it may take in the file.
+const MAX_ARRAY_ELEMENTS: u64 = 1 << 25;
 /// Most tensors and most metadata entries.
 const MAX_ENTRIES: u64 = 1 << 20;
 
@@ -42,6 +43,7 @@ pub(super) fn read_header(path: &Path, file: &File, length: u64) -> Result<GgufH
         input: BufReader::with_capacity(1 << 16, file),
         position: 0,
         length,
+        elements_left: MAX_ARRAY_ELEMENTS,
     };
     if reader.array::<4>()? != MAGIC {
         return Err(invalid(path, "it is not a GGUF file: it does not begin with GGUF"));
@@ -185,6 +187,7 @@ struct HeaderReader<'a> {
     input: BufReader<&'a File>,
     position: u64,
     length: u64,
+    elements_left: u64,
 }
 
 impl HeaderReader<'_> {
@@ -292,18 +295,23 @@ impl HeaderReader<'_> {
             }
             _ => return Err(self.unknown_kind(kind, key)),
         };
-        if count > MAX_ARRAY_ELEMENTS {
+        if count > self.elements_left {
             return Err(invalid(
                 self.path,
-                format!("metadata {key} has {count} elements; at most {MAX_ARRAY_ELEMENTS} are read"),
+                format!("metadata {key} has {count} elements; at most {MAX_ARRAY_ELEMENTS} are read in all"),
             ));
         }
+        self.elements_left -= count;
         self.need(count * least_bytes)?;
         Ok(match kind {
             6 | 12 => MetadataValue::Floats((0..count).map(|_| self.float(kind)).collect::<Result<_>>()?),
             7 => MetadataValue::Booleans((0..count).map(|_| self.boolean(key)).collect::<Result<_>>()?),
             8 => MetadataValue::Strings((0..count).map(|_| self.string()).collect::<Result<_>>()?),
-            _ => MetadataValue::Integers((0..count).map(|_| self.integer(kind)).collect::<Result<_>>()?),
+            _ => MetadataValue::Integers(
+                (0..count)
+                    .map(|_| self.array_integer(kind, key))
+                    .collect::<Result<_>>()?,
+            ),
         })
     }
 
@@ -318,6 +326,12 @@ impl HeaderReader<'_> {
             10 => u64::from_le_bytes(self.array()?).into(),
             _ => i64::from_le_bytes(self.array()?).into(),
         })
+    }
+
+    fn array_integer(&mut self, kind: u32, key: &str) -> Result<i64> {
+        let value = self.integer(kind)?;
+        i64::try_from(value)
+            .map_err(|_| invalid(self.path, format!("metadata {key} holds {value}, which is too large")))
     }
 
     fn float(&mut self, kind: u32) -> Result<f64> {
