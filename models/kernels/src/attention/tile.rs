@@ -86,10 +86,10 @@ fn add_products_tile<'a, S: Simd, const M: usize>(
 ) {
     let mut column = 0;
     while column + LANES <= width {
-        let mut sums: [S::F32; M] = std::array::from_fn(
-            #[inline(always)]
-            |l| s.load_at(out, l * width + column),
-        );
+        let mut sums = [s.splat(0.0); M];
+        for (l, sum) in sums.iter_mut().enumerate() {
+            *sum = s.load_at(out, l * width + column);
+        }
         for j in 0..n {
             let b = s.load_at(b(j), column);
             for (l, sum) in sums.iter_mut().enumerate() {

@@ -1,11 +1,22 @@
 //! Few rows of `x`: each row of weights is read once, decoded in registers and multiplied with all of them.
 
-use crate::Weights;
 use crate::quantized::{Format, dense_tail};
-use crate::simd::{LANES, Simd};
+use crate::simd::{LANES, Level, Simd};
 use crate::tiles::Tile;
+use crate::{WeightFormat, Weights};
 
-/// `out = x * W^T + bias` for one to four rows of `x`.
+/// Rows of `x` up to which weights are decoded in registers: what fits in the level's registers, and only one for the
+/// k-quants, whose decoding is long.
+pub(super) fn limit(level: Level, format: WeightFormat) -> usize {
+    match level {
+        _ if format.block_elements() > 32 => 1,
+        Level::Avx512 => 4,
+        Level::Avx2 => 2,
+        Level::Portable | Level::Neon => 1,
+    }
+}
+
+/// `out = x * W^T + bias` for one to [`limit`] rows of `x`.
 #[inline(always)]
 pub(super) fn rows<F: Format, S: Simd>(
     s: S,
@@ -14,21 +25,25 @@ pub(super) fn rows<F: Format, S: Simd>(
     bias: Option<&[f32]>,
     out: &mut Tile<'_, f32>,
 ) {
-    // Several rows of weights at a time give the processor independent chains of additions.
-    match out.rows() {
-        1 if S::ACCUMULATORS >= 16 => tiles::<F, S, 1, 8>(s, x, weights, bias, out),
-        1 => tiles::<F, S, 1, 4>(s, x, weights, bias, out),
-        2 if S::ACCUMULATORS >= 16 => tiles::<F, S, 2, 4>(s, x, weights, bias, out),
-        2 => tiles::<F, S, 2, 2>(s, x, weights, bias, out),
-        3 if S::ACCUMULATORS >= 16 => tiles::<F, S, 3, 4>(s, x, weights, bias, out),
-        3 => tiles::<F, S, 3, 1>(s, x, weights, bias, out),
-        4 if S::ACCUMULATORS >= 16 => tiles::<F, S, 4, 4>(s, x, weights, bias, out),
-        4 => tiles::<F, S, 4, 1>(s, x, weights, bias, out),
-        rows => unreachable!("{rows} rows"),
+    // Several rows of weights at a time give the processor independent chains of additions. The branches on constants
+    // leave only the tiles that are used to be compiled.
+    if S::ACCUMULATORS < 4 {
+        tiles::<F, S, 1, 1>(s, x, weights, bias, out);
+    } else if F::CHUNKS > 2 {
+        tiles::<F, S, 1, 2>(s, x, weights, bias, out);
+    } else if out.rows() == 1 {
+        tiles::<F, S, 1, 4>(s, x, weights, bias, out);
+    } else if out.rows() == 2 {
+        tiles::<F, S, 2, 2>(s, x, weights, bias, out);
+    } else if S::ACCUMULATORS >= 16 {
+        match out.rows() {
+            3 => tiles::<F, S, 3, 2>(s, x, weights, bias, out),
+            _ => tiles::<F, S, 4, 2>(s, x, weights, bias, out),
+        }
     }
 }
 
-/// All rows of weights, `N` at a time and the rest one by one.
+/// All rows of weights, `N` at a time.
 #[inline(always)]
 fn tiles<F: Format, S: Simd, const M: usize, const N: usize>(
     s: S,
@@ -47,18 +62,12 @@ fn tiles<F: Format, S: Simd, const M: usize, const N: usize>(
             out.row(i)[j] = sum + bias;
         }
     };
-    let mut j = 0;
-    while j + N <= n {
-        let sums = dots::<F, S, M, N>(s, x, std::array::from_fn(|l| row(j + l)));
-        for (l, sums) in sums.into_iter().enumerate() {
+    for j in (0..n).step_by(N) {
+        // At the end a tile repeats the last row and drops the copies.
+        let sums = dots::<F, S, M, N>(s, x, std::array::from_fn(|l| row((j + l).min(n - 1))));
+        for (l, sums) in sums.into_iter().enumerate().take(n - j) {
             store(j + l, sums);
         }
-        j += N;
-    }
-    while j < n {
-        let [sums] = dots::<F, S, M, 1>(s, x, [row(j)]);
-        store(j, sums);
-        j += 1;
     }
 }
 
@@ -85,21 +94,21 @@ fn dots<F: Format, S: Simd, const M: usize, const N: usize>(s: S, x: [&[f32]; M]
             );
         }
     }
-    let done = blocks * F::CHUNKS * LANES;
-    if done < k {
-        let x = x.map(|x| s.load_partial(&x[done..]));
+    // Only the dense formats have rows that are not whole blocks.
+    if F::CHUNKS == 1 && blocks * LANES < k {
+        let done = blocks * LANES;
         for (row, sums) in rows.iter().zip(&mut sums) {
-            dense_tail::<F, S>(
-                s,
-                &row[blocks * F::BYTES..],
-                #[inline(always)]
-                |weights| {
-                    for (x, sum) in x.iter().zip(sums.iter_mut()) {
-                        *sum = s.mul_add(weights, *x, *sum);
-                    }
-                },
-            );
+            let weights = dense_tail::<F, S>(s, &row[blocks * F::BYTES..]);
+            for (x, sum) in x.iter().zip(sums.iter_mut()) {
+                *sum = s.mul_add(weights, s.load_partial(&x[done..]), *sum);
+            }
         }
     }
-    sums.map(|sums| sums.map(|sum| s.reduce_add(sum)))
+    let mut out = [[0.0; M]; N];
+    for (out, sums) in out.iter_mut().zip(sums) {
+        for (out, sum) in out.iter_mut().zip(sums) {
+            *out = s.reduce_add(sum);
+        }
+    }
+    out
 }

@@ -2,7 +2,7 @@
 //!
 //! Each output is one chain of fused multiplications and additions over sixteen lanes in ascending order, reduced at the
 //! end, whichever path computes it. So a row's result depends neither on how many rows there are nor on threads.
-//! Up to [`DIRECT_ROWS`] rows, weights are decoded in registers and used at once; for more, rows of weights are decoded
+//! For very few rows weights are decoded in registers and used at once; for more, rows of weights are decoded
 //! to a scratch buffer that stays in the cache.
 
 mod direct;
@@ -16,9 +16,6 @@ use crate::quantized::with_format;
 use crate::simd::{Level, dispatch, level};
 use crate::threads::{INLINE_PRODUCTS, parallel_for, range_step};
 use crate::tiles::{Cuts, Tiles};
-
-/// Rows of `x` up to which weights are decoded in registers only.
-const DIRECT_ROWS: usize = 4;
 
 /// Smallest number of weight rows in a task; a multiple of every tile's height.
 const TASK_ROWS: usize = 8;
@@ -62,7 +59,7 @@ pub(crate) fn linear_with(level: Level, x: &[f32], weights: Weights<'_>, bias: O
         };
         let bias = bias.map(|bias| &bias[rows]);
         let mut out = tiles.take(0, task);
-        if m <= DIRECT_ROWS {
+        if m <= direct::limit(level, weights.format) {
             with_format!(weights.format, F => {
                 dispatch!(level, direct_rows::<F>(x, part, bias, &mut out))
             });

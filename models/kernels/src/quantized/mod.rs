@@ -126,19 +126,14 @@ pub(crate) fn dequantize_body<F: Format, S: Simd>(s: S, from: &[u8], out: &mut [
         );
     }
     let rest = outputs.into_remainder();
-    if !rest.is_empty() {
-        dense_tail::<F, S>(
-            s,
-            blocks.remainder(),
-            #[inline(always)]
-            |values| s.store_partial(values, rest),
-        );
+    if F::CHUNKS == 1 && !rest.is_empty() {
+        s.store_partial(dense_tail::<F, S>(s, blocks.remainder()), rest);
     }
 }
 
 /// Decodes the last, incomplete vector of a row of a dense format, zeros behind its end.
 #[inline(always)]
-pub(crate) fn dense_tail<F: Format, S: Simd>(s: S, from: &[u8], emit: impl FnOnce(S::F32)) {
+pub(crate) fn dense_tail<F: Format, S: Simd>(s: S, from: &[u8]) -> S::F32 {
     let mut block = [0; 4 * LANES];
     block[..from.len()].copy_from_slice(from);
     let mut tail = s.splat(0.0);
@@ -148,7 +143,7 @@ pub(crate) fn dense_tail<F: Format, S: Simd>(s: S, from: &[u8], emit: impl FnOnc
         #[inline(always)]
         |_, values| tail = values,
     );
-    emit(tail);
+    tail
 }
 
 #[cfg(test)]

@@ -214,15 +214,20 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn affine_nibbles(self, from: &[u8; LANES], scale: f32, offset: f32) -> (Pair, Pair) {
         let (scale, offset) = (self.splat(scale), self.splat(offset));
-        let halves = self.widen_u8(from);
-        let low = halves.map(
-            #[inline(always)]
-            |bytes| intrinsic!(_mm256_cvtepi32_ps(_mm256_and_si256(bytes, _mm256_set1_epi32(15)))),
-        );
-        let high = halves.map(
-            #[inline(always)]
-            |bytes| intrinsic!(_mm256_cvtepi32_ps(_mm256_srli_epi32::<4>(bytes))),
-        );
+        let [first, second] = self.widen_u8(from);
+        let (low, high) = intrinsic! {
+            let mask = _mm256_set1_epi32(15);
+            (
+                [
+                    _mm256_cvtepi32_ps(_mm256_and_si256(first, mask)),
+                    _mm256_cvtepi32_ps(_mm256_and_si256(second, mask)),
+                ],
+                [
+                    _mm256_cvtepi32_ps(_mm256_srli_epi32::<4>(first)),
+                    _mm256_cvtepi32_ps(_mm256_srli_epi32::<4>(second)),
+                ],
+            )
+        };
         (self.mul_add(low, scale, offset), self.mul_add(high, scale, offset))
     }
 

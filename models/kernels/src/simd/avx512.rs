@@ -131,21 +131,24 @@ impl Simd for Avx512 {
     fn reduce_add_each(self, vectors: [__m512; LANES]) -> [f32; LANES] {
         intrinsic! {
             // Halves of pairs of vectors are added until one vector holds all sums: lane i with i + 8, as in reduce_add.
-            let eight: [__m512; 8] = std::array::from_fn(#[inline(always)] |i| {
+            let mut eight = [_mm512_setzero_ps(); 8];
+            for i in 0..8 {
                 let (a, b) = (vectors[i], vectors[i + 8]);
                 // [a.lo, b.lo] + [a.hi, b.hi], in units of 256 bits
-                _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xEE>(a, b))
-            });
-            let four: [__m512; 4] = std::array::from_fn(#[inline(always)] |i| {
+                eight[i] = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xEE>(a, b));
+            }
+            let mut four = [_mm512_setzero_ps(); 4];
+            for i in 0..4 {
                 let (a, b) = (eight[i], eight[i + 4]);
                 // 128-bit units: [a0, a2, b0, b2] + [a1, a3, b1, b3]
-                _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xDD>(a, b))
-            });
+                four[i] = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xDD>(a, b));
+            }
             // Units now belong to vectors i, i+8, i+4, i+12; within each unit of four lanes the same twice more.
-            let two: [__m512; 2] = std::array::from_fn(#[inline(always)] |i| {
+            let mut two = [_mm512_setzero_ps(); 2];
+            for i in 0..2 {
                 let (a, b) = (four[i], four[i + 2]);
-                _mm512_add_ps(_mm512_shuffle_ps::<0x44>(a, b), _mm512_shuffle_ps::<0xEE>(a, b))
-            });
+                two[i] = _mm512_add_ps(_mm512_shuffle_ps::<0x44>(a, b), _mm512_shuffle_ps::<0xEE>(a, b));
+            }
             let one = {
                 let (a, b) = (two[0], two[1]);
                 // lanes [a0, a2, b0, b2] + [a1, a3, b1, b3]

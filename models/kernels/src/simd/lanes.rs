@@ -59,14 +59,14 @@ pub(crate) trait Simd: Copy {
     /// One IEEE half-precision value.
     fn f16(self, bits: [u8; 2]) -> f32;
 
-    #[allow(dead_code)]
     /// Sums of the lanes of sixteen vectors, each reduced like [`Simd::reduce_add`].
     #[inline(always)]
     fn reduce_add_each(self, vectors: [Self::F32; LANES]) -> [f32; LANES] {
-        vectors.map(
-            #[inline(always)]
-            |vector| self.reduce_add(vector),
-        )
+        let mut sums = [0.0; LANES];
+        for (sum, vector) in sums.iter_mut().zip(vectors) {
+            *sum = self.reduce_add(vector);
+        }
+        sums
     }
 
     /// Up to sixteen lanes from memory, zeros in the others.

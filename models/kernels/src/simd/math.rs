@@ -8,7 +8,8 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::F32) -> S::F32 {
     const LARGEST: f32 = 88.722_84;
     const SMALLEST: f32 = -87.336_54;
     // Cody-Waite: x = n ln 2 + r with ln 2 in two parts, then a polynomial in r (Cephes expf).
-    let clamped = s.max(s.min(s.splat(LARGEST), x), s.splat(SMALLEST));
+    // min and max return their second operand where one is NaN, so that NaN stays NaN.
+    let clamped = s.max(s.splat(SMALLEST), s.min(s.splat(LARGEST), x));
     let n = s.round(s.mul(clamped, s.splat(std::f32::consts::LOG2_E)));
     let r = s.mul_add(n, s.splat(-0.693_359_4), clamped);
     let r = s.mul_add(n, s.splat(2.121_944_4e-4), r);
@@ -21,9 +22,7 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::F32) -> S::F32 {
     let half = s.round(s.mul(n, s.splat(0.5)));
     let scaled = s.scale_by_power_of_two(s.scale_by_power_of_two(p, half), s.sub(n, half));
     let scaled = s.select_less(x, s.splat(SMALLEST), s.splat(0.0), scaled);
-    let scaled = s.select_less(s.splat(LARGEST), x, s.splat(f32::INFINITY), scaled);
-    // min and max return their second operand with NaN, so that x = NaN reaches the polynomial and stays NaN.
-    scaled
+    s.select_less(s.splat(LARGEST), x, s.splat(f32::INFINITY), scaled)
 }
 
 /// `1 / (1 + e^-x)`.
