@@ -1,1 +1,36 @@
-//! stub
+//! The compute server: models behind gRPC (`candle.compute.v1`) and HTTP.
+//!
+//! ```text
+//! connection ─▶ guard (token, drain) ─▶ services/ ─▶ transactions/ ─▶ owner/ (one thread a model) ─▶ candle-models
+//! ```
+//! A service translates messages. `transactions` decides what a call sees and when its writes become visible. The
+//! owner thread of a model holds everything about it that changes.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod app;
+mod auth;
+mod checkpoints;
+mod chunks;
+mod config;
+mod connections;
+mod data_folder;
+mod devices;
+mod error;
+mod guard;
+mod http;
+mod logging;
+mod memory;
+mod names;
+mod owner;
+mod registry;
+mod requests;
+mod server;
+mod services;
+mod sources;
+mod tokenizers;
+mod transactions;
+
+pub use config::{Arguments, Bytes, Command, Config, ConfigError, Limits, Options, Tls};
+pub use error::{Error, Result};
+pub use logging::start as start_logging;
+pub use server::{Listening, serve};

@@ -92,6 +92,11 @@ impl CompletionText {
         self.append(&String::from_utf8_lossy(&bytes), false)
     }
 
+    /// Whether text is held back that later tokens or the end will release.
+    pub fn is_pending(&self) -> bool {
+        !self.stopped && !(self.partial.is_empty() && self.held.is_empty())
+    }
+
     /// Ends the completion: the text that was held back, an incomplete character as U+FFFD.
     pub fn finish(&mut self) -> String {
         if self.stopped {

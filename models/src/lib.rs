@@ -9,6 +9,7 @@ pub mod completion;
 pub mod config;
 pub mod decoder;
 pub mod error;
+pub mod experts;
 pub mod formats;
 pub mod model;
 pub mod ops;

@@ -1,6 +1,6 @@
 //! Logits and log-probabilities of whole sequences, in blocks of tokens: never all logits at once.
 
-use super::{Decoder, SequenceStep};
+use super::{Decoder, KeyValueCache, SequenceStep};
 use crate::error::{Error, Result};
 use crate::ops::log_probability::log_probabilities;
 use candle_core::Tensor;
@@ -32,6 +32,13 @@ impl Decoder {
             Ok(())
         })?;
         Ok(scores)
+    }
+
+    /// The logits after each of the new `tokens` of one sequence, `[tokens, vocabulary]` f32; `cache` is extended by them.
+    /// Fails as [`forward`](Self::forward).
+    pub fn next_logits(&self, tokens: &[u32], cache: &mut KeyValueCache) -> Result<Tensor> {
+        let hidden = self.hidden(&mut [SequenceStep { tokens, cache }])?;
+        self.head(&hidden)
     }
 
     /// Calls `visit` with the number of the first token and the logits `[tokens, vocabulary]` f32 of one block of

@@ -61,6 +61,23 @@ pub fn accumulate(
     result
 }
 
+/// As [`accumulate`], always in place: no second gradient is needed for one that has something already, but after an
+/// error `gradient` is of no more use.
+///
+/// # Errors
+/// As [`accumulate`].
+pub fn accumulate_in_place(
+    decoder: &Decoder,
+    sequences: &[TrainingSequence],
+    gradient: &mut Gradient,
+    cancelled: &dyn Fn() -> bool,
+) -> Result<Vec<SequenceLoss>> {
+    if gradient.parameter_count() != decoder.parameters().len() {
+        return Err(Error::InvalidArgument("the gradient is of another model".into()));
+    }
+    accumulate_into(decoder, sequences, gradient, cancelled)
+}
+
 /// [`accumulate`] without the promise that errors change nothing.
 fn accumulate_into(
     decoder: &Decoder,

@@ -170,7 +170,7 @@ impl AdamW {
 }
 
 /// Euclidean norm of the sums; not finite if any element is not.
-fn norm(gradient: &Gradient) -> Result<f64> {
+pub(super) fn norm(gradient: &Gradient) -> Result<f64> {
     let mut squares = 0.0;
     for index in 0..gradient.parameter_count() {
         let Some(sum) = gradient.sum(index) else { continue };

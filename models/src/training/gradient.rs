@@ -67,6 +67,46 @@ impl Gradient {
         self.sums.iter().flatten().map(|sum| 4 * sum.elem_count() as u64).sum()
     }
 
+    /// A copy that shares no storage.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] if the device has no memory for it.
+    pub fn deep_copy(&self) -> Result<Self> {
+        let copies = self.sums.iter().map(|sum| sum.as_ref().map(Tensor::copy).transpose());
+        Ok(Self {
+            parameters: Arc::clone(&self.parameters),
+            device: self.device.clone(),
+            sums: copies.collect::<candle_core::Result<_>>()?,
+            ..*self
+        })
+    }
+
+    /// Euclidean norm of the mean gradient; not finite if any element is not, NaN without targets.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] if a tensor operation fails.
+    pub fn norm(&self) -> Result<f64> {
+        Ok(super::adamw::norm(self)? / self.tokens as f64)
+    }
+
+    /// Adds what another gradient of the same model holds, which stays as it is.
+    ///
+    /// # Errors
+    /// As [`merge`](Self::merge).
+    pub fn merge_from(&mut self, other: &Self) -> Result<()> {
+        // Tensors are shared, so this costs nothing unless the other's sums are taken over.
+        let shared = Self {
+            parameters: Arc::clone(&other.parameters),
+            device: other.device.clone(),
+            sums: other.sums.clone(),
+            ..*other
+        };
+        match self.sums.is_empty() {
+            true => self.merge(shared.deep_copy()?),
+            false => self.merge(shared),
+        }
+    }
+
     /// Adds what another gradient of the same model holds.
     ///
     /// # Errors

@@ -19,7 +19,7 @@ mod tape;
 
 use accumulate::{Pass, check_cancelled};
 
-pub use accumulate::{SequenceLoss, accumulate};
+pub use accumulate::{SequenceLoss, accumulate, accumulate_in_place};
 pub use adamw::{AdamW, StepReport};
 pub use gradient::Gradient;
 pub use options::AdamWOptions;

@@ -1,0 +1,105 @@
+//! What all services share.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use crate::checkpoints::CheckpointStore;
+use crate::config::Config;
+use crate::data_folder::DataFolder;
+use crate::error::{Error, Result};
+use crate::memory::MemoryBudget;
+use crate::registry::Registry;
+use crate::requests::Requests;
+use crate::tokenizers::TokenizerStore;
+use crate::transactions::Transactions;
+
+/// The state of the server.
+pub(crate) struct App {
+    pub(crate) config: Config,
+    pub(crate) registry: Registry,
+    pub(crate) transactions: Transactions,
+    pub(crate) checkpoints: CheckpointStore,
+    pub(crate) tokenizers: TokenizerStore,
+    pub(crate) requests: Arc<Requests>,
+    pub(crate) memory: Arc<MemoryBudget>,
+    /// Models that have a thread, published or not.
+    model_count: Arc<AtomicU64>,
+    draining: AtomicBool,
+}
+
+impl App {
+    /// Opens the data folder.
+    ///
+    /// # Errors
+    /// When the data folder cannot be used.
+    pub(crate) fn open(config: Config) -> Result<Arc<Self>> {
+        let folder = Arc::new(DataFolder::open(&config.data_dir)?);
+        Ok(Arc::new(Self {
+            registry: Registry::default(),
+            transactions: Transactions::new(config.limits.transactions, config.transaction_timeout),
+            checkpoints: CheckpointStore::open(Arc::clone(&folder))?,
+            tokenizers: TokenizerStore::new(folder),
+            requests: Arc::new(Requests::default()),
+            memory: MemoryBudget::new(config.limits.memory),
+            model_count: Arc::default(),
+            draining: AtomicBool::new(false),
+            config,
+        }))
+    }
+
+    /// Takes no new work from now on.
+    pub(crate) fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the server is shutting down.
+    pub(crate) fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
+    /// Whether nothing runs and no transaction is open.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.requests.is_empty() && self.transactions.count() == 0
+    }
+
+    /// A place for one more model.
+    ///
+    /// # Errors
+    /// `Limit` when all are taken.
+    pub(crate) fn model_slot(&self) -> Result<ModelSlot> {
+        let limit = self.config.limits.models;
+        let taken = self.model_count.fetch_add(1, Ordering::Relaxed);
+        let slot = ModelSlot(Arc::clone(&self.model_count));
+        match taken < limit {
+            true => Ok(slot),
+            false => Err(Error::Limit {
+                what: format!("a further model beside {taken}"),
+                limit,
+                flag: "max-models",
+            }),
+        }
+    }
+
+    /// Refuses more tokens than one request may have.
+    pub(crate) fn check_request_tokens(&self, tokens: u64) -> Result<()> {
+        let limit = self.config.limits.request_tokens;
+        match tokens > limit {
+            true => Err(Error::Limit {
+                what: format!("a request of {tokens} tokens"),
+                limit,
+                flag: "max-request-tokens",
+            }),
+            false => Ok(()),
+        }
+    }
+}
+
+/// A model's place among those that the server may hold, free again on drop.
+#[derive(Debug)]
+pub(crate) struct ModelSlot(Arc<AtomicU64>);
+
+impl Drop for ModelSlot {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}

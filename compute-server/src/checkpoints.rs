@@ -1,0 +1,196 @@
+//! Checkpoints in the data folder: `checkpoints/MODEL/STEP/`, listed only when whole.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_compute_proto::v1;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use crate::data_folder::{self, DataFolder, Staged};
+use crate::error::{Error, Result};
+use crate::names;
+
+/// Model and step: what a checkpoint is known by.
+pub(crate) type Key = (String, u64);
+
+/// Holds the model's name, which the folder's own name cannot always tell.
+const NAME_FILE: &str = "model_name";
+
+/// The published checkpoints.
+#[derive(Debug)]
+pub(crate) struct CheckpointStore {
+    folder: Arc<DataFolder>,
+    published: Mutex<BTreeMap<Key, v1::Checkpoint>>,
+}
+
+/// A checkpoint that was written but not published.
+#[derive(Debug)]
+pub(crate) struct StagedCheckpoint {
+    /// Its row, with the path that it will have.
+    pub(crate) row: v1::Checkpoint,
+    /// Where it lies.
+    pub(crate) files: Staged,
+}
+
+impl StagedCheckpoint {
+    /// What it will be known by.
+    pub(crate) fn key(&self) -> Key {
+        (self.row.model.clone(), self.row.step)
+    }
+}
+
+impl CheckpointStore {
+    /// Finds the checkpoints of `folder`. Those that are not whole are left alone and not listed.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub(crate) fn open(folder: Arc<DataFolder>) -> Result<Self> {
+        let store = Self {
+            folder,
+            published: Mutex::default(),
+        };
+        let root = store.folder.path("checkpoints");
+        let failed = |error| Error::io("reading the checkpoints", error);
+        for model in subfolders(&root).map_err(failed)? {
+            let Ok(name) = std::fs::read_to_string(model.join(NAME_FILE)) else {
+                continue;
+            };
+            for path in subfolders(&model).map_err(failed)? {
+                match read_row(&name, &path) {
+                    Ok(mut row) => {
+                        row.path = store.relative_path(&name, row.step);
+                        store.lock().insert((name.clone(), row.step), row);
+                    }
+                    Err(reason) => {
+                        tracing::warn!(path = %path.display(), reason, "a damaged checkpoint is not listed");
+                    }
+                }
+            }
+        }
+        Ok(store)
+    }
+
+    /// The published checkpoints in the order of model and step.
+    pub(crate) fn list(&self) -> Vec<v1::Checkpoint> {
+        self.lock().values().cloned().collect()
+    }
+
+    /// Whether a checkpoint is published.
+    pub(crate) fn contains(&self, key: &Key) -> bool {
+        self.lock().contains_key(key)
+    }
+
+    /// The folder of a published checkpoint.
+    pub(crate) fn path(&self, key: &Key) -> Option<PathBuf> {
+        self.contains(key)
+            .then(|| self.folder.path(self.relative_path(&key.0, key.1)))
+    }
+
+    /// A place for a checkpoint that is about to be written.
+    pub(crate) fn stage(&self) -> Staged {
+        self.folder.stage()
+    }
+
+    /// The row of a checkpoint written to `files`.
+    ///
+    /// # Errors
+    /// `Internal` when what was written cannot be read.
+    pub(crate) fn describe(&self, model: &str, files: &Path) -> Result<v1::Checkpoint> {
+        let mut row = read_row(model, files).map_err(Error::Internal)?;
+        row.path = self.relative_path(model, row.step);
+        Ok(row)
+    }
+
+    /// Publishes a checkpoint: durable when this returns.
+    pub(crate) fn publish(&self, staged: &StagedCheckpoint) -> Result<()> {
+        let row = &staged.row;
+        let publish = || -> std::io::Result<()> {
+            let target = self.folder.path(&row.path);
+            if let Some(parent) = target.parent()
+                && !parent.join(NAME_FILE).exists()
+            {
+                data_folder::write_file(&self.folder.stage(), &parent.join(NAME_FILE), row.model.as_bytes())?;
+            }
+            data_folder::rename(staged.files.path(), &target)
+        };
+        publish().map_err(|error| Error::io(format!("publishing the checkpoint {}", row.path), error))?;
+        self.lock().insert(staged.key(), row.clone());
+        Ok(())
+    }
+
+    /// Takes a published checkpoint away. Its files are deleted when the returned value is dropped; until then
+    /// Takes a published checkpoint away. Its files are deleted when the returned value is dropped; until then
+    /// [`publish`](Self::publish) brings it back.
+    pub(crate) fn remove(&self, key: &Key) -> Result<StagedCheckpoint> {
+        let row = self.lock().get(key).cloned();
+        let row = row.ok_or_else(|| not_found(key))?;
+        let files = self.folder.stage();
+        data_folder::rename(&self.folder.path(&row.path), files.path())
+            .map_err(|error| Error::io(format!("deleting the checkpoint {}", row.path), error))?;
+        self.lock().remove(key);
+        Ok(StagedCheckpoint { row, files })
+    }
+
+    fn relative_path(&self, model: &str, step: u64) -> String {
+        format!("checkpoints/{}/{step}", names::encode(model))
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<Key, v1::Checkpoint>> {
+        self.published.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The error for a checkpoint that there is not.
+pub(crate) fn not_found(key: &Key) -> Error {
+    Error::NotFound {
+        kind: "checkpoint",
+        name: format!("{}/{}", key.0, key.1),
+    }
+}
+
+fn subfolders(path: &Path) -> std::io::Result<Vec<PathBuf>> {
+    let entries = std::fs::read_dir(path)?.collect::<std::io::Result<Vec<_>>>()?;
+    Ok(entries
+        .into_iter()
+        .map(|entry| entry.path())
+        .filter(|path| path.is_dir())
+        .collect())
+}
+
+/// Reads a checkpoint's manifest and checks that every file is there with its size. Contents are checked when it is
+/// restored.
+fn read_row(model: &str, path: &Path) -> Result<v1::Checkpoint, String> {
+    let text = std::fs::read(path.join("manifest.json")).map_err(|error| format!("manifest.json: {error}"))?;
+    let manifest: Value = serde_json::from_slice(&text).map_err(|error| format!("manifest.json: {error}"))?;
+    let mut bytes = text.len() as u64;
+    for file in manifest["files"].as_array().ok_or("manifest.json lists no files")? {
+        let name = file["name"]
+            .as_str()
+            .ok_or("manifest.json lists a file without a name")?;
+        let size = file["bytes"]
+            .as_u64()
+            .ok_or("manifest.json lists a file without a size")?;
+        let found = std::fs::metadata(path.join(name))
+            .map_err(|error| format!("{name}: {error}"))?
+            .len();
+        if found != size {
+            return Err(format!("{name} has {found} bytes, not {size}"));
+        }
+        bytes += size;
+    }
+    let digest = Sha256::digest(&text);
+    Ok(v1::Checkpoint {
+        model: model.to_owned(),
+        tag: manifest["tag"].as_str().unwrap_or_default().to_owned(),
+        step: manifest["step"].as_u64().ok_or("manifest.json has no step")?,
+        bytes,
+        sha256: digest.iter().map(|byte| format!("{byte:02x}")).collect(),
+        path: String::new(),
+        created_at: Some(prost_types::Timestamp {
+            seconds: manifest["created_at"].as_i64().unwrap_or(0),
+            nanos: 0,
+        }),
+    })
+}

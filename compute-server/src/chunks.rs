@@ -1,0 +1,200 @@
+//! Tensors on the wire: chunks of at most 262,144 elements (1 MiB of f32), numbered from 0.
+
+use std::ops::Range;
+
+use candle_compute_proto::{CHUNK_BYTES, v1};
+use candle_models::ParameterInfo;
+use candle_models::training::Gradient;
+
+use crate::error::{Error, Result};
+
+/// Elements of a chunk.
+pub(crate) const CHUNK_ELEMENTS: usize = CHUNK_BYTES / size_of::<f32>();
+
+/// Number of chunks of a parameter, at least 1.
+pub(crate) fn count(parameter: &ParameterInfo) -> usize {
+    parameter.elements().div_ceil(CHUNK_ELEMENTS).max(1)
+}
+
+/// Elements of chunk `number`.
+pub(crate) fn range(parameter: &ParameterInfo, number: usize) -> Range<usize> {
+    let start = number * CHUNK_ELEMENTS;
+    start..parameter.elements().min(start + CHUNK_ELEMENTS)
+}
+
+/// A chunk of a parameter without its data and dtype.
+pub(crate) fn describe(parameter: &ParameterInfo, number: usize) -> v1::TensorChunk {
+    let range = range(parameter, number);
+    v1::TensorChunk {
+        name: parameter.name.clone(),
+        shape: parameter.shape.iter().map(|&dimension| dimension as u64).collect(),
+        chunk: u32::try_from(number).unwrap_or(u32::MAX),
+        offset: range.start as u64,
+        elements: range.len() as u64,
+        trainable: parameter.trainable,
+        ..Default::default()
+    }
+}
+
+/// The dtype in which a weight held as `held` is sent: quantised ones arrive as f32.
+pub(crate) fn dtype_of(held: &str) -> v1::DataType {
+    match held {
+        "f16" => v1::DataType::F16,
+        "bf16" => v1::DataType::Bf16,
+        _ => v1::DataType::F32,
+    }
+}
+
+/// A chunk of the token-weighted mean over gradients.
+pub(crate) fn gradient_chunk(
+    parts: &[&Gradient],
+    parameter: &ParameterInfo,
+    number: usize,
+    without_data: bool,
+) -> Result<v1::TensorChunk> {
+    let mut message = describe(parameter, number);
+    message.dtype = v1::DataType::F32.into();
+    if without_data {
+        return Ok(message);
+    }
+    let range = range(parameter, number);
+    let values = match parts {
+        [only] => only.read(&parameter.name, range)?,
+        parts => {
+            let total: u64 = parts.iter().map(|part| part.tokens()).sum();
+            let mut sum = vec![0.0f64; range.len()];
+            for part in parts {
+                let weight = part.tokens() as f64 / total.max(1) as f64;
+                let mean = part.read(&parameter.name, range.clone())?;
+                sum.iter_mut()
+                    .zip(mean)
+                    .for_each(|(sum, element)| *sum += weight * f64::from(element));
+            }
+            sum.into_iter().map(|element| element as f32).collect()
+        }
+    };
+    message.norm = norm(&values);
+    message.data = little_endian(&values).into();
+    Ok(message)
+}
+
+/// A chunk of a tensor of f32.
+pub(crate) fn f32_chunk(name: &str, shape: &[u64], number: usize, offset: usize, values: &[f32]) -> v1::TensorChunk {
+    v1::TensorChunk {
+        name: name.to_owned(),
+        dtype: v1::DataType::F32.into(),
+        shape: shape.to_vec(),
+        chunk: u32::try_from(number).unwrap_or(u32::MAX),
+        offset: offset as u64,
+        elements: values.len() as u64,
+        data: little_endian(values).into(),
+        norm: norm(values),
+        trainable: false,
+    }
+}
+
+fn norm(values: &[f32]) -> f64 {
+    values
+        .iter()
+        .map(|&value| f64::from(value) * f64::from(value))
+        .sum::<f64>()
+        .sqrt()
+}
+
+fn little_endian(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
+
+/// Puts a tensor of f32 together from chunks that arrive in order.
+#[derive(Debug)]
+pub(crate) struct Assembly {
+    name: &'static str,
+    rows: usize,
+    columns: usize,
+    /// Elements so far, row-major.
+    pub(crate) values: Vec<f32>,
+}
+
+impl Assembly {
+    /// Nothing yet of the matrix called `name`.
+    pub(crate) fn new(name: &'static str) -> Self {
+        Self {
+            name,
+            rows: 0,
+            columns: 0,
+            values: Vec::new(),
+        }
+    }
+
+    /// Adds a chunk. `most` is the largest number of elements accepted.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for another dtype, shape, or order.
+    pub(crate) fn add(&mut self, chunk: &v1::TensorChunk, most: usize) -> Result<()> {
+        let refuse = |what: String| Error::invalid(format!("tensor {}: {what}", self.name));
+        if chunk.dtype() != v1::DataType::F32 {
+            return Err(refuse(format!(
+                "its dtype is {}; only f32 is accepted",
+                chunk.dtype().as_str_name()
+            )));
+        }
+        let [rows, columns] = chunk.shape[..] else {
+            return Err(refuse(format!(
+                "its shape {:?} does not have 2 dimensions",
+                chunk.shape
+            )));
+        };
+        let elements = rows
+            .checked_mul(columns)
+            .and_then(|count| usize::try_from(count).ok())
+            .filter(|&n| n <= most);
+        let elements =
+            elements.ok_or_else(|| refuse(format!("its shape {:?} has more than {most} elements", chunk.shape)))?;
+        if self.values.is_empty() {
+            (self.rows, self.columns) = (rows as usize, columns as usize);
+        } else if (rows as usize, columns as usize) != self.shape() {
+            return Err(refuse(format!(
+                "its chunks disagree on its shape: {:?} after {:?}",
+                chunk.shape,
+                self.shape()
+            )));
+        }
+        if chunk.offset != self.values.len() as u64 {
+            return Err(refuse(format!(
+                "a chunk has the offset {}, expected {}",
+                chunk.offset,
+                self.values.len()
+            )));
+        }
+        if chunk.data.len() as u64 != chunk.elements.saturating_mul(4)
+            || self.values.len() + chunk.data.len() / 4 > elements
+        {
+            return Err(refuse(format!(
+                "a chunk has {} bytes for {} elements",
+                chunk.data.len(),
+                chunk.elements
+            )));
+        }
+        let read = |bytes: &[u8]| bytes.try_into().map(f32::from_le_bytes).unwrap_or(f32::NAN);
+        self.values.extend(chunk.data.chunks_exact(4).map(read));
+        Ok(())
+    }
+
+    /// Rows and columns.
+    pub(crate) fn shape(&self) -> (usize, usize) {
+        (self.rows, self.columns)
+    }
+
+    /// Fails unless every element has arrived, and there is one.
+    pub(crate) fn check_complete(&self) -> Result<()> {
+        if self.values.is_empty() || self.values.len() != self.rows * self.columns {
+            return Err(Error::invalid(format!(
+                "tensor {}: {} of {} elements arrived",
+                self.name,
+                self.values.len(),
+                self.rows * self.columns
+            )));
+        }
+        Ok(())
+    }
+}

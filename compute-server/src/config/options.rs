@@ -1,0 +1,170 @@
+//! The options as they are written: flags, environment variables, keys of the TOML file. One struct is all three, so
+//! that they cannot differ.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use serde::Deserialize;
+
+use super::Bytes;
+
+/// Serves models over gRPC (candle.compute.v1): inference, training, checkpoints, transactions.
+#[derive(Debug, Parser)]
+#[command(
+    name = "compute-server",
+    version,
+    about,
+    max_term_width = 100,
+    arg_required_else_help = true
+)]
+pub struct Arguments {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Runs the server until SIGTERM or SIGINT.
+    ///
+    /// Every option can also be given in the environment as COMPUTE_SERVER_ and its name (--data-dir is
+    /// COMPUTE_SERVER_DATA_DIR), or as a key of the TOML file named by --config (data-dir = "…"). A flag wins over the
+    /// environment, the environment over the file, the file over the default. Once ready, the server prints one line
+    /// on standard output: `listening grpc=ADDRESS http=ADDRESS`. Logs go to standard error.
+    Serve(Box<Options>),
+}
+
+/// Options of `serve`.
+#[derive(Debug, Default, Args, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Options {
+    /// Address and port of the gRPC services; port 0 picks a free one. An address other than loopback needs a token
+    /// file. [default: 127.0.0.1:50051]
+    #[arg(long, env = "COMPUTE_SERVER_LISTEN", value_name = "ADDRESS:PORT")]
+    pub listen: Option<String>,
+
+    /// Address and port of HTTP (/healthz, /readyz), or `off`. [default: 127.0.0.1:8080]
+    #[arg(long, env = "COMPUTE_SERVER_HTTP", value_name = "ADDRESS:PORT")]
+    pub http: Option<String>,
+
+    /// Folder that the server writes to: checkpoints and tokenizers. Made when missing; one server at a time.
+    #[arg(long, env = "COMPUTE_SERVER_DATA_DIR", value_name = "DIR")]
+    pub data_dir: Option<PathBuf>,
+
+    /// Folder below which the sources of models lie. Read only. [default: DATA_DIR/models]
+    #[arg(long, env = "COMPUTE_SERVER_MODELS_DIR", value_name = "DIR")]
+    pub models_dir: Option<PathBuf>,
+
+    /// Where models compute unless they say otherwise: `cpu` or `cuda:N`. [default: cpu]
+    #[arg(long, env = "COMPUTE_SERVER_DEVICE", value_name = "DEVICE")]
+    pub device: Option<String>,
+
+    /// Threads for arithmetic. [default: the processors available]
+    #[arg(long, env = "COMPUTE_SERVER_THREADS", value_name = "N")]
+    pub threads: Option<usize>,
+
+    /// Bytes that weights, gradients, optimizer states and caches may hold together; suffixes K, M, G, T.
+    /// [default: 90 % of the machine's memory]
+    #[arg(long, env = "COMPUTE_SERVER_MEMORY_LIMIT", value_name = "BYTES")]
+    pub memory_limit: Option<Bytes>,
+
+    /// File of bearer tokens, one `NAME TOKEN` a line; lines that start with # are comments. Without it nobody is asked
+    /// for a token.
+    #[arg(long, env = "COMPUTE_SERVER_TOKEN_FILE", value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+
+    /// Certificate chain of the gRPC services in PEM; turns TLS on. Needs --tls-key.
+    #[arg(long, env = "COMPUTE_SERVER_TLS_CERT", value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+
+    /// Private key of the certificate in PEM.
+    #[arg(long, env = "COMPUTE_SERVER_TLS_KEY", value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
+
+    /// TOML file with any of these options; unknown keys are refused.
+    #[arg(long, env = "COMPUTE_SERVER_CONFIG", value_name = "FILE")]
+    #[serde(skip)]
+    pub config: Option<PathBuf>,
+
+    /// Seconds that running work may take to finish after SIGTERM. [default: 30]
+    #[arg(long, env = "COMPUTE_SERVER_DRAIN_TIMEOUT", value_name = "SECONDS")]
+    pub drain_timeout: Option<u64>,
+
+    /// Seconds after which a transaction that nobody used is discarded. [default: 3600]
+    #[arg(long, env = "COMPUTE_SERVER_TRANSACTION_TIMEOUT", value_name = "SECONDS")]
+    pub transaction_timeout: Option<u64>,
+
+    /// Largest message in bytes; suffixes K, M, G. [default: 64M]
+    #[arg(long, env = "COMPUTE_SERVER_MAX_MESSAGE_BYTES", value_name = "BYTES")]
+    pub max_message_bytes: Option<Bytes>,
+
+    /// Most models held at once. [default: 256]
+    #[arg(long, env = "COMPUTE_SERVER_MAX_MODELS", value_name = "N")]
+    pub max_models: Option<u64>,
+
+    /// Most generations that run on one model at once; further ones wait. [default: 64]
+    #[arg(long, env = "COMPUTE_SERVER_MAX_GENERATIONS", value_name = "N")]
+    pub max_generations: Option<u64>,
+
+    /// Most pieces of work that wait for one model; further ones are refused. [default: 1024]
+    #[arg(long, env = "COMPUTE_SERVER_MAX_QUEUE", value_name = "N")]
+    pub max_queue: Option<u64>,
+
+    /// Most transactions open at once. [default: 1024]
+    #[arg(long, env = "COMPUTE_SERVER_MAX_TRANSACTIONS", value_name = "N")]
+    pub max_transactions: Option<u64>,
+
+    /// Most tokens of one request: prompt and completion of a generation, or all sequences of a batch.
+    /// [default: 1048576]
+    #[arg(long, env = "COMPUTE_SERVER_MAX_REQUEST_TOKENS", value_name = "N")]
+    pub max_request_tokens: Option<u64>,
+
+    /// Most tokens of the sequences that one model keeps between two optimizer steps. [default: 16777216]
+    #[arg(long, env = "COMPUTE_SERVER_MAX_ACCUMULATED_TOKENS", value_name = "N")]
+    pub max_accumulated_tokens: Option<u64>,
+
+    /// Most bytes of text that a tokenizer is trained on. [default: 1G]
+    #[arg(long, env = "COMPUTE_SERVER_MAX_TOKENIZER_BYTES", value_name = "BYTES")]
+    pub max_tokenizer_bytes: Option<Bytes>,
+
+    /// What to log: `error`, `warn`, `info`, `debug`, `trace`, or directives of tracing's EnvFilter. [default: info]
+    #[arg(long, env = "COMPUTE_SERVER_LOG", value_name = "FILTER")]
+    pub log: Option<String>,
+
+    /// `text` or `json`. [default: text]
+    #[arg(long, env = "COMPUTE_SERVER_LOG_FORMAT", value_name = "FORMAT")]
+    pub log_format: Option<String>,
+}
+
+impl Options {
+    /// Fills what is absent here from `file`.
+    #[must_use]
+    pub fn or(self, file: Options) -> Options {
+        Options {
+            listen: self.listen.or(file.listen),
+            http: self.http.or(file.http),
+            data_dir: self.data_dir.or(file.data_dir),
+            models_dir: self.models_dir.or(file.models_dir),
+            device: self.device.or(file.device),
+            threads: self.threads.or(file.threads),
+            memory_limit: self.memory_limit.or(file.memory_limit),
+            token_file: self.token_file.or(file.token_file),
+            tls_cert: self.tls_cert.or(file.tls_cert),
+            tls_key: self.tls_key.or(file.tls_key),
+            config: self.config,
+            drain_timeout: self.drain_timeout.or(file.drain_timeout),
+            transaction_timeout: self.transaction_timeout.or(file.transaction_timeout),
+            max_message_bytes: self.max_message_bytes.or(file.max_message_bytes),
+            max_models: self.max_models.or(file.max_models),
+            max_generations: self.max_generations.or(file.max_generations),
+            max_queue: self.max_queue.or(file.max_queue),
+            max_transactions: self.max_transactions.or(file.max_transactions),
+            max_request_tokens: self.max_request_tokens.or(file.max_request_tokens),
+            max_accumulated_tokens: self.max_accumulated_tokens.or(file.max_accumulated_tokens),
+            max_tokenizer_bytes: self.max_tokenizer_bytes.or(file.max_tokenizer_bytes),
+            log: self.log.or(file.log),
+            log_format: self.log_format.or(file.log_format),
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! Everything that a call can fail with, and the one translation of it to a gRPC status.
+//!
+//! A status carries, besides code and message, the metadata entries
+//! - `candle-sqlstate`: the SQLSTATE that Postgres should raise;
+//! - `candle-hint`: what the user can do, when there is something (ASCII).
+//!
+//! | cause | gRPC code | SQLSTATE |
+//! | --- | --- | --- |
+//! | bad value, configuration or file | `INVALID_ARGUMENT` | 22023 |
+//! | no such model, checkpoint, tokenizer, request | `NOT_FOUND` | 42704 |
+//! | name taken | `ALREADY_EXISTS` | 42710 |
+//! | a limit of the server | `RESOURCE_EXHAUSTED` | 53400 |
+//! | memory | `RESOURCE_EXHAUSTED` | HV001 |
+//! | changed by another transaction, or the transaction was lost | `ABORTED` | 40001 |
+//! | the state does not allow it (a step without a gradient) | `FAILED_PRECONDITION` | 55000 |
+//! | not something this build can do | `UNIMPLEMENTED` | 0A000 |
+//! | no token, or a wrong one | `UNAUTHENTICATED` | 28000 |
+//! | cancelled | `CANCELLED` | 57014 |
+//! | shutting down | `UNAVAILABLE` | 57P01 |
+//! | anything else | `INTERNAL` | HV00L |
+
+use candle_models::Error as ModelError;
+use tonic::metadata::{MetadataMap, MetadataValue};
+use tonic::{Code, Status};
+
+/// Why a call failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The models library refused or failed.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// A caller's bad value; the message names it.
+    #[error("{0}")]
+    InvalidArgument(String),
+    /// Nothing has this name.
+    #[error("there is no {kind} \"{name}\"")]
+    NotFound {
+        /// What was looked for: `model`, `checkpoint`, …
+        kind: &'static str,
+        /// The name it was looked for by.
+        name: String,
+    },
+    /// Something has this name already.
+    #[error("{kind} \"{name}\" exists already")]
+    NameTaken {
+        /// What was to be made.
+        kind: &'static str,
+        /// The name it was to have.
+        name: String,
+    },
+    /// A limit of this server would be exceeded.
+    #[error("{what} exceeds the limit of {limit} set by --{flag}")]
+    Limit {
+        /// What there is too much of, with its number.
+        what: String,
+        /// The limit's value.
+        limit: u64,
+        /// The flag that sets it, without dashes.
+        flag: &'static str,
+    },
+    /// The memory limit would be exceeded.
+    #[error("{what} needs {needed} bytes, but of the memory limit of {limit} bytes only {available} are free")]
+    Memory {
+        /// What needs the memory.
+        what: String,
+        /// Bytes needed.
+        needed: u64,
+        /// The limit in bytes.
+        limit: u64,
+        /// Bytes not in use.
+        available: u64,
+    },
+    /// Another transaction changed what this one relies on.
+    #[error("{0}")]
+    Stale(String),
+    /// The model was unloaded while work ran on it.
+    #[error("model \"{0}\" was unloaded while it was in use")]
+    Unloaded(String),
+    /// The present state does not allow the operation.
+    #[error("{message}")]
+    Precondition {
+        /// What is missing or in the way.
+        message: String,
+        /// What to do first.
+        hint: &'static str,
+    },
+    /// No token, or a wrong one.
+    #[error("{0}")]
+    Unauthenticated(&'static str),
+    /// The caller went away or asked for the work to stop.
+    #[error("cancelled")]
+    Cancelled,
+    /// The server is shutting down.
+    #[error("the server is shutting down and takes no new work")]
+    Draining,
+    /// A file operation failed.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was attempted, with the path relative to the data folder where possible.
+        what: String,
+        /// The system's error.
+        source: std::io::Error,
+    },
+    /// A defect of this server.
+    #[error("internal error: {0}")]
+    Internal(String),
+}
+
+/// Result with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// An [`Error::InvalidArgument`].
+    pub(crate) fn invalid(message: impl Into<String>) -> Self {
+        Self::InvalidArgument(message.into())
+    }
+
+    /// An [`Error::NotFound`] for a model.
+    pub(crate) fn no_model(name: &str) -> Self {
+        Self::NotFound {
+            kind: "model",
+            name: name.to_owned(),
+        }
+    }
+
+    /// An [`Error::Io`].
+    pub(crate) fn io(what: impl Into<String>, source: std::io::Error) -> Self {
+        Self::Io {
+            what: what.into(),
+            source,
+        }
+    }
+
+    /// The gRPC code, the SQLSTATE, and the hint.
+    fn classify(&self) -> (Code, &'static str, Option<&'static str>) {
+        match self {
+            Self::Model(error) => classify_model_error(error),
+            Self::InvalidArgument(_) => (Code::InvalidArgument, "22023", None),
+            Self::NotFound { .. } => (Code::NotFound, "42704", None),
+            Self::NameTaken { .. } => (Code::AlreadyExists, "42710", None),
+            Self::Limit { .. } => (
+                Code::ResourceExhausted,
+                "53400",
+                Some("Ask for less, or raise the named limit."),
+            ),
+            Self::Memory { .. } => (
+                Code::ResourceExhausted,
+                "HV001",
+                Some("Unload models, or start the server with a larger --memory-limit."),
+            ),
+            Self::Stale(_) => (Code::Aborted, "40001", Some("Roll back and run the transaction again.")),
+            Self::Unloaded(_) => (Code::Aborted, "42704", None),
+            Self::Precondition { hint, .. } => (Code::FailedPrecondition, "55000", Some(hint)),
+            Self::Unauthenticated(_) => (
+                Code::Unauthenticated,
+                "28000",
+                Some("Give the server's token in the user mapping's option \"token\"."),
+            ),
+            Self::Cancelled => (Code::Cancelled, "57014", None),
+            Self::Draining => (
+                Code::Unavailable,
+                "57P01",
+                Some("Try again once the server has been restarted."),
+            ),
+            Self::Io { source, .. } => match source.kind() {
+                std::io::ErrorKind::StorageFull => (
+                    Code::ResourceExhausted,
+                    "53100",
+                    Some("Free space on the file system of the data folder."),
+                ),
+                _ => (Code::Internal, "HV00L", None),
+            },
+            Self::Internal(_) => (Code::Internal, "HV00L", None),
+        }
+    }
+}
+
+fn classify_model_error(error: &ModelError) -> (Code, &'static str, Option<&'static str>) {
+    match error {
+        ModelError::InvalidArgument(_) | ModelError::InvalidConfig { .. } | ModelError::InvalidFile { .. } => {
+            (Code::InvalidArgument, "22023", None)
+        }
+        ModelError::Unsupported(_) => (Code::Unimplemented, "0A000", None),
+        ModelError::NotFound(_) => (Code::NotFound, "42704", None),
+        ModelError::Cancelled => (Code::Cancelled, "57014", None),
+        ModelError::ResourceExhausted(_) => (Code::ResourceExhausted, "53400", None),
+        ModelError::FailedPrecondition(_) => (Code::FailedPrecondition, "55000", None),
+        ModelError::Io { source, .. } => match source.kind() {
+            std::io::ErrorKind::NotFound => (Code::NotFound, "42704", None),
+            std::io::ErrorKind::StorageFull => (
+                Code::ResourceExhausted,
+                "53100",
+                Some("Free space on the file system of the data folder."),
+            ),
+            _ => (Code::Internal, "HV00L", None),
+        },
+        _ => (Code::Internal, "HV00L", None),
+    }
+}
+
+/// Longest message of a status in bytes: it travels as a header, and clients limit those.
+const MAX_STATUS_MESSAGE: usize = 2000;
+
+impl From<Error> for Status {
+    fn from(error: Error) -> Self {
+        let (code, sqlstate, hint) = error.classify();
+        if code == Code::Internal {
+            tracing::error!(%error, "a call failed");
+        }
+        let mut message = error.to_string();
+        if message.len() > MAX_STATUS_MESSAGE {
+            let end = (0..=MAX_STATUS_MESSAGE)
+                .rev()
+                .find(|&end| message.is_char_boundary(end))
+                .unwrap_or(0);
+            message.truncate(end);
+            message.push('…');
+        }
+        let mut metadata = MetadataMap::new();
+        metadata.insert("candle-sqlstate", MetadataValue::from_static(sqlstate));
+        if let Some(hint) = hint {
+            metadata.insert("candle-hint", MetadataValue::from_static(hint));
+        }
+        Status::with_metadata(code, message, metadata)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_status_carries_code_sqlstate_and_hint() {
+        let status = Status::from(Error::Limit {
+            what: "9 sequences".into(),
+            limit: 8,
+            flag: "max-generations",
+        });
+        assert_eq!(status.code(), Code::ResourceExhausted);
+        assert_eq!(
+            status.message(),
+            "9 sequences exceeds the limit of 8 set by --max-generations"
+        );
+        assert_eq!(status.metadata().get("candle-sqlstate").unwrap(), "53400");
+        assert!(status.metadata().get("candle-hint").is_some());
+    }
+
+    #[test]
+    fn a_long_message_is_cut_at_a_character() {
+        let status = Status::from(Error::invalid("é".repeat(5000)));
+        assert!(status.message().len() <= MAX_STATUS_MESSAGE + '…'.len_utf8());
+    }
+}

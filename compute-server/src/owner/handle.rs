@@ -1,0 +1,299 @@
+//! What the rest of the server holds of a model: facts that never change, and the way to its thread.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
+
+use candle_compute_proto::v1;
+use candle_models::config::TRAINING_FIELDS;
+use candle_models::training::AdamW;
+use candle_models::{ChatTemplate, DecoderConfig, Model, ParameterInfo, Tokenizer};
+use serde_json::{Map, Value};
+use tokio::sync::{Notify, mpsc, oneshot};
+
+use super::settings::TrainingSettings;
+use super::state::{Owner, Versions};
+use super::{TransactionId, View};
+use crate::app::ModelSlot;
+use crate::config::Limits;
+use crate::error::{Error, Result};
+use crate::memory::{MemoryBudget, Reservation};
+
+/// A piece of work for the thread. Long work puts itself into a queue of the owner and returns.
+pub(super) type Work = Box<dyn FnOnce(&mut Owner) + Send>;
+
+/// A model that is about to get its thread.
+pub(crate) struct NewModel {
+    /// Its name.
+    pub(crate) name: String,
+    /// Where it came from; empty for a model made from nothing.
+    pub(crate) source: String,
+    /// Seed of its initial weights, if it was made from nothing.
+    pub(crate) seed: Option<i64>,
+    /// Where it computes.
+    pub(crate) device: String,
+    /// Weights, tokenizer, configuration.
+    pub(crate) model: Model,
+    /// State of the optimizer.
+    pub(crate) optimizer: AdamW,
+    /// Training settings.
+    pub(crate) settings: TrainingSettings,
+    /// Steps that were taken.
+    pub(crate) log: Vec<v1::OptimizerStep>,
+    /// Memory of weights and moments.
+    pub(crate) memory: Reservation,
+    /// Its place among the models that the server may hold.
+    pub(crate) slot: Option<ModelSlot>,
+}
+
+/// Facts of a model as `models` shows them, for one view.
+#[derive(Debug, Clone)]
+pub(crate) struct Description {
+    /// Training settings.
+    pub(super) settings: Map<String, Value>,
+    /// How the weights are held.
+    pub(super) dtype: String,
+    /// Bytes of weights, moments and gradients.
+    pub(super) memory_bytes: u64,
+    /// Optimizer steps taken.
+    pub(super) step: u64,
+}
+
+/// A model. Cloning is cheap; the thread ends when it was told to, or when no handle is left.
+#[derive(Clone)]
+pub(crate) struct ModelHandle {
+    shared: Arc<Shared>,
+    work: mpsc::Sender<Work>,
+}
+
+/// What handles and thread share.
+pub(crate) struct Shared {
+    id: u64,
+    /// The name.
+    pub(crate) name: String,
+    source: String,
+    seed: Option<i64>,
+    device: String,
+    /// Configuration without training settings.
+    pub(crate) config: Map<String, Value>,
+    /// Shape.
+    pub(crate) decoder_config: DecoderConfig,
+    /// Parameters in the order of the decoder.
+    pub(crate) parameters: Vec<ParameterInfo>,
+    parameter_count: u64,
+    /// The tokenizer, if the model has one.
+    pub(crate) tokenizer: Option<Arc<Tokenizer>>,
+    /// The chat template, if the model has one.
+    pub(crate) chat_template: Option<Arc<ChatTemplate>>,
+    /// Tokens that end a generation.
+    pub(crate) end_tokens: Vec<u32>,
+    created_at: SystemTime,
+    /// Wakes the thread when a client has read something or gone away.
+    pub(crate) wake: Arc<Notify>,
+    phase: AtomicU8,
+    /// Bytes of the caches of running generations.
+    pub(super) cache_bytes: AtomicU64,
+    descriptions: Mutex<HashMap<View, Description>>,
+}
+
+const RUNNING: u8 = 0;
+const UNLOADED: u8 = 1;
+const FAILED: u8 = 2;
+
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+
+impl Shared {
+    /// Whether the model was unloaded.
+    pub(super) fn is_unloaded(&self) -> bool {
+        self.phase.load(Ordering::Relaxed) == UNLOADED
+    }
+
+    /// A panic may have left the state half-changed: nothing uses it any more.
+    pub(super) fn set_failed(&self) {
+        self.phase.store(FAILED, Ordering::Relaxed);
+    }
+
+    /// Why the thread does not answer.
+    pub(crate) fn gone(&self) -> Error {
+        match self.phase.load(Ordering::Relaxed) {
+            FAILED => Error::Internal(format!("model \"{}\" failed; unload it and load it again", self.name)),
+            _ => Error::Unloaded(self.name.clone()),
+        }
+    }
+
+    pub(super) fn describe(&self, view: View, description: Description) {
+        self.lock().insert(view, description);
+    }
+
+    pub(super) fn forget(&self, transaction: &TransactionId) {
+        self.lock().remove(&View::Transaction(Arc::clone(transaction)));
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<View, Description>> {
+        self.descriptions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl ModelHandle {
+    /// Starts the thread of a model.
+    ///
+    /// # Errors
+    /// `Io` when the system gives no thread.
+    pub(crate) fn start(new: NewModel, limits: Limits, budget: Arc<MemoryBudget>) -> Result<Self> {
+        let model = new.model;
+        let mut config = model.config.as_object().cloned().unwrap_or_default();
+        TRAINING_FIELDS.iter().for_each(|&field| drop(config.remove(field)));
+        let shared = Arc::new(Shared {
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            name: new.name,
+            source: new.source,
+            seed: new.seed,
+            device: new.device,
+            config,
+            decoder_config: model.decoder.config().clone(),
+            parameters: model.decoder.parameters().to_vec(),
+            parameter_count: model.decoder.parameter_count(),
+            tokenizer: model.tokenizer.clone(),
+            chat_template: model.chat_template.clone(),
+            end_tokens: model.end_tokens.clone(),
+            created_at: SystemTime::now(),
+            wake: Arc::new(Notify::new()),
+            phase: AtomicU8::new(RUNNING),
+            cache_bytes: AtomicU64::new(0),
+            descriptions: Mutex::default(),
+        });
+        let (work, inbox) = mpsc::channel(limits.queue);
+        let owner = Owner {
+            shared: Arc::clone(&shared),
+            model,
+            trainable: None,
+            optimizer: new.optimizer,
+            settings: new.settings,
+            versions: Versions {
+                weights: 0,
+                gradient: 0,
+            },
+            accumulated: Default::default(),
+            log: new.log,
+            overlays: HashMap::new(),
+            generations: Default::default(),
+            training: Default::default(),
+            readers: Vec::new(),
+            limits,
+            budget,
+            memory: new.memory,
+            _slot: new.slot,
+        };
+        owner.describe_committed();
+        let runtime = tokio::runtime::Handle::current();
+        std::thread::Builder::new()
+            .name(format!("model-{}", shared.id))
+            .spawn(move || owner.run(inbox, &runtime))
+            .map_err(|error| Error::io("starting the thread of a model", error))?;
+        Ok(Self { shared, work })
+    }
+
+    /// Facts that never change.
+    pub(crate) fn facts(&self) -> &Shared {
+        &self.shared
+    }
+
+    /// The name.
+    pub(crate) fn name(&self) -> &str {
+        &self.shared.name
+    }
+
+    /// Whether both are the same loaded model, not merely of the same name.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        self.shared.id == other.shared.id
+    }
+
+    /// Runs `work` on the thread, in its turn, and returns its answer. Work whose caller has gone away is not run.
+    ///
+    /// # Errors
+    /// What `work` returns; `Unloaded` when the model goes away first.
+    pub(crate) async fn call<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Owner) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        self.start_work(move |owner, reply| reply.send(work(owner))).await
+    }
+
+    /// As [`call`](Self::call), for work that answers later.
+    pub(crate) async fn start_work<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Owner, Reply<T>) + Send + 'static,
+    ) -> Result<T> {
+        let (sender, answer) = oneshot::channel();
+        let work: Work = Box::new(move |owner| {
+            if !sender.is_closed() {
+                work(owner, Reply(sender));
+            }
+        });
+        // Wakes the thread should the caller go away while the work runs.
+        let _wake = WakeOnDrop(&self.shared.wake);
+        self.work.send(work).await.map_err(|_| self.shared.gone())?;
+        answer.await.unwrap_or_else(|_| Err(self.shared.gone()))
+    }
+
+    /// Ends the thread after the step it is doing; what runs on the model ends with an error.
+    pub(crate) fn unload(&self) {
+        let _ = self
+            .shared
+            .phase
+            .compare_exchange(RUNNING, UNLOADED, Ordering::Relaxed, Ordering::Relaxed);
+        self.shared.wake.notify_one();
+    }
+
+    /// The row of `models` that `view` sees, without status.
+    pub(crate) fn describe(&self, view: &View) -> v1::Model {
+        let shared = &self.shared;
+        let descriptions = shared.lock();
+        let description = descriptions.get(view).or_else(|| descriptions.get(&View::Committed));
+        let mut config = shared.config.clone();
+        if let Some(description) = description {
+            config.extend(description.settings.clone());
+        }
+        let cache_bytes = shared.cache_bytes.load(Ordering::Relaxed);
+        v1::Model {
+            name: shared.name.clone(),
+            architecture: shared.decoder_config.architecture.name().to_owned(),
+            source: shared.source.clone(),
+            config_json: Value::Object(config).to_string(),
+            dtype: description.map(|d| d.dtype.clone()).unwrap_or_default(),
+            device: shared.device.clone(),
+            seed: shared.seed,
+            status: String::new(),
+            parameters: shared.parameter_count,
+            memory_bytes: description.map_or(0, |d| d.memory_bytes) + cache_bytes,
+            context_length: u32::try_from(shared.decoder_config.context_length).unwrap_or(u32::MAX),
+            vocabulary: u32::try_from(shared.decoder_config.vocabulary).unwrap_or(u32::MAX),
+            step: description.map_or(0, |d| d.step),
+            created_at: Some(shared.created_at.into()),
+        }
+    }
+}
+
+/// Where the answer to a piece of work goes.
+pub(crate) struct Reply<T>(oneshot::Sender<Result<T>>);
+
+impl<T> Reply<T> {
+    /// Answers.
+    pub(crate) fn send(self, answer: Result<T>) {
+        let _ = self.0.send(answer);
+    }
+
+    /// Whether nobody waits for the answer any more.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.0.is_closed()
+    }
+}
+
+struct WakeOnDrop<'a>(&'a Notify);
+
+impl Drop for WakeOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.notify_one();
+    }
+}

@@ -1,0 +1,30 @@
+//! One OS thread per model owns everything about it that changes: weights, optimizer, accumulated gradient, training
+//! log, what transactions staged, and the generations that run. Everybody else holds a [`ModelHandle`] and sends work.
+//!
+//! The thread goes round: take the work that arrived, serve readers of parameters, generate one token for every active
+//! sequence, run one micro-batch of training. Nothing in it ever waits for a client.
+
+mod accumulated;
+mod generation;
+mod handle;
+mod log_row;
+mod output;
+mod overlay;
+mod publishing;
+mod reading;
+mod run;
+mod sequence;
+mod settings;
+mod staging;
+mod state;
+mod training;
+
+pub(crate) use generation::GenerationRequest;
+pub(crate) use handle::{ModelHandle, NewModel};
+pub(crate) use log_row::from_json as log_row_from_json;
+pub(crate) use output::{OutputStream, Step};
+pub(crate) use overlay::{Ticket, TransactionId, View};
+pub(crate) use reading::{ChunkReader, Selection};
+pub(crate) use settings::TrainingSettings;
+pub(crate) use state::Owner;
+pub(crate) use training::{Target, Trained, TrainingRequest};

@@ -1,0 +1,164 @@
+//! Ends of transactions, as far as one model is concerned.
+
+use std::sync::Arc;
+
+use super::accumulated::Part;
+use super::overlay::{Operation, Overlay, Staged, StagedStep, SteppedState};
+use super::staging::spoilt;
+use super::state::Owner;
+use super::{Ticket, TransactionId};
+use crate::error::{Error, Result};
+
+impl Owner {
+    /// Checks that [`apply`](Self::apply) will succeed.
+    ///
+    /// # Errors
+    /// `Stale` when another transaction has stepped the model since, `Precondition` when something staged is incomplete.
+    pub(crate) fn prepare(&mut self, id: &TransactionId) -> Result<()> {
+        let ticket = Ticket {
+            transaction: Arc::clone(id),
+            subtransaction: 1,
+        };
+        self.check_usable(&ticket)
+    }
+
+    /// Makes what a transaction staged the state that everybody sees. Called right after a successful
+    /// [`prepare`](Self::prepare), with no other publish in between.
+    pub(crate) fn apply(&mut self, id: &TransactionId) -> Result<()> {
+        let Some(overlay) = self.overlays.remove(id) else {
+            return Ok(());
+        };
+        // What this transaction relied on is used up by itself, so its own seal does not count any more.
+        let sealed = self.sealed();
+        let mut own: Vec<Part> = Vec::new();
+        for Staged { operation, .. } in overlay.operations {
+            match operation {
+                Operation::Batch(part) => own.push(part),
+                Operation::Zero(consumed) => {
+                    own.clear();
+                    self.accumulated.take(consumed.parts);
+                    self.versions.gradient += 1;
+                }
+                Operation::Step(step) => {
+                    let mut parts = self.accumulated.take(step.consumed.parts);
+                    parts.append(&mut own);
+                    self.apply_step(*step, parts)?;
+                }
+                Operation::Configure(settings) => self.settings = settings,
+                Operation::Spoilt => return Err(spoilt(&self.shared.name)),
+            }
+        }
+        for part in own {
+            self.accumulated.add(part, sealed)?;
+        }
+        self.release_trainable();
+        self.shared.forget(id);
+        self.describe_committed();
+        Ok(())
+    }
+
+    fn apply_step(&mut self, step: StagedStep, parts: Vec<Part>) -> Result<()> {
+        let StagedStep {
+            options,
+            report,
+            merged,
+            result,
+            _memory: memory,
+            ..
+        } = step;
+        if !report.skipped {
+            match result {
+                Some(SteppedState {
+                    model,
+                    optimizer,
+                    memory,
+                }) => {
+                    self.model = model;
+                    self.optimizer = optimizer;
+                    self.trainable = None;
+                    self.memory = memory;
+                }
+                None => {
+                    let gradient = merged.as_ref().or_else(|| parts.first().map(|part| &part.gradient));
+                    let gradient = gradient.ok_or_else(|| Error::Internal("a step without a gradient".to_owned()))?;
+                    if let Some((decoder, bytes)) = self.trainable.take() {
+                        self.model.decoder = decoder;
+                        self.memory = bytes;
+                    }
+                    self.optimizer.step(&mut self.model.decoder, gradient, &options)?;
+                    // The step has happened: its memory was reserved when it was staged, and what it did not need goes back.
+                    memory.into_iter().for_each(|reserved| self.memory.absorb(reserved));
+                    let bytes = self.model.decoder.memory_bytes() + self.optimizer.memory_bytes();
+                    self.memory.shrink(bytes);
+                }
+            }
+            self.versions.weights += 1;
+        }
+        self.versions.gradient += 1;
+        self.log.push(report);
+        Ok(())
+    }
+
+    /// Discards what the transaction staged in `subtransaction` and those within it.
+    pub(crate) fn roll_back(&mut self, id: &TransactionId, subtransaction: u32) {
+        self.training.end_staging(id, subtransaction);
+        if let Some(overlay) = self.overlays.get_mut(id) {
+            overlay
+                .operations
+                .retain(|staged| staged.subtransaction < subtransaction);
+            if overlay.operations.is_empty() {
+                self.overlays.remove(id);
+            }
+        }
+        self.release_trainable();
+        self.describe_staged(id);
+    }
+
+    /// Gives what `subtransaction` staged to `parent`.
+    pub(crate) fn release(&mut self, id: &TransactionId, subtransaction: u32, parent: u32) -> Result<()> {
+        let Some(overlay) = self.overlays.get_mut(id) else {
+            return Ok(());
+        };
+        let mut operations: Vec<Staged> = Vec::with_capacity(overlay.operations.len());
+        for mut staged in overlay.operations.drain(..) {
+            if staged.subtransaction == subtransaction {
+                staged.subtransaction = parent;
+            }
+            match (operations.last_mut(), staged) {
+                // Neighbours of one subtransaction share a gradient, but for one that a staged step looks at.
+                (
+                    Some(Staged {
+                        subtransaction: last,
+                        operation: Operation::Batch(into),
+                    }),
+                    Staged {
+                        subtransaction,
+                        operation: Operation::Batch(part),
+                    },
+                ) if *last == subtransaction => into.merge(part)?,
+                (_, staged) => operations.push(staged),
+            }
+        }
+        overlay.operations = operations;
+        Ok(())
+    }
+
+    /// Number of leading parts of the committed gradient that staged operations rely on.
+    fn sealed(&self) -> usize {
+        let valid = |overlay: &Overlay| {
+            overlay
+                .consumes()
+                .filter(|consumed| consumed.gradient_version == self.versions.gradient)
+                .map(|c| c.parts)
+        };
+        self.overlays.values().filter_map(valid).max().unwrap_or(0)
+    }
+
+    /// Gives the f32 copy of the weights back once no gradient is left that was computed on it.
+    pub(super) fn release_trainable(&mut self) {
+        let staged = self.overlays.values().any(|overlay| overlay.tokens() > 0);
+        if self.accumulated.parts.is_empty() && !staged && self.training.is_idle() {
+            self.trainable = None;
+        }
+    }
+}

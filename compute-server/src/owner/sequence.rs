@@ -1,0 +1,202 @@
+//! One running generation.
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use candle_compute_proto::v1;
+use candle_models::KeyValueCache;
+use tokio::sync::mpsc::error::TrySendError;
+
+use super::generation::GenerationRequest;
+use crate::error::Error;
+use crate::memory::Reservation;
+use crate::requests::Phase;
+
+/// Tokens that a forward pass reads of one prompt at most. Always the same, so that a prompt's numbers do not depend on
+/// what else runs.
+pub(super) const PREFILL_CHUNK: usize = 256;
+
+/// A generation that has left the queue.
+pub(super) struct Sequence {
+    pub(super) request: GenerationRequest,
+    /// Keys and values of the tokens read so far; none once the generation has ended.
+    pub(super) cache: Option<KeyValueCache>,
+    prompt_tokens: usize,
+    completion: String,
+    /// The last token's message, while the end of its text is not certain.
+    held: Option<v1::GeneratedToken>,
+    /// Messages that the client has not had room for.
+    outbox: VecDeque<Result<v1::GenerateResponse, Error>>,
+    started: Instant,
+    first_token: Option<Instant>,
+    ended: bool,
+    abandoned: bool,
+    _memory: Reservation,
+}
+
+impl Sequence {
+    /// Starts a generation. `memory` is for its cache.
+    pub(super) fn new(request: GenerationRequest, cache: KeyValueCache, memory: Reservation) -> Self {
+        request.request.set_phase(Phase::Prefill);
+        Self {
+            prompt_tokens: request.tokens.len(),
+            request,
+            cache: Some(cache),
+            completion: String::new(),
+            held: None,
+            outbox: VecDeque::new(),
+            started: Instant::now(),
+            first_token: None,
+            ended: false,
+            abandoned: false,
+            _memory: memory,
+        }
+    }
+
+    /// Whether it can go on now: not ended, and its client keeps up.
+    pub(super) fn is_runnable(&self) -> bool {
+        !self.ended && !self.abandoned && self.outbox.is_empty()
+    }
+
+    /// Whether its client is slow.
+    pub(super) fn is_paused(&self) -> bool {
+        !self.outbox.is_empty()
+    }
+
+    /// Whether nothing is left to do for it.
+    pub(super) fn is_over(&self) -> bool {
+        self.abandoned || (self.ended && self.outbox.is_empty())
+    }
+
+    /// Whether it still reads its prompt.
+    pub(super) fn is_prefilling(&self) -> bool {
+        self.read_tokens() + 1 < self.request.tokens.len()
+    }
+
+    /// Tokens in the cache.
+    fn read_tokens(&self) -> usize {
+        self.cache.as_ref().map_or(0, KeyValueCache::len)
+    }
+
+    /// Looks whether the client is gone or asked for an end, and sends what waits.
+    pub(super) fn poll(&mut self) {
+        if self.request.output.is_closed() {
+            self.abandoned = true;
+            self.cache = None;
+        } else if self.request.request.is_cancelled() && !self.ended {
+            self.end("cancelled");
+        }
+        self.flush();
+    }
+
+    /// Takes the logits after the last token, `[vocabulary]`, which are overwritten, and adds a token.
+    pub(super) fn accept(&mut self, logits: &mut [f32], end_tokens: &[u32]) {
+        if self.read_tokens() < self.request.tokens.len() {
+            self.request.request.set_progress(0, self.request.max_tokens as u64);
+            return;
+        }
+        let sampled = match self.request.sampler.sample(logits, &self.request.tokens) {
+            Ok(sampled) => sampled,
+            Err(error) => return self.fail(error.into()),
+        };
+        self.first_token.get_or_insert_with(Instant::now);
+        self.request.request.set_phase(Phase::Decode);
+        if end_tokens.contains(&sampled.token) {
+            return self.end("stop");
+        }
+        self.request.tokens.push(sampled.token);
+        let count = self.completion_tokens();
+        self.request
+            .request
+            .set_progress(count as u64, self.request.max_tokens as u64);
+        let progress = self.request.text.push(sampled.token);
+        self.completion.push_str(&progress.text);
+        self.release_held();
+        self.held = Some(v1::GeneratedToken {
+            position: u32::try_from(count - 1).unwrap_or(u32::MAX),
+            token_id: sampled.token,
+            text: progress.text,
+            logprob: sampled.logprob,
+        });
+        if progress.stopped {
+            self.end("stop");
+        } else if count >= self.request.max_tokens {
+            self.end("length");
+        } else if !self.request.text.is_pending() {
+            self.release_held();
+        }
+        self.flush();
+    }
+
+    /// Ends it with an error.
+    pub(super) fn fail(&mut self, error: Error) {
+        if !self.ended {
+            self.ended = true;
+            self.cache = None;
+            self.outbox.push_back(Err(error));
+            self.flush();
+        }
+    }
+
+    fn completion_tokens(&self) -> usize {
+        self.request.tokens.len() - self.prompt_tokens
+    }
+
+    /// Ends it: the last text, then the summary.
+    fn end(&mut self, finish_reason: &str) {
+        self.ended = true;
+        self.cache = None;
+        let rest = self.request.text.finish();
+        self.completion.push_str(&rest);
+        if let Some(held) = &mut self.held {
+            held.text.push_str(&rest);
+        }
+        self.release_held();
+        let milliseconds = |until: Instant| until.duration_since(self.request.arrived).as_secs_f64() * 1e3;
+        let summary = v1::GenerationSummary {
+            completion: std::mem::take(&mut self.completion),
+            finish_reason: finish_reason.to_owned(),
+            prompt_tokens: u32::try_from(self.prompt_tokens).unwrap_or(u32::MAX),
+            cached_tokens: 0,
+            completion_tokens: u32::try_from(self.completion_tokens()).unwrap_or(u32::MAX),
+            time_to_first_token_ms: milliseconds(self.first_token.unwrap_or_else(Instant::now)),
+            duration_ms: milliseconds(Instant::now()),
+            queue_ms: milliseconds(self.started),
+        };
+        self.outbox.push_back(Ok(v1::GenerateResponse {
+            token: None,
+            summary: Some(summary),
+        }));
+        self.flush();
+    }
+
+    /// Sends the message of the last token.
+    fn release_held(&mut self) {
+        if let Some(token) = self.held.take()
+            && self.request.stream_tokens
+        {
+            self.outbox.push_back(Ok(v1::GenerateResponse {
+                token: Some(token),
+                summary: None,
+            }));
+        }
+    }
+
+    /// Sends waiting messages as far as there is room.
+    fn flush(&mut self) {
+        while let Some(message) = self.outbox.pop_front() {
+            match self.request.output.try_send(message) {
+                Ok(()) => {}
+                Err(TrySendError::Full(message)) => {
+                    self.outbox.push_front(message);
+                    return;
+                }
+                Err(TrySendError::Closed(_)) => {
+                    self.abandoned = true;
+                    self.outbox.clear();
+                    self.cache = None;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! `CheckpointsService`.
+
+use candle_compute_proto::v1;
+use candle_compute_proto::v1::checkpoints_service_server::CheckpointsService;
+use tonic::{Request, Response, Status};
+
+use super::{Service, connection};
+use crate::checkpoints::{self, StagedCheckpoint};
+use crate::error::Error;
+use crate::names::MAX_NAME_CHARACTERS;
+use crate::requests::Phase;
+use crate::transactions::{Reader, Scope, WriteKind};
+
+#[tonic::async_trait]
+impl CheckpointsService for Service {
+    async fn create_checkpoint(
+        &self,
+        request: Request<v1::CreateCheckpointRequest>,
+    ) -> Result<Response<v1::CreateCheckpointResponse>, Status> {
+        let connection = connection(&request);
+        let request = request.into_inner();
+        if request.tag.chars().count() > MAX_NAME_CHARACTERS {
+            return Err(Error::invalid(format!("the tag has more than {MAX_NAME_CHARACTERS} characters")).into());
+        }
+        let scope = Scope::open(&self.app, request.transaction.as_ref(), connection)?;
+        let model = scope.model(&request.model)?;
+        let step = model.describe(&scope.view()).step;
+        let key = (request.model.clone(), step);
+        if scope
+            .reader()
+            .is_some_and(|reader| reader.checkpoint_path(&key).is_some())
+        {
+            return Err(Error::NameTaken {
+                kind: "checkpoint",
+                name: format!("{}/{step}", request.model),
+            }
+            .into());
+        }
+        let guard = self.app.requests.begin("checkpoint", &request.model);
+        let files = self.app.checkpoints.stage();
+        let (view, tag) = (scope.view(), request.tag);
+        // The guards travel with the work: a client that goes away leaves no files.
+        let files = model
+            .call(move |owner| {
+                guard.set_phase(Phase::Running);
+                owner.save_checkpoint(&view, files.path(), &tag)?;
+                Ok(files)
+            })
+            .await?;
+        let row = self.app.checkpoints.describe(&request.model, files.path())?;
+        scope.push(WriteKind::CreateCheckpoint(StagedCheckpoint {
+            row: row.clone(),
+            files,
+        }))?;
+        scope.close().await?;
+        Ok(Response::new(v1::CreateCheckpointResponse { checkpoint: Some(row) }))
+    }
+
+    async fn list_checkpoints(
+        &self,
+        request: Request<v1::ListCheckpointsRequest>,
+    ) -> Result<Response<v1::ListCheckpointsResponse>, Status> {
+        let request = request.into_inner();
+        let reader = Reader::open(&self.app, request.transaction.as_ref())?;
+        let mut checkpoints = reader.checkpoints();
+        checkpoints.retain(|row| request.models.is_empty() || request.models.contains(&row.model));
+        Ok(Response::new(v1::ListCheckpointsResponse { checkpoints }))
+    }
+
+    async fn delete_checkpoint(
+        &self,
+        request: Request<v1::DeleteCheckpointRequest>,
+    ) -> Result<Response<v1::DeleteCheckpointResponse>, Status> {
+        let connection = connection(&request);
+        let request = request.into_inner();
+        let scope = Scope::open(&self.app, request.transaction.as_ref(), connection)?;
+        let key = (request.model, request.step);
+        if !scope
+            .reader()
+            .is_some_and(|reader| reader.checkpoint_path(&key).is_some())
+        {
+            return Err(checkpoints::not_found(&key).into());
+        }
+        scope.push(WriteKind::DeleteCheckpoint(key))?;
+        scope.close().await?;
+        Ok(Response::new(v1::DeleteCheckpointResponse {}))
+    }
+}

@@ -1,0 +1,297 @@
+//! `InferenceService`.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use candle_compute_proto::v1;
+use candle_compute_proto::v1::inference_service_server::InferenceService;
+use candle_models::{ChatMessage, CompletionText, Sampler, SamplingOptions, Tokenizer};
+use tonic::{Request, Response, Status, Streaming};
+
+use super::Service;
+use crate::chunks::Assembly;
+use crate::error::{Error, Result};
+use crate::owner::{GenerationRequest, ModelHandle, OutputStream, Step};
+use crate::requests::Phase;
+use crate::transactions::Reader;
+
+/// Tokens generated when a request does not say how many.
+const DEFAULT_MAX_TOKENS: i64 = 256;
+
+#[tonic::async_trait]
+impl InferenceService for Service {
+    type GenerateStream = OutputStream<v1::GenerateResponse, v1::GenerateResponse>;
+    type ForwardStream = OutputStream<v1::ReadGradientsResponse, v1::ForwardResponse>;
+
+    async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
+        let arrived = Instant::now();
+        let request = request.into_inner();
+        let reader = Reader::open(&self.app, request.transaction.as_ref())?;
+        let model = reader.model(&request.model)?;
+        let tokenizer = tokenizer(&model)?;
+        let tokens = prompt_tokens(&model, &tokenizer, request.input)?;
+        let max_tokens = self.max_tokens(&model, tokens.len(), request.max_tokens)?;
+        let sampler = Sampler::new(&sampling_options(request.sampling.unwrap_or_default())?).map_err(Error::from)?;
+        let text = CompletionText::new(tokenizer, &tokens, &request.stop).map_err(Error::from)?;
+        let (output, stream) = OutputStream::channel(&model, |message: v1::GenerateResponse| {
+            if message.summary.is_some() {
+                Step::Last(message)
+            } else {
+                Step::Next(message)
+            }
+        });
+        let generation = GenerationRequest {
+            view: reader.view(),
+            tokens,
+            max_tokens,
+            sampler,
+            text,
+            stream_tokens: request.stream_tokens,
+            request: self.app.requests.begin("generate", model.name()),
+            output,
+            arrived,
+        };
+        model.call(move |owner| owner.submit_generation(generation)).await?;
+        Ok(Response::new(stream))
+    }
+
+    async fn tokenize(&self, request: Request<v1::TokenizeRequest>) -> Result<Response<v1::TokenizeResponse>, Status> {
+        let request = request.into_inner();
+        let reader = Reader::open(&self.app, request.transaction.as_ref())?;
+        let tokenizer = tokenizer(&reader.model(&request.model)?)?;
+        let ids = tokenizer.encode(&request.input).map_err(Error::from)?;
+        let token = |token_id: u32| {
+            Ok(v1::Token {
+                token_id,
+                text: tokenizer.token_text(token_id)?,
+            })
+        };
+        let tokens = ids.into_iter().map(token).collect::<Result<_>>()?;
+        Ok(Response::new(v1::TokenizeResponse { tokens }))
+    }
+
+    async fn detokenize(
+        &self,
+        request: Request<v1::DetokenizeRequest>,
+    ) -> Result<Response<v1::DetokenizeResponse>, Status> {
+        let request = request.into_inner();
+        let reader = Reader::open(&self.app, request.transaction.as_ref())?;
+        let tokenizer = tokenizer(&reader.model(&request.model)?)?;
+        let ids = token_ids(&request.token_ids, tokenizer.vocabulary_size())?;
+        let text = tokenizer.decode(&ids).map_err(Error::from)?;
+        Ok(Response::new(v1::DetokenizeResponse { text }))
+    }
+
+    async fn score(&self, request: Request<v1::ScoreRequest>) -> Result<Response<v1::ScoreResponse>, Status> {
+        let request = request.into_inner();
+        let reader = Reader::open(&self.app, request.transaction.as_ref())?;
+        let model = reader.model(&request.model)?;
+        let ids = match request.source {
+            Some(v1::score_request::Source::Input(text)) => tokenizer(&model)?.encode(&text).map_err(Error::from)?,
+            Some(v1::score_request::Source::Tokens(ids)) => {
+                token_ids(&ids.ids, model.facts().decoder_config.vocabulary)?
+            }
+            None => return Err(Error::invalid("input or tokens is required").into()),
+        };
+        self.check_sequence(&model, &ids)?;
+        let guard = self.app.requests.begin("score", model.name());
+        let view = reader.view();
+        let scored = model.start_work(move |owner, reply| {
+            guard.set_phase(Phase::Running);
+            let scores = owner
+                .decoder(&view)
+                .and_then(|decoder| Ok(decoder.score_unless(&ids, &|| reply.is_closed() || guard.is_cancelled())?));
+            reply.send(scores.map(|scores| (ids, scores)));
+        });
+        let (ids, scores) = scored.await?;
+        let tokenizer = model.facts().tokenizer.as_deref();
+        let tokens = ids.into_iter().zip(scores).map(|(token_id, logprob)| {
+            let text = tokenizer
+                .and_then(|tokenizer| tokenizer.token_text(token_id).ok())
+                .unwrap_or_default();
+            v1::ScoredToken {
+                token_id,
+                text,
+                logprob,
+            }
+        });
+        Ok(Response::new(v1::ScoreResponse {
+            tokens: tokens.collect(),
+        }))
+    }
+
+    async fn forward(&self, request: Request<v1::ForwardRequest>) -> Result<Response<Self::ForwardStream>, Status> {
+        let request = request.into_inner();
+        let reader = Reader::open(&self.app, request.transaction.as_ref())?;
+        let model = reader.model(&request.model)?;
+        let ids = token_ids(&request.token_ids, model.facts().decoder_config.vocabulary)?;
+        self.check_sequence(&model, &ids)?;
+        let guard = self.app.requests.begin("forward", model.name());
+        let (output, stream) =
+            OutputStream::channel(&model, |message: v1::ReadGradientsResponse| match message.chunk {
+                Some(chunk) => Step::Next(v1::ForwardResponse { chunk: Some(chunk) }),
+                None => Step::End,
+            });
+        let view = reader.view();
+        model
+            .call(move |owner| owner.read_logits(view, ids, output, guard))
+            .await?;
+        Ok(Response::new(stream))
+    }
+
+    async fn route_experts(
+        &self,
+        request: Request<Streaming<v1::RouteExpertsRequest>>,
+    ) -> Result<Response<v1::RouteExpertsResponse>, Status> {
+        let mut messages = request.into_inner();
+        let (mut hidden, mut router) = (Assembly::new("hidden"), Assembly::new("router"));
+        let mut settings = None;
+        // Elements of both tensors together: what one message of the largest size could hold.
+        let most = self.app.config.limits.message_bytes / size_of::<f32>();
+        while let Some(message) = messages.message().await? {
+            settings.get_or_insert((message.top_k, message.normalize));
+            let Some(chunk) = message.chunk else { continue };
+            match chunk.name.as_str() {
+                "hidden" => hidden.add(&chunk, most)?,
+                "router" => router.add(&chunk, most)?,
+                other => {
+                    let shown: String = other.chars().take(40).collect();
+                    return Err(Error::invalid(format!("tensor {shown:?} is neither hidden nor router")).into());
+                }
+            }
+        }
+        hidden.check_complete()?;
+        router.check_complete()?;
+        let ((_, width), (_, router_width)) = (hidden.shape(), router.shape());
+        if width != router_width {
+            return Err(Error::invalid(format!("hidden has the width {width}, but router {router_width}")).into());
+        }
+        let (top_k, normalize) = settings.unwrap_or_default();
+        let routes = tokio::task::spawn_blocking(move || {
+            candle_models::experts::route(&hidden.values, &router.values, width, top_k as usize, normalize)
+        });
+        let routes = routes
+            .await
+            .map_err(|error| Error::Internal(error.to_string()))?
+            .map_err(Error::from)?;
+        Ok(Response::new(v1::RouteExpertsResponse {
+            experts: routes.experts,
+            gates: routes.gates,
+        }))
+    }
+}
+
+impl Service {
+    /// Tokens that a generation may add: what was asked for, cut to what the context still holds.
+    fn max_tokens(&self, model: &ModelHandle, prompt: usize, asked: Option<i64>) -> Result<usize> {
+        let context = model.facts().decoder_config.context_length;
+        if prompt >= context {
+            return Err(Error::invalid(format!(
+                "the prompt has {prompt} tokens, which leave no room in the context of {context}; shorten it"
+            )));
+        }
+        let asked = asked.unwrap_or(DEFAULT_MAX_TOKENS.min(context as i64));
+        let asked = usize::try_from(asked)
+            .ok()
+            .filter(|asked| (1..=context).contains(asked))
+            .ok_or_else(|| {
+                Error::invalid(format!(
+                    "max_tokens is {asked}; it must be from 1 to {context}, the context of the model"
+                ))
+            })?;
+        let max_tokens = asked.min(context - prompt);
+        self.app.check_request_tokens((prompt + max_tokens) as u64)?;
+        Ok(max_tokens)
+    }
+
+    /// Checks the length of a sequence that is read at once.
+    fn check_sequence(&self, model: &ModelHandle, tokens: &[u32]) -> Result<()> {
+        let context = model.facts().decoder_config.context_length;
+        match tokens.len() {
+            0 => Err(Error::invalid("there are no tokens; at least one is needed")),
+            count if count > context => Err(Error::invalid(format!(
+                "{count} tokens are more than the context of {context}; shorten the input"
+            ))),
+            count => self.app.check_request_tokens(count as u64),
+        }
+    }
+}
+
+fn tokenizer(model: &ModelHandle) -> Result<Arc<Tokenizer>> {
+    model.facts().tokenizer.clone().ok_or_else(|| Error::Precondition {
+        message: format!(
+            "model \"{}\" has no tokenizer, so it takes token ids only",
+            model.name()
+        ),
+        hint: "Load a model with a tokenizer, or create it with \"tokenizer\" in its config.",
+    })
+}
+
+/// Tokens of the prompt, or of the conversation as the model's template renders it.
+fn prompt_tokens(
+    model: &ModelHandle,
+    tokenizer: &Tokenizer,
+    input: Option<v1::generate_request::Input>,
+) -> Result<Vec<u32>> {
+    let tokens = match input {
+        Some(v1::generate_request::Input::Prompt(prompt)) if prompt.is_empty() => {
+            return Err(Error::invalid("prompt is empty; give some text to continue"));
+        }
+        Some(v1::generate_request::Input::Prompt(prompt)) => tokenizer.encode(&prompt)?,
+        Some(v1::generate_request::Input::Messages(messages)) => {
+            let template = model
+                .facts()
+                .chat_template
+                .as_ref()
+                .ok_or_else(|| Error::Precondition {
+                    message: format!(
+                        "model \"{}\" has no chat template, so it takes no messages",
+                        model.name()
+                    ),
+                    hint: "Give a prompt instead.",
+                })?;
+            let messages = messages.messages.into_iter();
+            let messages: Vec<_> = messages
+                .map(|message| ChatMessage {
+                    role: message.role,
+                    content: message.content,
+                })
+                .collect();
+            tokenizer.encode_without_special_tokens(&template.render(&messages)?)?
+        }
+        None => return Err(Error::invalid("prompt or messages is required")),
+    };
+    if tokens.is_empty() {
+        return Err(Error::invalid("the prompt has no tokens; give some text to continue"));
+    }
+    Ok(tokens)
+}
+
+fn sampling_options(given: v1::SamplingOptions) -> Result<SamplingOptions> {
+    let default = SamplingOptions::default();
+    Ok(SamplingOptions {
+        temperature: given.temperature.unwrap_or(default.temperature),
+        top_k: given.top_k.map_or(default.top_k, i64::from),
+        top_p: given.top_p.unwrap_or(default.top_p),
+        min_p: given.min_p.unwrap_or(default.min_p),
+        repetition_penalty: given.repetition_penalty.unwrap_or(default.repetition_penalty),
+        // Every bit pattern is a seed.
+        seed: given.seed.unwrap_or(0) as u64,
+    })
+}
+
+/// Token ids below `vocabulary`.
+fn token_ids(ids: &[i64], vocabulary: usize) -> Result<Vec<u32>> {
+    let check = |(index, &id): (usize, &i64)| {
+        u32::try_from(id)
+            .ok()
+            .filter(|&token| (token as usize) < vocabulary)
+            .ok_or_else(|| {
+                Error::invalid(format!(
+                    "token {index} is {id}; it must be from 0 to {}",
+                    vocabulary.saturating_sub(1)
+                ))
+            })
+    };
+    ids.iter().enumerate().map(check).collect()
+}

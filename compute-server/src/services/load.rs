@@ -1,0 +1,179 @@
+//! Loading, creating and restoring models.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_compute_proto::v1;
+use candle_models::config::{self, TRAINING_FIELDS};
+use candle_models::training::{AdamW, checkpoint};
+use candle_models::{DecoderConfig, Device, LoadOptions, Model};
+use serde_json::{Map, Value};
+
+use crate::app::App;
+use crate::error::{Error, Result};
+use crate::memory::Reservation;
+use crate::owner::{NewModel, TrainingSettings, log_row_from_json};
+use crate::sources::{self, Source};
+use crate::transactions::Reader;
+
+/// A checked request to load a model.
+pub(super) struct Loading {
+    /// The request.
+    pub(super) request: v1::LoadModelRequest,
+    pub(super) config: Map<String, Value>,
+    pub(super) source: Located,
+    pub(super) device: Device,
+}
+
+/// Where the weights are.
+pub(super) enum Located {
+    /// Nowhere: they are made.
+    Nothing,
+    /// In files.
+    Files(std::path::PathBuf),
+    /// In a checkpoint.
+    Checkpoint(std::path::PathBuf),
+}
+
+/// Finds a source, as `reader` sees it.
+pub(super) fn locate(app: &App, reader: &Reader, source: &str) -> Result<Located> {
+    match Source::parse(source)? {
+        Source::Nothing => Ok(Located::Nothing),
+        Source::Path(path) => sources::locate(&app.config.models_dir, &path).map(Located::Files),
+        Source::Checkpoint { model, step } => {
+            let key = (model, step);
+            let path = reader
+                .checkpoint_path(&key)
+                .ok_or_else(|| crate::checkpoints::not_found(&key))?;
+            Ok(Located::Checkpoint(path))
+        }
+    }
+}
+
+/// The fields of a configuration given as JSON text; none for an empty text.
+pub(super) fn parse_config(text: &str) -> Result<Map<String, Value>> {
+    if text.is_empty() {
+        return Ok(Map::new());
+    }
+    match serde_json::from_str(text) {
+        Ok(Value::Object(fields)) => Ok(fields),
+        Ok(_) => Err(Error::invalid("the configuration must be a JSON object")),
+        Err(error) => Err(Error::invalid(format!("the configuration is no JSON: {error}"))),
+    }
+}
+
+/// Reads or makes the weights. Takes long; called on a thread that may block.
+pub(super) fn load(app: &Arc<App>, loading: Loading) -> Result<NewModel> {
+    let Loading {
+        request,
+        config,
+        source,
+        device,
+    } = loading;
+    let options = LoadOptions {
+        dtype: (!request.dtype.is_empty()).then(|| request.dtype.clone()),
+        device,
+        seed: request.seed.unwrap_or(0) as u64,
+        config,
+    };
+    let (mut model, optimizer, log, memory) = match &source {
+        Located::Nothing => {
+            let (model, memory) = create(app, &options)?;
+            (model, AdamW::new(), Vec::new(), memory)
+        }
+        Located::Files(path) => {
+            if options.config.contains_key("tokenizer") {
+                return Err(Error::invalid(
+                    "\"tokenizer\" is for models made from nothing; this one brings its own",
+                ));
+            }
+            let memory = app.memory.reserve("loading the model", sources::size(path))?;
+            (Model::load(path, &options)?, AdamW::new(), Vec::new(), memory)
+        }
+        Located::Checkpoint(path) => restore(app, &request.name, path, &options)?,
+    };
+    let mut memory = memory;
+    memory.resize(
+        "loading the model",
+        model.decoder.memory_bytes() + optimizer.memory_bytes(),
+    )?;
+    let mut fields = model.config.as_object().cloned().unwrap_or_default();
+    let settings = TrainingSettings::take(&mut fields)?;
+    model.config = Value::Object(fields);
+    Ok(NewModel {
+        name: request.name,
+        source: request.source,
+        seed: matches!(source, Located::Nothing).then_some(request.seed.unwrap_or(0)),
+        device: if request.device.is_empty() {
+            app.config.device.clone()
+        } else {
+            request.device
+        },
+        model,
+        optimizer,
+        settings,
+        log,
+        memory,
+        slot: None,
+    })
+}
+
+fn create(app: &App, options: &LoadOptions) -> Result<(Model, Reservation)> {
+    let tokenizer = match options.config.get("tokenizer") {
+        None | Some(Value::Null) => None,
+        Some(Value::String(name)) => Some(Arc::new(app.tokenizers.load(name)?)),
+        Some(other) => {
+            return Err(Error::invalid(format!(
+                "\"tokenizer\" is {other}; it must be a tokenizer's name"
+            )));
+        }
+    };
+    let size = tokenizer.as_ref().map(|tokenizer| tokenizer.vocabulary_size());
+    let shape = config::from_settings(&options.config, size)?;
+    let memory = app.memory.reserve("the weights of the model", weight_bytes(&shape))?;
+    Ok((Model::create(options, tokenizer)?, memory))
+}
+
+/// Bytes of the f32 matrices of a decoder, estimated without making anything.
+fn weight_bytes(config: &DecoderConfig) -> u64 {
+    let size = |number: usize| number as u128;
+    let (width, head_dim) = (size(config.width), size(config.head_dim));
+    let attention = 2 * width * head_dim * (size(config.heads) + size(config.key_value_heads));
+    let feed_forward = if config.gated { 3 } else { 2 } * width * size(config.feed_forward_width);
+    let embeddings = size(config.vocabulary) * width * if config.tied_head { 1 } else { 2 };
+    let parameters = size(config.layers) * (attention + feed_forward) + embeddings;
+    u64::try_from(4 * parameters).unwrap_or(u64::MAX)
+}
+
+fn restore(
+    app: &App,
+    name: &str,
+    path: &Path,
+    options: &LoadOptions,
+) -> Result<(Model, AdamW, Vec<v1::OptimizerStep>, Reservation)> {
+    if options.dtype.as_deref().is_some_and(|dtype| dtype != "f32") {
+        return Err(Error::Model(candle_models::Error::Unsupported(
+            "a checkpoint is restored as f32, so that training can go on".to_owned(),
+        )));
+    }
+    let given = config::normalize_settings(&options.config)?;
+    let memory = app.memory.reserve("restoring the checkpoint", sources::size(path))?;
+    let mut restored = checkpoint::load(path, &options.device)?;
+    let mut fields = restored.model.config.as_object().cloned().unwrap_or_default();
+    for (field, value) in given {
+        if !TRAINING_FIELDS.contains(&field.as_str()) && fields.get(&field) != Some(&value) {
+            return Err(Error::invalid(format!(
+                "the configuration's \"{field}\" contradicts the checkpoint; only training settings may differ"
+            )));
+        }
+        fields.insert(field, value);
+    }
+    restored.model.config = Value::Object(fields);
+    let log = restored
+        .manifest
+        .log
+        .iter()
+        .map(|row| log_row_from_json(name, row))
+        .collect();
+    Ok((restored.model, restored.optimizer, log, memory))
+}

@@ -1,0 +1,62 @@
+//! The gRPC services, one a file. Each translates messages to calls and back; the work is done elsewhere.
+
+mod checkpoints;
+mod inference;
+mod load;
+mod models;
+mod telemetry;
+mod training;
+mod transactions;
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use candle_compute_proto::v1::checkpoints_service_server::CheckpointsServiceServer;
+use candle_compute_proto::v1::inference_service_server::InferenceServiceServer;
+use candle_compute_proto::v1::models_service_server::ModelsServiceServer;
+use candle_compute_proto::v1::telemetry_service_server::TelemetryServiceServer;
+use candle_compute_proto::v1::training_service_server::TrainingServiceServer;
+use candle_compute_proto::v1::transactions_service_server::TransactionsServiceServer;
+use tokio_stream::Stream;
+use tonic::service::Routes;
+use tonic::{Request, Status};
+
+use crate::app::App;
+use crate::connections::ConnectionInfo;
+use crate::transactions::Connection;
+
+/// A stream of responses.
+type ResponseStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// State that every service holds.
+#[derive(Clone)]
+pub(crate) struct Service {
+    app: Arc<App>,
+}
+
+/// Names of the services, for health reporting.
+pub(crate) const SERVICES: [&str; 6] = [
+    "candle.compute.v1.ModelsService",
+    "candle.compute.v1.InferenceService",
+    "candle.compute.v1.TrainingService",
+    "candle.compute.v1.CheckpointsService",
+    "candle.compute.v1.TransactionsService",
+    "candle.compute.v1.TelemetryService",
+];
+
+/// All services of the protocol.
+pub(crate) fn routes(app: &Arc<App>) -> Routes {
+    let service = Service { app: Arc::clone(app) };
+    let limit = app.config.limits.message_bytes;
+    Routes::new(ModelsServiceServer::new(service.clone()).max_decoding_message_size(limit))
+        .add_service(InferenceServiceServer::new(service.clone()).max_decoding_message_size(limit))
+        .add_service(TrainingServiceServer::new(service.clone()).max_decoding_message_size(limit))
+        .add_service(CheckpointsServiceServer::new(service.clone()).max_decoding_message_size(limit))
+        .add_service(TransactionsServiceServer::new(service.clone()).max_decoding_message_size(limit))
+        .add_service(TelemetryServiceServer::new(service).max_decoding_message_size(limit))
+}
+
+/// The connection that a request came on.
+fn connection<T>(request: &Request<T>) -> Option<Connection> {
+    request.extensions().get::<ConnectionInfo>().map(|info| info.id)
+}

@@ -1,0 +1,68 @@
+//! `TelemetryService`.
+
+use candle_compute_proto::v1::telemetry_service_server::TelemetryService;
+use candle_compute_proto::{PROTOCOL, v1};
+use tonic::{Request, Response, Status};
+
+use super::Service;
+use crate::devices;
+use crate::error::Error;
+
+#[tonic::async_trait]
+impl TelemetryService for Service {
+    async fn get_server_info(
+        &self,
+        _request: Request<v1::GetServerInfoRequest>,
+    ) -> Result<Response<v1::GetServerInfoResponse>, Status> {
+        Ok(Response::new(v1::GetServerInfoResponse {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            protocol: PROTOCOL.to_owned(),
+            max_message_bytes: self.app.config.limits.message_bytes as u64,
+        }))
+    }
+
+    async fn list_devices(
+        &self,
+        _request: Request<v1::ListDevicesRequest>,
+    ) -> Result<Response<v1::ListDevicesResponse>, Status> {
+        let devices = devices::list(self.app.config.threads, self.app.memory.used());
+        Ok(Response::new(v1::ListDevicesResponse { devices }))
+    }
+
+    async fn list_requests(
+        &self,
+        _request: Request<v1::ListRequestsRequest>,
+    ) -> Result<Response<v1::ListRequestsResponse>, Status> {
+        let requests = self.app.requests.list();
+        let rows = requests.iter().map(|request| {
+            let (done, total) = request.progress();
+            v1::ActiveRequest {
+                id: request.id(),
+                kind: request.kind.to_owned(),
+                model: request.model.clone(),
+                phase: request.phase().as_str().to_owned(),
+                done,
+                total,
+                started_at: Some(request.started_at.into()),
+            }
+        });
+        Ok(Response::new(v1::ListRequestsResponse {
+            requests: rows.collect(),
+        }))
+    }
+
+    async fn cancel_request(
+        &self,
+        request: Request<v1::CancelRequestRequest>,
+    ) -> Result<Response<v1::CancelRequestResponse>, Status> {
+        let id = request.into_inner().id;
+        match self.app.requests.cancel(&id) {
+            true => Ok(Response::new(v1::CancelRequestResponse {})),
+            false => Err(Error::NotFound {
+                kind: "running request",
+                name: id.chars().take(40).collect(),
+            }
+            .into()),
+        }
+    }
+}

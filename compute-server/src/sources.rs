@@ -1,0 +1,159 @@
+//! Where a model's weights may come from. The only files read lie below the models folder and the data folder.
+
+use std::path::{Component, Path, PathBuf};
+
+use crate::error::{Error, Result};
+
+/// A source as a user wrote it, taken apart.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// Made from its configuration.
+    Nothing,
+    /// A path relative to the models folder, not yet looked up.
+    Path(PathBuf),
+    /// A checkpoint.
+    Checkpoint {
+        /// The model it was made of.
+        model: String,
+        /// Its optimizer step.
+        step: u64,
+    },
+}
+
+impl Source {
+    /// Takes `text` apart.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for an absolute path, one with `..`, or a malformed checkpoint; `Unsupported` for a hub.
+    pub(crate) fn parse(text: &str) -> Result<Self> {
+        if text.is_empty() {
+            return Ok(Self::Nothing);
+        }
+        if let Some(rest) = text.strip_prefix("checkpoint://") {
+            let parts = rest.rsplit_once('/').filter(|(model, _)| !model.is_empty());
+            let parts = parts.and_then(|(model, step)| Some((model, step.parse().ok()?)));
+            let (model, step) = parts.ok_or_else(|| {
+                Error::invalid(format!(
+                    "source {text:?} is not of the form checkpoint://MODEL/STEP with a number as STEP"
+                ))
+            })?;
+            return Ok(Self::Checkpoint {
+                model: model.to_owned(),
+                step,
+            });
+        }
+        if text.starts_with("hf://") {
+            return Err(Error::Model(candle_models::Error::Unsupported(format!(
+                "source {text:?}: this server reaches no hub; put the files below the models folder and name their path"
+            ))));
+        }
+        if text.contains('\0') || text.len() > 4096 {
+            return Err(Error::invalid(
+                "the source is longer than 4096 bytes or contains a zero byte",
+            ));
+        }
+        let path = Path::new(text);
+        let outside = path
+            .components()
+            .any(|part| !matches!(part, Component::Normal(_) | Component::CurDir));
+        if outside || text.contains("://") {
+            return Err(Error::invalid(format!(
+                "source {text:?} must be a path relative to the models folder, without \"..\", or checkpoint://MODEL/STEP"
+            )));
+        }
+        Ok(Self::Path(path.to_owned()))
+    }
+}
+
+/// The file or folder `path` below `models_dir`, symbolic links followed.
+///
+/// # Errors
+/// `InvalidArgument` when there is none, or a symbolic link leads outside.
+pub(crate) fn locate(models_dir: &Path, path: &Path) -> Result<PathBuf> {
+    let shown = path.display();
+    let root = models_dir.canonicalize().map_err(|error| {
+        Error::invalid(format!(
+            "source {shown}: the server's models folder cannot be read: {error}"
+        ))
+    })?;
+    let found = root.join(path).canonicalize().map_err(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => Error::invalid(format!(
+            "source {shown}: no such file or folder below the models folder"
+        )),
+        _ => Error::invalid(format!("source {shown}: {error}")),
+    })?;
+    if !found.starts_with(&root) {
+        return Err(Error::invalid(format!(
+            "source {shown} leads outside the models folder"
+        )));
+    }
+    Ok(found)
+}
+
+/// Bytes of the files at `path`, followed through one level of folder: what loading them will hold at least.
+pub(crate) fn size(path: &Path) -> u64 {
+    let length = |path: &Path| std::fs::metadata(path).map_or(0, |data| if data.is_file() { data.len() } else { 0 });
+    let is_weights = |path: &Path| {
+        path.extension()
+            .is_some_and(|extension| extension == "safetensors" || extension == "gguf")
+    };
+    match std::fs::read_dir(path) {
+        Ok(entries) => entries
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .filter(|path| is_weights(path))
+            .map(|path| length(&path))
+            .sum(),
+        Err(_) => length(path),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_relative_paths_and_checkpoints_are_sources() {
+        assert_eq!(Source::parse("").unwrap(), Source::Nothing);
+        assert_eq!(Source::parse("a/b.gguf").unwrap(), Source::Path("a/b.gguf".into()));
+        let checkpoint = Source::Checkpoint {
+            model: "a/b".into(),
+            step: 12,
+        };
+        assert_eq!(Source::parse("checkpoint://a/b/12").unwrap(), checkpoint);
+        for refused in [
+            "/etc/passwd",
+            "../x",
+            "a/../../x",
+            "checkpoint://m",
+            "checkpoint:///1",
+            "checkpoint://m/x",
+            "hf://a/b",
+            "http://x/y",
+        ] {
+            assert!(Source::parse(refused).is_err(), "{refused}");
+        }
+    }
+
+    #[test]
+    fn a_symbolic_link_that_leads_outside_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let models = folder.path().join("models");
+        std::fs::create_dir(&models).unwrap();
+        std::fs::write(folder.path().join("secret"), "x").unwrap();
+        std::os::unix::fs::symlink(folder.path().join("secret"), models.join("link")).unwrap();
+        std::fs::write(models.join("file"), "x").unwrap();
+        assert!(locate(&models, Path::new("file")).is_ok());
+        assert!(
+            locate(&models, Path::new("link"))
+                .unwrap_err()
+                .to_string()
+                .contains("outside")
+        );
+        assert!(
+            locate(&models, Path::new("missing"))
+                .unwrap_err()
+                .to_string()
+                .contains("no such file")
+        );
+    }
+}

@@ -1,0 +1,218 @@
+//! Publishing: validate everything, then make everything visible.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::ending::drop_writes;
+use super::transaction::{Transaction, Write, WriteKind};
+use crate::app::App;
+use crate::checkpoints::{self, Key, StagedCheckpoint};
+use crate::error::{Error, Result};
+use crate::owner::ModelHandle;
+
+impl App {
+    /// Publishes a transaction; returns the number of its writes. A transaction that cannot be published is discarded.
+    /// Must run to its end once begun: callers spawn it.
+    ///
+    /// # Errors
+    /// `Stale` when another transaction changed what this one relies on, or when it is unknown although `expected`;
+    /// `NameTaken` when another one took a name.
+    pub(crate) async fn publish(&self, id: &str, expected: bool) -> Result<u64> {
+        let _one_at_a_time = self.transactions.publishing.lock().await;
+        if let Some(writes) = self.transactions.published(id) {
+            return Ok(writes);
+        }
+        let Some(transaction) = self.transactions.find(id).filter(|transaction| transaction.begin_end()) else {
+            return match expected {
+                true => Err(Error::Stale(format!(
+                    "what transaction {id} staged is gone: the server was restarted, the connection broke, or it expired"
+                ))),
+                false => Ok(0),
+            };
+        };
+        let writes = std::mem::take(&mut transaction.lock().writes);
+        let count = writes.len() as u64;
+        let result = match self.validate(&transaction, &writes).await {
+            Ok(()) => self.apply(&transaction, writes).await,
+            Err(error) => {
+                drop_writes(&transaction, writes, 0).await;
+                Err(error)
+            }
+        };
+        self.transactions.remove(id);
+        result?;
+        self.transactions.remember(&transaction.id, count);
+        Ok(count)
+    }
+
+    /// Checks that every write can be made visible.
+    async fn validate(&self, transaction: &Transaction, writes: &[Write]) -> Result<()> {
+        let mut models: HashMap<String, Option<ModelHandle>> = HashMap::new();
+        let mut checkpoints: HashMap<Key, bool> = HashMap::new();
+        for write in writes {
+            match &write.kind {
+                WriteKind::CreateModel(model) => {
+                    let present = models
+                        .entry(model.name().to_owned())
+                        .or_insert_with(|| self.registry.find(model.name()));
+                    if present.is_some() {
+                        return Err(Error::NameTaken {
+                            kind: "model",
+                            name: model.name().to_owned(),
+                        });
+                    }
+                    *present = Some(model.clone());
+                }
+                WriteKind::DropModel(model) => {
+                    let present = models
+                        .entry(model.name().to_owned())
+                        .or_insert_with(|| self.registry.find(model.name()));
+                    if !present.as_ref().is_some_and(|present| present.is(model)) {
+                        return Err(dropped_by_another(model));
+                    }
+                    *present = None;
+                }
+                WriteKind::CreateCheckpoint(staged) => {
+                    let key = staged.key();
+                    let present = checkpoints
+                        .entry(key.clone())
+                        .or_insert_with(|| self.checkpoints.contains(&key));
+                    if std::mem::replace(present, true) {
+                        return Err(Error::NameTaken {
+                            kind: "checkpoint",
+                            name: format!("{}/{}", key.0, key.1),
+                        });
+                    }
+                }
+                WriteKind::DeleteCheckpoint(key) => {
+                    let present = checkpoints
+                        .entry(key.clone())
+                        .or_insert_with(|| self.checkpoints.contains(key));
+                    if !std::mem::replace(present, false) {
+                        return Err(checkpoints::not_found(key));
+                    }
+                }
+                WriteKind::Change(_) => {}
+            }
+        }
+        for model in changed_models(writes) {
+            let present = models
+                .entry(model.name().to_owned())
+                .or_insert_with(|| self.registry.find(model.name()));
+            if !present.as_ref().is_some_and(|present| present.is(&model)) {
+                // Changed, and dropped later in the same transaction: nothing of the change remains.
+                if !dropped_here(writes, &model) {
+                    return Err(dropped_by_another(&model));
+                }
+                continue;
+            }
+            let id = Arc::clone(&transaction.id);
+            model.call(move |owner| owner.prepare(&id)).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes every write visible: files first, since they alone can still fail.
+    async fn apply(&self, transaction: &Transaction, writes: Vec<Write>) -> Result<()> {
+        let changed = changed_models(&writes);
+        let mut done: Vec<CheckpointChange> = Vec::new();
+        let mut models = Vec::new();
+        for write in writes {
+            match write.kind {
+                WriteKind::CreateCheckpoint(staged) => match self.checkpoints.publish(&staged) {
+                    Ok(()) => done.push(CheckpointChange::Created(staged)),
+                    Err(error) => return self.undo(transaction, done, models, changed, error).await,
+                },
+                WriteKind::DeleteCheckpoint(key) => match self.checkpoints.remove(&key) {
+                    Ok(removed) => done.push(CheckpointChange::Deleted(removed)),
+                    Err(error) => return self.undo(transaction, done, models, changed, error).await,
+                },
+                kind @ (WriteKind::CreateModel(_) | WriteKind::DropModel(_)) => models.push(kind),
+                WriteKind::Change(_) => {}
+            }
+        }
+        for model in &changed {
+            let id = Arc::clone(&transaction.id);
+            if let Err(error) = model.call(move |owner| owner.apply(&id)).await
+                && !matches!(error, Error::Unloaded(_))
+            {
+                // Validated, so this is a defect; the model's owner has logged it.
+                tracing::error!(model = model.name(), %error, "a validated publish failed");
+                return Err(error);
+            }
+        }
+        for kind in models {
+            match kind {
+                WriteKind::CreateModel(model) => self.registry.insert(model),
+                WriteKind::DropModel(model) => {
+                    self.registry.remove(&model);
+                    model.unload();
+                }
+                _ => {}
+            }
+        }
+        let _ = tokio::task::spawn_blocking(move || drop(done)).await;
+        Ok(())
+    }
+
+    /// Takes back what was made visible before `error`.
+    async fn undo(
+        &self,
+        transaction: &Transaction,
+        done: Vec<CheckpointChange>,
+        models: Vec<WriteKind>,
+        changed: Vec<ModelHandle>,
+        error: Error,
+    ) -> Result<()> {
+        for change in done.into_iter().rev() {
+            let undone = match &change {
+                CheckpointChange::Created(staged) => self.checkpoints.remove(&staged.key()).map(drop),
+                CheckpointChange::Deleted(removed) => self.checkpoints.publish(removed),
+            };
+            if let Err(error) = undone {
+                tracing::error!(%error, "a failed publish could not be taken back wholly");
+            }
+        }
+        let writes = models.into_iter().chain(changed.into_iter().map(WriteKind::Change));
+        let writes = writes
+            .map(|kind| Write {
+                subtransaction: 1,
+                kind,
+            })
+            .collect();
+        drop_writes(transaction, writes, 0).await;
+        Err(error)
+    }
+}
+
+/// A change of checkpoints that has happened.
+enum CheckpointChange {
+    Created(StagedCheckpoint),
+    Deleted(StagedCheckpoint),
+}
+
+/// The models that writes changed, each once.
+fn changed_models(writes: &[Write]) -> Vec<ModelHandle> {
+    let mut models: Vec<ModelHandle> = Vec::new();
+    for write in writes {
+        if let WriteKind::Change(model) = &write.kind
+            && !models.iter().any(|known| known.is(model))
+        {
+            models.push(model.clone());
+        }
+    }
+    models
+}
+
+fn dropped_here(writes: &[Write], model: &ModelHandle) -> bool {
+    writes
+        .iter()
+        .any(|write| matches!(&write.kind, WriteKind::DropModel(dropped) if dropped.is(model)))
+}
+
+fn dropped_by_another(model: &ModelHandle) -> Error {
+    Error::Stale(format!(
+        "model \"{}\" was unloaded by another transaction",
+        model.name()
+    ))
+}

@@ -1,0 +1,164 @@
+//! One open transaction.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::checkpoints::{Key, StagedCheckpoint};
+use crate::error::{Error, Result};
+use crate::owner::{ModelHandle, TransactionId};
+
+/// Number of a client's connection.
+pub(crate) type Connection = u64;
+
+/// An open transaction. All of its state is behind one lock that is never held while waiting.
+pub(crate) struct Transaction {
+    /// The client's identifier.
+    pub(crate) id: TransactionId,
+    /// The connection that began it; the transaction ends with it.
+    pub(crate) connection: Option<Connection>,
+    state: Mutex<State>,
+}
+
+/// The changing part of a transaction.
+pub(crate) struct State {
+    /// Writes in order.
+    pub(crate) writes: Vec<Write>,
+    phase: Phase,
+    last_used: Instant,
+    /// Calls that use it right now.
+    users: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Open,
+    Ending,
+}
+
+/// One staged write.
+pub(crate) struct Write {
+    /// The subtransaction it belongs to.
+    pub(crate) subtransaction: u32,
+    /// What is written.
+    pub(crate) kind: WriteKind,
+}
+
+/// The kinds of writes.
+pub(crate) enum WriteKind {
+    /// A model was loaded or created.
+    CreateModel(ModelHandle),
+    /// A model was dropped.
+    DropModel(ModelHandle),
+    /// Something was staged in the model's owner.
+    Change(ModelHandle),
+    /// A checkpoint was written.
+    CreateCheckpoint(StagedCheckpoint),
+    /// A checkpoint was deleted.
+    DeleteCheckpoint(Key),
+}
+
+impl Transaction {
+    pub(super) fn new(id: TransactionId, connection: Option<Connection>) -> Self {
+        let state = State {
+            writes: Vec::new(),
+            phase: Phase::Open,
+            last_used: Instant::now(),
+            users: 0,
+        };
+        Self {
+            id,
+            connection,
+            state: Mutex::new(state),
+        }
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Marks it as in use.
+    ///
+    /// # Errors
+    /// `Stale` when it is being published or rolled back.
+    pub(super) fn enter(&self) -> Result<()> {
+        let mut state = self.lock();
+        if state.phase == Phase::Ending {
+            return Err(ended(&self.id));
+        }
+        state.users += 1;
+        Ok(())
+    }
+
+    /// Ends a use.
+    pub(super) fn leave(&self) {
+        let mut state = self.lock();
+        state.users -= 1;
+        state.last_used = Instant::now();
+    }
+
+    /// Adds a write.
+    ///
+    /// # Errors
+    /// `Stale` when the transaction has ended meanwhile.
+    pub(crate) fn push(&self, subtransaction: u32, kind: WriteKind) -> Result<()> {
+        let mut state = self.lock();
+        if state.phase == Phase::Ending {
+            return Err(ended(&self.id));
+        }
+        state.writes.push(Write { subtransaction, kind });
+        Ok(())
+    }
+
+    /// Takes back the last write to `model`, which did not happen after all.
+    pub(crate) fn retract_change(&self, model: &ModelHandle) {
+        let mut state = self.lock();
+        let last = state
+            .writes
+            .iter()
+            .rposition(|write| matches!(&write.kind, WriteKind::Change(of) if of.is(model)));
+        if let Some(index) = last {
+            state.writes.remove(index);
+        }
+    }
+
+    /// Begins its end: nothing more can be added. False when another call has done so.
+    pub(super) fn begin_end(&self) -> bool {
+        let mut state = self.lock();
+        let first = state.phase == Phase::Open;
+        state.phase = Phase::Ending;
+        first
+    }
+
+    /// Fails once its end has begun: nothing may be staged for it any more.
+    ///
+    /// # Errors
+    /// `Stale`.
+    pub(super) fn check_open(&self) -> Result<()> {
+        match self.lock().phase {
+            Phase::Open => Ok(()),
+            Phase::Ending => Err(ended(&self.id)),
+        }
+    }
+
+    /// Whether nobody has used it for `timeout`.
+    pub(super) fn is_expired(&self, timeout: Duration) -> bool {
+        let state = self.lock();
+        state.phase == Phase::Open && state.users == 0 && state.last_used.elapsed() > timeout
+    }
+
+    /// What the transaction makes of the name `name`, which `published` has outside of it.
+    pub(super) fn model(&self, name: &str, published: Option<ModelHandle>) -> Option<ModelHandle> {
+        self.lock()
+            .writes
+            .iter()
+            .fold(published, |found, write| match &write.kind {
+                WriteKind::CreateModel(model) if model.name() == name => Some(model.clone()),
+                WriteKind::DropModel(model) if model.name() == name => None,
+                _ => found,
+            })
+    }
+}
+
+fn ended(id: &str) -> Error {
+    Error::Stale(format!("transaction {id} has ended"))
+}

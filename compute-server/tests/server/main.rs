@@ -1,0 +1,10 @@
+//! Tests of the program `compute-server` over real sockets, with tiny models made from nothing.
+#![allow(clippy::unwrap_used, unreachable_pub)]
+
+mod bad_input;
+mod checkpoints;
+mod generation;
+mod operations;
+mod support;
+mod tensors;
+mod transactions;

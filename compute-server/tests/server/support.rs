@@ -1,0 +1,426 @@
+//! A server of its own for each test, and short ways to say what is sent.
+
+use std::io::{BufRead as _, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use candle_compute_proto::v1::checkpoints_service_client::CheckpointsServiceClient;
+use candle_compute_proto::v1::inference_service_client::InferenceServiceClient;
+use candle_compute_proto::v1::models_service_client::ModelsServiceClient;
+use candle_compute_proto::v1::telemetry_service_client::TelemetryServiceClient;
+use candle_compute_proto::v1::training_service_client::TrainingServiceClient;
+use candle_compute_proto::v1::transactions_service_client::TransactionsServiceClient;
+use candle_compute_proto::v1::*;
+use tempfile::TempDir;
+use tonic::transport::Channel;
+use tonic::{Code, Status, Streaming};
+
+/// How long anything may take before a test gives up.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A running server.
+pub struct TestServer {
+    child: Child,
+    pub endpoint: String,
+    pub http: String,
+    pub data: TempDir,
+}
+
+impl TestServer {
+    /// A server with an empty data folder.
+    pub fn start(arguments: &[&str]) -> Self {
+        Self::start_in(tempfile::tempdir().unwrap(), arguments)
+    }
+
+    /// A server with the data folder `data`.
+    pub fn start_in(data: TempDir, arguments: &[&str]) -> Self {
+        let mut child = command(data.path())
+            .args(arguments)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        let word = |name: &str| {
+            let found = line.split_whitespace().find_map(|word| word.strip_prefix(name));
+            found.unwrap_or_else(|| panic!("no {name} in {line:?}")).to_owned()
+        };
+        let (endpoint, http) = (format!("http://{}", word("grpc=")), word("http="));
+        Self {
+            child,
+            endpoint,
+            http,
+            data,
+        }
+    }
+
+    pub async fn connect(&self) -> Client {
+        Client::connect(&self.endpoint).await
+    }
+
+    /// Ends the server without warning and gives its data folder back.
+    pub fn kill(mut self) -> TempDir {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        std::mem::replace(&mut self.data, tempfile::tempdir().unwrap())
+    }
+
+    /// Sends SIGTERM.
+    pub fn terminate(&self) {
+        let sent = Command::new("kill")
+            .args(["-TERM", &self.child.id().to_string()])
+            .status()
+            .unwrap();
+        assert!(sent.success());
+    }
+
+    /// Waits for the end.
+    pub fn wait(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "the server does not end");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for TestServer {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// `compute-server serve` on free ports.
+pub fn command(data: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_compute-server"));
+    command.args([
+        "serve",
+        "--listen",
+        "127.0.0.1:0",
+        "--http",
+        "127.0.0.1:0",
+        "--threads",
+        "1",
+        "--data-dir",
+    ]);
+    command.arg(data).env("COMPUTE_SERVER_LOG", "warn");
+    command
+}
+
+/// Clients of all services over one connection.
+#[derive(Clone)]
+pub struct Client {
+    pub channel: Channel,
+    pub models: ModelsServiceClient<Channel>,
+    pub inference: InferenceServiceClient<Channel>,
+    pub training: TrainingServiceClient<Channel>,
+    pub checkpoints: CheckpointsServiceClient<Channel>,
+    pub transactions: TransactionsServiceClient<Channel>,
+    pub telemetry: TelemetryServiceClient<Channel>,
+}
+
+impl Client {
+    pub async fn connect(endpoint: &str) -> Self {
+        let channel = Channel::from_shared(endpoint.to_owned())
+            .unwrap()
+            .connect()
+            .await
+            .unwrap();
+        Self {
+            models: ModelsServiceClient::new(channel.clone()),
+            inference: InferenceServiceClient::new(channel.clone()),
+            training: TrainingServiceClient::new(channel.clone()),
+            checkpoints: CheckpointsServiceClient::new(channel.clone()),
+            transactions: TransactionsServiceClient::new(channel.clone()),
+            telemetry: TelemetryServiceClient::new(channel.clone()),
+            channel,
+        }
+    }
+
+    /// A tokenizer called `tiny` of about 280 tokens.
+    pub async fn train_tokenizer(&self) {
+        let texts = [
+            "the quick brown fox jumps over the lazy dog",
+            "it was the best of times, it was the worst of times",
+        ];
+        let request = TrainTokenizerRequest {
+            name: "tiny".into(),
+            vocabulary_size: 280,
+            texts: texts.map(str::to_owned).to_vec(),
+        };
+        self.models
+            .clone()
+            .train_tokenizer(tokio_stream::iter([request]))
+            .await
+            .unwrap();
+    }
+
+    pub async fn load(&self, request: LoadModelRequest) -> Result<Model, Status> {
+        Ok(self
+            .models
+            .clone()
+            .load_model(request)
+            .await?
+            .into_inner()
+            .model
+            .unwrap())
+    }
+
+    /// A tiny model with the tokenizer `tiny`.
+    pub async fn create(&self, name: &str) -> Model {
+        self.train_tokenizer().await;
+        self.load(tiny(name)).await.unwrap()
+    }
+
+    pub async fn drop_model(&self, name: &str) -> Result<(), Status> {
+        let request = UnloadModelRequest {
+            name: name.into(),
+            transaction: None,
+        };
+        self.models.clone().unload_model(request).await.map(drop)
+    }
+
+    pub async fn describe(&self, name: &str, transaction: Option<TransactionContext>) -> Option<Model> {
+        let request = ListModelsRequest {
+            transaction,
+            names: vec![name.to_owned()],
+        };
+        self.models
+            .clone()
+            .list_models(request)
+            .await
+            .unwrap()
+            .into_inner()
+            .models
+            .pop()
+    }
+
+    /// Runs a generation to its end.
+    pub async fn generate(&self, request: GenerateRequest) -> Result<(Vec<GeneratedToken>, GenerationSummary), Status> {
+        let mut stream = self.inference.clone().generate(request).await?.into_inner();
+        let mut tokens = Vec::new();
+        while let Some(message) = stream.message().await? {
+            tokens.extend(message.token);
+            if let Some(summary) = message.summary {
+                return Ok((tokens, summary));
+            }
+        }
+        panic!("the stream ended without a summary");
+    }
+
+    pub async fn batch(
+        &self,
+        model: &str,
+        transaction: Option<TransactionContext>,
+        sequences: &[&[i64]],
+    ) -> Result<Vec<SequenceLoss>, Status> {
+        let sequence = |tokens: &&[i64]| Sequence {
+            token_ids: tokens.to_vec(),
+            ..Default::default()
+        };
+        let sequences = sequences.iter().map(sequence).collect();
+        let request = AccumulateBatchesRequest {
+            transaction,
+            model: model.into(),
+            sequences,
+        };
+        Ok(self
+            .training
+            .clone()
+            .accumulate_batches(request)
+            .await?
+            .into_inner()
+            .losses)
+    }
+
+    pub async fn step(&self, model: &str, transaction: Option<TransactionContext>) -> Result<OptimizerStep, Status> {
+        let options = Some(AdamWOptions {
+            learning_rate: Some(0.01),
+            ..Default::default()
+        });
+        let request = StepRequest {
+            transaction,
+            model: model.into(),
+            options,
+        };
+        Ok(self.training.clone().step(request).await?.into_inner().step.unwrap())
+    }
+
+    pub async fn batches(&self, model: &str, transaction: Option<TransactionContext>) -> usize {
+        let request = ListBatchesRequest {
+            transaction,
+            models: vec![model.into()],
+        };
+        self.training
+            .clone()
+            .list_batches(request)
+            .await
+            .unwrap()
+            .into_inner()
+            .sequences
+            .len()
+    }
+
+    pub async fn publish(&self, id: &str) -> Result<u64, Status> {
+        let request = PublishRequest {
+            transaction_id: id.into(),
+            expects_writes: true,
+        };
+        Ok(self.transactions.clone().publish(request).await?.into_inner().writes)
+    }
+
+    pub async fn rollback(&self, id: &str, subtransaction_id: u32) -> u64 {
+        let request = RollbackRequest {
+            transaction_id: id.into(),
+            subtransaction_id,
+        };
+        self.transactions
+            .clone()
+            .rollback(request)
+            .await
+            .unwrap()
+            .into_inner()
+            .writes
+    }
+
+    pub async fn checkpoint(&self, model: &str, transaction: Option<TransactionContext>) -> Result<Checkpoint, Status> {
+        let request = CreateCheckpointRequest {
+            transaction,
+            model: model.into(),
+            tag: "t".into(),
+        };
+        Ok(self
+            .checkpoints
+            .clone()
+            .create_checkpoint(request)
+            .await?
+            .into_inner()
+            .checkpoint
+            .unwrap())
+    }
+
+    pub async fn list_checkpoints(&self, transaction: Option<TransactionContext>) -> Vec<Checkpoint> {
+        let request = ListCheckpointsRequest {
+            transaction,
+            models: vec![],
+        };
+        self.checkpoints
+            .clone()
+            .list_checkpoints(request)
+            .await
+            .unwrap()
+            .into_inner()
+            .checkpoints
+    }
+
+    /// All parameters of a model as one run of bytes.
+    pub async fn parameters(&self, model: &str, transaction: Option<TransactionContext>) -> Result<Vec<u8>, Status> {
+        let request = ReadParametersRequest {
+            transaction,
+            model: model.into(),
+            selection: None,
+        };
+        let stream = self.models.clone().read_parameters(request).await?.into_inner();
+        let chunks = collect(stream).await?;
+        Ok(chunks
+            .into_iter()
+            .flat_map(|message| message.chunk.unwrap().data.to_vec())
+            .collect())
+    }
+
+    pub async fn requests(&self) -> Vec<ActiveRequest> {
+        self.telemetry
+            .clone()
+            .list_requests(ListRequestsRequest {})
+            .await
+            .unwrap()
+            .into_inner()
+            .requests
+    }
+
+    /// Polls until the work of the server satisfies `wanted`.
+    pub async fn wait_for_requests(&self, wanted: impl Fn(&[ActiveRequest]) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let requests = self.requests().await;
+            if wanted(&requests) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "still {requests:?}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+/// A GPT-2 of two layers that continues texts of up to 4,000 tokens.
+pub fn tiny(name: &str) -> LoadModelRequest {
+    let config = r#"{"architecture":"gpt2","layers":2,"width":32,"heads":4,"context_length":4000,"tokenizer":"tiny"}"#;
+    LoadModelRequest {
+        name: name.into(),
+        config_json: config.into(),
+        seed: Some(1),
+        ..Default::default()
+    }
+}
+
+/// A generation of `max_tokens` random tokens, streamed.
+pub fn random(model: &str, prompt: &str, seed: i64, max_tokens: i64) -> GenerateRequest {
+    GenerateRequest {
+        model: model.into(),
+        input: Some(generate_request::Input::Prompt(prompt.into())),
+        max_tokens: Some(max_tokens),
+        sampling: Some(SamplingOptions {
+            temperature: Some(1.0),
+            seed: Some(seed),
+            ..Default::default()
+        }),
+        stream_tokens: true,
+        ..Default::default()
+    }
+}
+
+/// The context of a write in the top level of a transaction.
+pub fn within(id: &str) -> Option<TransactionContext> {
+    sub(id, 1)
+}
+
+/// The context of a write in a subtransaction.
+pub fn sub(id: &str, subtransaction_id: u32) -> Option<TransactionContext> {
+    Some(TransactionContext {
+        transaction_id: id.into(),
+        subtransaction_id,
+    })
+}
+
+/// All messages of a stream.
+pub async fn collect<T>(mut stream: Streaming<T>) -> Result<Vec<T>, Status> {
+    let mut messages = Vec::new();
+    while let Some(message) = stream.message().await? {
+        messages.push(message);
+    }
+    Ok(messages)
+}
+
+/// Checks code and SQLSTATE of an error.
+#[track_caller]
+pub fn assert_status<T: std::fmt::Debug>(result: Result<T, Status>, code: Code, sqlstate: &str) -> String {
+    let status = result.expect_err("an error was expected");
+    let found = status
+        .metadata()
+        .get("candle-sqlstate")
+        .map(|value| value.to_str().unwrap().to_owned());
+    assert_eq!(
+        (status.code(), found.as_deref()),
+        (code, Some(sqlstate)),
+        "{}",
+        status.message()
+    );
+    status.message().to_owned()
+}
