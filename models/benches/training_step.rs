@@ -48,6 +48,7 @@ fn main() {
     );
 
     let mut optimizer = AdamW::new();
+    let mut gradient = Gradient::new(&model.decoder);
     let (mut gradients, mut updates) = (vec![], vec![]);
     for step in 0..steps {
         let batch: Vec<_> = (0..sequences)
@@ -58,7 +59,7 @@ fn main() {
             })
             .collect();
         let start = Instant::now();
-        let mut gradient = Gradient::new(&model.decoder);
+        gradient.reset().unwrap();
         training::accumulate(&model.decoder, &batch, &mut gradient, &|| false).unwrap();
         let middle = Instant::now();
         let report = optimizer

@@ -7,7 +7,7 @@ use super::{Pass, check_cancelled};
 use crate::decoder::{Layer, NormParameters, ParameterId, Projection};
 use crate::error::Result;
 use crate::ops::backward::{
-    self, NormWeights, attention_backward, cross_entropy_head, embedding_backward, gather_rows, linear_backward,
+    self, Matrix, NormWeights, attention_backward, cross_entropy_head, embedding_backward, gather_rows, linear_backward,
 };
 use crate::ops::rotary;
 
@@ -112,13 +112,17 @@ impl Pass<'_> {
 
     /// A projection: adds the gradients of its matrix and bias, and returns that of `x`, added to `dx` if given.
     fn backward_linear(&self, projection: &Projection, x: &Tensor, dy: &Tensor, dx: Option<Tensor>) -> Result<Tensor> {
-        let matrix = backward::Matrix {
+        linear_backward(&self.matrix(projection)?, x, dy, dx)
+    }
+
+    /// A projection's matrix, and where its gradients are added up.
+    pub(super) fn matrix(&self, projection: &Projection) -> Result<Matrix<'_>> {
+        Ok(Matrix {
             weight: self.weight_f32(projection.weight)?,
             rows: projection.rows.clone(),
             dweight: self.gradient_of(projection.weight),
             dbias: projection.bias.and_then(|bias| self.gradient_of(bias)),
-        };
-        linear_backward(&matrix, x, dy, dx)
+        })
     }
 
     /// A norm's parameters, and where their gradients are added up.
@@ -143,7 +147,7 @@ impl Pass<'_> {
     }
 
     /// The values of a parameter, which must be held as f32.
-    fn weight_f32(&self, parameter: ParameterId) -> Result<&Tensor> {
+    pub(super) fn weight_f32(&self, parameter: ParameterId) -> Result<&Tensor> {
         self.decoder.weight(parameter).as_f32()
     }
 

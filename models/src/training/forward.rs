@@ -4,9 +4,9 @@ use candle_core::Tensor;
 
 use super::tape::{LayerTape, Tape};
 use super::{Pass, check_cancelled};
-use crate::decoder::Layer;
+use crate::decoder::{Layer, Projection};
 use crate::error::Result;
-use crate::ops::backward::{add_in_place, attention_forward};
+use crate::ops::backward::{add_in_place, attention_forward, linear_forward};
 use crate::ops::{activation, rotary};
 
 impl Pass<'_> {
@@ -27,24 +27,24 @@ impl Pass<'_> {
     fn forward_layer(&self, layer: &Layer, input: Tensor) -> Result<(Tensor, LayerTape)> {
         let normed = self.decoder.normalize(&input, &layer.attention_norm)?;
         let [query, key, value] = &layer.query_key_value;
-        let query = self.rotate(self.decoder.project(&normed, query)?)?;
-        let key = self.rotate(self.decoder.project(&normed, key)?)?;
-        let value = self.decoder.project(&normed, value)?;
+        let query = self.rotate(self.linear(query, &normed)?)?;
+        let key = self.rotate(self.linear(key, &normed)?)?;
+        let value = self.linear(value, &normed)?;
         drop(normed);
         let attention = attention_forward(query, key, value, &self.batch.bounds, &self.heads)?;
-        let middle = self.decoder.project(&attention.output, &layer.attention_output)?;
+        let middle = self.linear(&layer.attention_output, &attention.output)?;
         add_in_place(&middle, &input)?;
         let normed = self.decoder.normalize(&middle, &layer.feed_forward_norm)?;
         let gate = layer
             .feed_forward
             .gate
             .as_ref()
-            .map(|gate| self.decoder.project(&normed, gate))
+            .map(|gate| self.linear(gate, &normed))
             .transpose()?;
-        let up = self.decoder.project(&normed, &layer.feed_forward.up)?;
+        let up = self.linear(&layer.feed_forward.up, &normed)?;
         drop(normed);
         let inner = self.activate(gate.as_ref(), &up)?;
-        let output = self.decoder.project(&inner, &layer.feed_forward.down)?;
+        let output = self.linear(&layer.feed_forward.down, &inner)?;
         add_in_place(&output, &middle)?;
         Ok((
             output,
@@ -65,6 +65,12 @@ impl Pass<'_> {
             Some(gate) => activation::gate(gate, up, kind),
             None => activation::activate(up, kind),
         }
+    }
+
+    /// A projection with its bias: `x` `[tokens, in]` to `[tokens, out]`.
+    fn linear(&self, projection: &Projection, x: &Tensor) -> Result<Tensor> {
+        let bias = projection.bias.map(|bias| self.weight_f32(bias)).transpose()?;
+        linear_forward(&self.matrix(projection)?, bias, x)
     }
 
     /// Rotates queries or keys by their positions; nothing where positions are learned.

@@ -138,6 +138,16 @@ impl Gradient {
         Ok(())
     }
 
+    /// Starts anew, keeping the memory of the sums, which is cheaper than a new gradient. The parameters that take part stay
+    /// those that were trainable when it was made.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] if the device fails.
+    pub fn reset(&mut self) -> Result<()> {
+        (self.tokens, self.micro_batches, self.weighted_loss) = (0, 0, 0.0);
+        self.sums.iter().flatten().try_for_each(|sum| Ok(sum.zero_set()?))
+    }
+
     /// The mean gradient of a part of a parameter: elements in row-major order of transformers' shape. Zeros while there
     /// are no targets, and for a frozen parameter.
     ///

@@ -16,7 +16,7 @@ pub(crate) use activation::activate_backward;
 pub(crate) use attention::{AttentionTape, attention_backward, attention_forward};
 pub(crate) use embedding::{embedding_backward, gather_rows};
 pub(crate) use head::cross_entropy_head;
-pub(crate) use linear::{Matrix, linear_backward};
+pub(crate) use linear::{Matrix, linear_backward, linear_forward};
 pub(crate) use norm::NormWeights;
 
 #[cfg(test)]

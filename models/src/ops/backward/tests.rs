@@ -98,6 +98,11 @@ fn projections_of_a_part_of_a_matrix() {
         dweight: Some(&dweight),
         dbias: Some(&dbias),
     };
+    let y = super::linear_forward(&matrix, None, &x).unwrap();
+    assert_near(&y, &x.matmul(&part.t().unwrap()).unwrap());
+    let bias = random(&[20]);
+    let biased = y.broadcast_add(&bias.narrow(0, 5, 7).unwrap()).unwrap();
+    assert_near(&super::linear_forward(&matrix, Some(&bias), &x).unwrap(), &biased);
     let dx = super::linear_backward(&matrix, &x, &dy, None).unwrap();
     assert_near(&dx, &expected[0]);
     assert_near(&dweight, &expected[1]);
