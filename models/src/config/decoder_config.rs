@@ -199,7 +199,7 @@ impl DecoderConfig {
                 ));
             }
         }
-        if self.heads % self.key_value_heads != 0 {
+        if !self.heads.is_multiple_of(self.key_value_heads) {
             return Err(Error::invalid_config(
                 "key_value_heads",
                 format!(
@@ -231,7 +231,7 @@ impl DecoderConfig {
         let Position::Rotary(rotary) = &self.position else {
             return Ok(());
         };
-        if self.head_dim % 2 != 0 {
+        if !self.head_dim.is_multiple_of(2) {
             return Err(Error::invalid_config(
                 "head_dim",
                 format!("{} is odd; rotary positions need pairs", self.head_dim),

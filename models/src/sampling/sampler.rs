@@ -43,7 +43,7 @@ impl Sampler {
         })
     }
 
-    /// Chooses a token from `logits` [vocabulary], which the repetition penalty changes in place.
+    /// Chooses a token from `logits` `[vocabulary]`, which the repetition penalty changes in place.
     ///
     /// `seen` are the tokens of prompt and completion so far, in any order, repetitions allowed. One number is drawn
     /// per call unless greedy. The order is penalty, temperature, top-k, top-p, min-p, as in transformers.
