@@ -11,13 +11,15 @@ use candle_compute_proto::v1::{
     GetServerInfoRequest, PublishRequest, ReleaseRequest, RollbackRequest, TransactionContext,
 };
 use pgrx::prelude::*;
+use tokio::task::JoinHandle;
 
-use crate::client::{Client, Session, flush, pump, read, wait, wait_settled, write};
+use crate::client::{Client, Session, flush, pump, read, spawn, wait, wait_settled, write};
 use crate::error::{Error, OrReport, Result};
 use crate::resources;
 
-/// Longest wait for a rollback to be delivered. The server discards what a lost connection left behind.
-const ROLLBACK_LIMIT: Duration = Duration::from_millis(250);
+/// How long an abort waits for the answer to a rollback: a cancel must not take longer. What has been sent by then goes on
+/// by itself, and the server discards what a lost connection left behind.
+const ROLLBACK_LIMIT: Duration = Duration::from_millis(50);
 
 /// How long a cancel waits for a publish that is under way: were it cut off, nobody would know whether it happened.
 const PUBLISH_LIMIT: Duration = Duration::from_secs(2);
@@ -30,8 +32,17 @@ struct Remote {
     levels: BTreeSet<pg_sys::SubTransactionId>,
     /// Those of them in which a write succeeded: the server holds something that must not get lost.
     staged: BTreeSet<pg_sys::SubTransactionId>,
+    /// Rollbacks of subtransactions that the server has not answered yet.
+    pending: Vec<JoinHandle<bool>>,
     /// Set when the server may not have heard of a rollback: then nothing may be published.
     broken: bool,
+}
+
+/// What became of a rollback.
+enum Delivery {
+    Done,
+    Pending(JoinHandle<bool>),
+    Failed,
 }
 
 thread_local! {
@@ -48,10 +59,28 @@ pub(crate) fn register() {
 }
 
 /// The context for a read: set when this transaction has staged something on the server.
-pub(crate) fn reading(session: Session) -> Option<TransactionContext> {
-    REMOTES
+pub(crate) fn reading(session: Session) -> Result<Option<TransactionContext>> {
+    settle(session)?;
+    Ok(REMOTES
         .with_borrow(|remotes| remotes.get(&session).map(|remote| remote.id.clone()))
-        .map(context)
+        .map(context))
+}
+
+/// Waits until the server has answered the rollbacks of subtransactions, so that what follows does not overtake them.
+fn settle(session: Session) -> Result<()> {
+    while let Some((mut task, broken)) = REMOTES.with_borrow_mut(|remotes| {
+        let remote = remotes.get_mut(&session)?;
+        // Broken until the answer is here: a cancel may end the wait.
+        Some((remote.pending.pop()?, std::mem::replace(&mut remote.broken, true)))
+    }) {
+        let done = wait(async { Ok((&mut task).await) })?;
+        REMOTES.with_borrow_mut(|remotes| {
+            if let Some(remote) = remotes.get_mut(&session) {
+                remote.broken = broken || !matches!(done, Ok(true));
+            }
+        });
+    }
+    Ok(())
 }
 
 /// The context for a write; the first one begins the transaction.
@@ -61,6 +90,7 @@ pub(crate) fn writing(client: &Client) -> Result<TransactionContext> {
         // A write is never repeated, so a connection that died unnoticed is replaced before it.
         wait(read!(client, telemetry.get_server_info(GetServerInfoRequest {})))?;
     }
+    settle(client.session)?;
     // SAFETY: reads a variable of the backend.
     let level = unsafe { pg_sys::GetCurrentSubTransactionId() };
     let id = REMOTES.with_borrow_mut(|remotes| {
@@ -69,6 +99,7 @@ pub(crate) fn writing(client: &Client) -> Result<TransactionContext> {
             client: client.clone(),
             levels: BTreeSet::new(),
             staged: BTreeSet::new(),
+            pending: Vec::new(),
             broken: false,
         });
         remote.levels.insert(level);
@@ -167,7 +198,11 @@ unsafe extern "C-unwind" fn on_subtransaction(
                 flush();
                 REMOTES.with_borrow_mut(|remotes| {
                     for remote in remotes.values_mut().filter(|remote| remote.levels.contains(&level)) {
-                        remote.broken |= !roll_back(remote, level);
+                        match roll_back(remote, level) {
+                            Delivery::Done => {}
+                            Delivery::Pending(task) => remote.pending.push(task),
+                            Delivery::Failed => remote.broken = true,
+                        }
                         remote.levels.remove(&level);
                         remote.staged.remove(&level);
                     }
@@ -180,6 +215,8 @@ unsafe extern "C-unwind" fn on_subtransaction(
 
 /// Publishes what was staged. With several servers one after the other: each by itself is all or nothing.
 fn publish() -> Result<()> {
+    let sessions: Vec<Session> = REMOTES.with_borrow(|remotes| remotes.keys().copied().collect());
+    sessions.into_iter().try_for_each(settle)?;
     let broken = REMOTES.with_borrow(|remotes| remotes.values().any(|remote| remote.broken));
     if broken {
         let code = PgSqlErrorCode::ERRCODE_TRANSACTION_ROLLBACK;
@@ -235,15 +272,18 @@ fn release(level: pg_sys::SubTransactionId, parent: pg_sys::SubTransactionId) ->
     Ok(())
 }
 
-/// Discards what a subtransaction staged, or everything for level 0. False when the server may not have heard it.
-fn roll_back(remote: &Remote, level: pg_sys::SubTransactionId) -> bool {
+/// Discards what a subtransaction staged, or everything for level 0.
+fn roll_back(remote: &Remote, level: pg_sys::SubTransactionId) -> Delivery {
     let request = RollbackRequest {
         transaction_id: remote.id.clone(),
         subtransaction_id: level,
     };
-    let client = &remote.client;
-    pump(ROLLBACK_LIMIT, async {
-        read!(client, transactions.rollback(request)).await.is_ok()
-    })
-    .unwrap_or(false)
+    let client = remote.client.clone();
+    let sent = spawn(async move { read!(client, transactions.rollback(request)).await.is_ok() });
+    let Ok(mut task) = sent else { return Delivery::Failed };
+    match pump(ROLLBACK_LIMIT, &mut task) {
+        Some(Ok(true)) => Delivery::Done,
+        Some(_) => Delivery::Failed,
+        None => Delivery::Pending(task),
+    }
 }

@@ -29,7 +29,7 @@ fn generate(
     let complete = || -> Result<String> {
         let client = client()?;
         let request = GenerateRequest {
-            transaction: transaction::reading(client.session),
+            transaction: transaction::reading(client.session)?,
             model: model.to_string(),
             input: Some(Input::Prompt(prompt.to_string())),
             max_tokens: max_tokens.map(i64::from),

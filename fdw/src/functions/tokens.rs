@@ -15,7 +15,7 @@ fn tokenize(model: &str, input: &str) -> Vec<i32> {
     let tokenize = || -> Result<Vec<i32>> {
         let client = client()?;
         let request = TokenizeRequest {
-            transaction: transaction::reading(client.session),
+            transaction: transaction::reading(client.session)?,
             model: model.to_string(),
             input: input.to_string(),
         };
@@ -38,7 +38,7 @@ fn detokenize(model: &str, tokens: Vec<Option<i32>>) -> String {
             )
         })?;
         let request = DetokenizeRequest {
-            transaction: transaction::reading(client.session),
+            transaction: transaction::reading(client.session)?,
             model: model.to_string(),
             token_ids,
         };

@@ -24,7 +24,7 @@ fn context_length(model: &str) -> i32 {
     let look_up = || -> Result<i32> {
         let client = client()?;
         let request = ListModelsRequest {
-            transaction: transaction::reading(client.session),
+            transaction: transaction::reading(client.session)?,
             names: vec![model.to_string()],
         };
         let models = wait(read!(client, models.list_models(request)))?.models;

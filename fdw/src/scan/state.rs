@@ -99,7 +99,7 @@ impl Calls {
         };
         let call = Call {
             client: self.client.clone(),
-            transaction: transaction::reading(self.client.session),
+            transaction: transaction::reading(self.client.session)?,
             inputs,
             needed: Arc::clone(&self.needed),
         };
