@@ -2,7 +2,7 @@
 //!
 //! Matrices are row-major `f32` slices; shapes are given in brackets in each docstring, outermost dimension first.
 //! Every kernel has one generic body over [`simd`]'s sixteen lanes, compiled for each level (portable, AVX2, AVX-512;
-//! NEON is written but was neither compiled nor run) and chosen at run time.
+//! NEON compiles but was never run: no such machine was at hand) and chosen at run time.
 //!
 //! Contracts that hold for all kernels:
 //! - Slice lengths are checked on entry and a mismatch panics with both lengths: lengths are the caller's code, never

@@ -155,56 +155,46 @@ fn head_backward<S: Simd>(s: S, head: &Head<'_>, [mut dq, mut dk, mut dv]: [Tile
     for first in (0..rows).step_by(QUERY_ROWS) {
         let count = QUERY_ROWS.min(rows - first);
         let position = |row: usize| (first + row) / head.group;
+        let (q, d_out) = (
+            head.q.block::<QUERY_ROWS>(first, count),
+            head.d_out.block::<QUERY_ROWS>(first, count),
+        );
+        let (q, d_out) = (&q[..count], &d_out[..count]);
         // sum over j of weight[j] * d_weight[j] is the product of the output and its gradient.
         let mut deltas = [0.0; QUERY_ROWS];
         for (row, delta) in deltas.iter_mut().enumerate().take(count) {
-            let [[dot]] = crate::linear::dots::<S, 1, 1>(s, [head.out.row(first + row)], [head.d_out.row(first + row)]);
+            let [[dot]] = crate::linear::dots::<S, 1, 1>(s, [head.out.row(first + row)], [d_out[row]]);
             *delta = dot;
         }
         for start in (0..=position(count - 1)).step_by(KEYS) {
             let width = KEYS.min(position(count - 1) + 1 - start);
-            dot_rows(s, [count, width], head.q.from(first), head.k.from(start), &mut weights);
-            dot_rows(
-                s,
-                [count, width],
-                head.d_out.from(first),
-                head.v.from(start),
-                &mut gradients,
-            );
+            let (k, v) = (head.k.block::<KEYS>(start, width), head.v.block::<KEYS>(start, width));
+            dot_rows(s, q, &k[..width], &mut weights);
+            dot_rows(s, d_out, &v[..width], &mut gradients);
             for row in 0..count {
                 let visible = (position(row) + 1).saturating_sub(start).min(width);
                 let statistics = [head.log_sum_exp.row(first + row)[0], deltas[row], head.scale];
                 softmax_gradient(s, &mut weights[row], &mut gradients[row], visible, statistics);
             }
             let (weights, gradients) = (&weights, &gradients);
-            let by_key = [width, count];
-            let dv_block = &mut dv_sums[start * head_dim..];
             add_products(
                 s,
-                by_key,
+                width,
                 |j, i| weights[i][j],
-                head.d_out.from(first),
+                d_out,
                 head_dim,
-                dv_block,
+                &mut dv_sums[start * head_dim..],
             );
-            let dk_block = &mut dk_sums[start * head_dim..];
             add_products(
                 s,
-                by_key,
+                width,
                 |j, i| gradients[i][j],
-                head.q.from(first),
+                q,
                 head_dim,
-                dk_block,
+                &mut dk_sums[start * head_dim..],
             );
             let dq_block = &mut dq_sums[first * head_dim..];
-            add_products(
-                s,
-                [count, width],
-                |i, j| gradients[i][j],
-                head.k.from(start),
-                head_dim,
-                dq_block,
-            );
+            add_products(s, count, |i, j| gradients[i][j], &k[..width], head_dim, dq_block);
         }
     }
     for token in 0..head.length {

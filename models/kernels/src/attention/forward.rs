@@ -165,12 +165,14 @@ pub(super) fn attend<S: Simd>(
     for first in (0..rows).step_by(QUERY_ROWS) {
         let count = QUERY_ROWS.min(rows - first);
         let position = |row: usize| query.position + (first + row) / query.group;
+        let query_rows = query.rows.block::<QUERY_ROWS>(first, count);
         sums.fill(0.0);
         let mut largest = [f32::NEG_INFINITY; QUERY_ROWS];
         let mut total = [0.0; QUERY_ROWS];
         for start in (0..=position(count - 1)).step_by(KEYS) {
             let width = KEYS.min(position(count - 1) + 1 - start);
-            dot_rows(s, [count, width], query.rows.from(first), keys.from(start), &mut scores);
+            let key_rows = keys.block::<KEYS>(start, width);
+            dot_rows(s, &query_rows[..count], &key_rows[..width], &mut scores);
             for row in 0..count {
                 let visible = (position(row) + 1).saturating_sub(start).min(width);
                 let rescale = softmax_block(
@@ -184,7 +186,8 @@ pub(super) fn attend<S: Simd>(
                 scale_row(s, rescale, &mut sums[row * head_dim..(row + 1) * head_dim]);
             }
             let factor = |row: usize, key: usize| scores[row][key];
-            add_products(s, [count, width], factor, values.from(start), head_dim, &mut sums);
+            let value_rows = values.block::<KEYS>(start, width);
+            add_products(s, count, factor, &value_rows[..width], head_dim, &mut sums);
         }
         for row in 0..count {
             let (token, head) = ((first + row) / query.group, (first + row) % query.group);

@@ -27,9 +27,14 @@ impl<'a> Rows<'a> {
         &self.data[start..start + self.head_dim]
     }
 
-    /// The rows from `start` on.
+    /// Rows `start..start + N`, of which only the first `count` exist; the others are empty. Found once per block, so
+    /// that inner loops do not divide.
     #[inline(always)]
-    pub(super) fn from(self, start: usize) -> impl Fn(usize) -> &'a [f32] {
-        move |index| self.row(start + index)
+    pub(super) fn block<const N: usize>(&self, start: usize, count: usize) -> [&'a [f32]; N] {
+        let mut rows: [&[f32]; N] = [&[]; N];
+        for (index, row) in rows.iter_mut().enumerate().take(count) {
+            *row = self.row(start + index);
+        }
+        rows
     }
 }

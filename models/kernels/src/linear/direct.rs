@@ -64,7 +64,11 @@ fn tiles<F: Format, S: Simd, const M: usize, const N: usize>(
     };
     for j in (0..n).step_by(N) {
         // At the end a tile repeats the last row and drops the copies.
-        let sums = dots::<F, S, M, N>(s, x, std::array::from_fn(|l| row((j + l).min(n - 1))));
+        let mut rows: [&[u8]; N] = [&[]; N];
+        for (l, to) in rows.iter_mut().enumerate() {
+            *to = row((j + l).min(n - 1));
+        }
+        let sums = dots::<F, S, M, N>(s, x, rows);
         for (l, sums) in sums.into_iter().enumerate().take(n - j) {
             store(j + l, sums);
         }

@@ -73,9 +73,14 @@ fn multiply_tiles<S: Simd, const M: usize, const N: usize>(
     for i in (0..m).step_by(M) {
         for j in (0..rows).step_by(N) {
             // At the edges a tile repeats the last row and drops the copies.
-            let x = std::array::from_fn(|l| row(x, (i + l).min(m - 1), k));
-            let w = std::array::from_fn(|l| row(panel, (j + l).min(rows - 1), k));
-            let sums = dots::<S, M, N>(s, x, w);
+            let (mut x_rows, mut w_rows): ([&[f32]; M], [&[f32]; N]) = ([&[]; M], [&[]; N]);
+            for (l, x_row) in x_rows.iter_mut().enumerate() {
+                *x_row = row(x, (i + l).min(m - 1), k);
+            }
+            for (l, w_row) in w_rows.iter_mut().enumerate() {
+                *w_row = row(panel, (j + l).min(rows - 1), k);
+            }
+            let sums = dots::<S, M, N>(s, x_rows, w_rows);
             for (l, sums) in sums.into_iter().enumerate().take(m - i) {
                 let out = &mut out.row(i + l)[start + j..start + rows.min(j + N)];
                 for (column, (out, sum)) in out.iter_mut().zip(sums).enumerate() {

@@ -14,8 +14,8 @@ impl Format for Q4_0 {
 
     #[inline(always)]
     fn decode<S: Simd>(s: S, block: &[u8], mut emit: impl FnMut(usize, S::F32)) {
-        let d = s.f16(*bytes(block, 0));
-        let (low, high) = s.affine_nibbles(bytes(block, 2), d, -8.0 * d);
+        let d = s.splat_f16(bytes(block, 0));
+        let (low, high) = s.affine_nibbles(bytes(block, 2), d, s.mul(d, s.splat(-8.0)));
         emit(0, low);
         emit(1, high);
     }

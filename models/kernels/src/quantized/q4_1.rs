@@ -14,7 +14,7 @@ impl Format for Q4_1 {
 
     #[inline(always)]
     fn decode<S: Simd>(s: S, block: &[u8], mut emit: impl FnMut(usize, S::F32)) {
-        let (d, m) = (s.f16(*bytes(block, 0)), s.f16(*bytes(block, 2)));
+        let (d, m) = s.splat_f16_pair(bytes(block, 0));
         let (low, high) = s.affine_nibbles(bytes(block, 4), d, m);
         emit(0, low);
         emit(1, high);

@@ -15,9 +15,9 @@ impl Format for Q5_0 {
 
     #[inline(always)]
     fn decode<S: Simd>(s: S, block: &[u8], mut emit: impl FnMut(usize, S::F32)) {
-        let d = s.f16(*bytes(block, 0));
         let (low, high) = five_bits(bytes(block, 2), bytes(block, 6));
-        let (scale, offset) = (s.splat(d), s.splat(-16.0 * d));
+        let scale = s.splat_f16(bytes(block, 0));
+        let offset = s.mul(scale, s.splat(-16.0));
         emit(0, s.mul_add(s.load_u8(&low), scale, offset));
         emit(1, s.mul_add(s.load_u8(&high), scale, offset));
     }

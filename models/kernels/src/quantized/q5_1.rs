@@ -17,7 +17,7 @@ impl Format for Q5_1 {
     #[inline(always)]
     fn decode<S: Simd>(s: S, block: &[u8], mut emit: impl FnMut(usize, S::F32)) {
         let (low, high) = five_bits(bytes(block, 4), bytes(block, 8));
-        let (scale, offset) = (s.splat(s.f16(*bytes(block, 0))), s.splat(s.f16(*bytes(block, 2))));
+        let (scale, offset) = s.splat_f16_pair(bytes(block, 0));
         emit(0, s.mul_add(s.load_u8(&low), scale, offset));
         emit(1, s.mul_add(s.load_u8(&high), scale, offset));
     }

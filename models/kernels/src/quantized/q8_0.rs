@@ -14,7 +14,7 @@ impl Format for Q8_0 {
 
     #[inline(always)]
     fn decode<S: Simd>(s: S, block: &[u8], mut emit: impl FnMut(usize, S::F32)) {
-        let d = s.splat(s.f16(*bytes(block, 0)));
+        let d = s.splat_f16(bytes(block, 0));
         emit(0, s.mul(s.load_i8(bytes(block, 2)), d));
         emit(1, s.mul(s.load_i8(bytes(block, 18)), d));
     }

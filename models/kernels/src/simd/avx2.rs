@@ -212,8 +212,7 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn affine_nibbles(self, from: &[u8; LANES], scale: f32, offset: f32) -> (Pair, Pair) {
-        let (scale, offset) = (self.splat(scale), self.splat(offset));
+    fn affine_nibbles(self, from: &[u8; LANES], scale: Pair, offset: Pair) -> (Pair, Pair) {
         let [first, second] = self.widen_u8(from);
         let (low, high) = intrinsic! {
             let mask = _mm256_set1_epi32(15);

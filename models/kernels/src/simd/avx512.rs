@@ -195,12 +195,12 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn affine_nibbles(self, from: &[u8; LANES], scale: f32, offset: f32) -> (__m512, __m512) {
+    fn affine_nibbles(self, from: &[u8; LANES], scale: __m512, offset: __m512) -> (__m512, __m512) {
         intrinsic! {
             // The sixteen possible values in one register; a permutation by the nibbles looks them up (it reads only
             // the low four bits of each index).
             let steps = _mm512_setr_ps(0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.);
-            let values = _mm512_fmadd_ps(steps, _mm512_set1_ps(scale), _mm512_set1_ps(offset));
+            let values = _mm512_fmadd_ps(steps, scale, offset);
             let low = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.as_ptr().cast()));
             (_mm512_permutexvar_ps(low, values), _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(low), values))
         }
@@ -211,5 +211,19 @@ impl Simd for Avx512 {
         intrinsic!(_mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(
             u16::from_le_bytes(bits)
         )))))
+    }
+
+    #[inline(always)]
+    fn splat_f16(self, bits: &[u8; 2]) -> __m512 {
+        intrinsic!(_mm512_cvtph_ps(_mm256_set1_epi16(i16::from_le_bytes(*bits))))
+    }
+
+    #[inline(always)]
+    fn splat_f16_pair(self, bits: &[u8; 4]) -> (__m512, __m512) {
+        intrinsic! {
+            // Broadcast from memory and converted together: fewer shuffles than one by one.
+            let pairs = _mm512_cvtph_ps(_mm256_set1_epi32(i32::from_le_bytes(*bits)));
+            (_mm512_moveldup_ps(pairs), _mm512_movehdup_ps(pairs))
+        }
     }
 }

@@ -54,10 +54,26 @@ pub(crate) trait Simd: Copy {
     fn load_u8(self, from: &[u8; LANES]) -> Self::F32;
     /// Lanes from signed bytes in two's complement.
     fn load_i8(self, from: &[u8; LANES]) -> Self::F32;
-    /// `nibble * scale + offset` (as [`Simd::mul_add`]) of the low and of the high halves of the bytes.
-    fn affine_nibbles(self, from: &[u8; LANES], scale: f32, offset: f32) -> (Self::F32, Self::F32);
+    /// `nibble * scale + offset` (as [`Simd::mul_add`]) of the low and of the high halves of the bytes. `scale` and
+    /// `offset` hold one value in all lanes.
+    fn affine_nibbles(self, from: &[u8; LANES], scale: Self::F32, offset: Self::F32) -> (Self::F32, Self::F32);
     /// One IEEE half-precision value.
     fn f16(self, bits: [u8; 2]) -> f32;
+
+    /// One IEEE half-precision value in all lanes.
+    #[inline(always)]
+    fn splat_f16(self, bits: &[u8; 2]) -> Self::F32 {
+        self.splat(self.f16(*bits))
+    }
+
+    /// Two neighbouring IEEE half-precision values, each in all lanes of a vector.
+    #[inline(always)]
+    fn splat_f16_pair(self, bits: &[u8; 4]) -> (Self::F32, Self::F32) {
+        (
+            self.splat(self.f16([bits[0], bits[1]])),
+            self.splat(self.f16([bits[2], bits[3]])),
+        )
+    }
 
     /// Sums of the lanes of sixteen vectors, each reduced like [`Simd::reduce_add`].
     #[inline(always)]
@@ -98,6 +114,14 @@ pub(crate) trait Simd: Copy {
         match from[offset..offset + LANES].first_chunk() {
             Some(lanes) => self.load(lanes),
             None => self.splat(0.0),
+        }
+    }
+
+    /// Lanes to the sixteen elements of `to` from `offset` on.
+    #[inline(always)]
+    fn store_at(self, value: Self::F32, to: &mut [f32], offset: usize) {
+        if let Some(lanes) = to[offset..offset + LANES].first_chunk_mut() {
+            self.store(value, lanes);
         }
     }
 }

@@ -15,7 +15,7 @@ pub enum Level {
     Avx2,
     /// x86-64 with AVX-512 F, BW, VL and DQ.
     Avx512,
-    /// aarch64 with NEON. Written with the same generic bodies; neither compiled nor run so far.
+    /// aarch64 with NEON. The same generic bodies; checked by the compiler, but never run.
     Neon,
 }
 

@@ -1,4 +1,4 @@
-//! NEON: four registers of four lanes hold the sixteen. Neither compiled nor run so far: no such machine was at hand.
+//! NEON: four registers of four lanes hold the sixteen. Checked by the compiler for aarch64, but never run: no such machine was at hand.
 #![allow(unsafe_code)]
 
 use std::arch::aarch64::*;
@@ -210,8 +210,7 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn affine_nibbles(self, from: &[u8; LANES], scale: f32, offset: f32) -> (Quad, Quad) {
-        let (scale, offset) = (self.splat(scale), self.splat(offset));
+    fn affine_nibbles(self, from: &[u8; LANES], scale: Quad, offset: Quad) -> (Quad, Quad) {
         let bytes = intrinsic!(vld1q_u8(from.as_ptr()));
         let low = self.widen_u8(intrinsic!(vandq_u8(bytes, vdupq_n_u8(15))));
         let high = self.widen_u8(intrinsic!(vshrq_n_u8::<4>(bytes)));

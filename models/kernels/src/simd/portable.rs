@@ -145,11 +145,10 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn affine_nibbles(self, from: &[u8; LANES], scale: f32, offset: f32) -> (Lanes, Lanes) {
-        (
-            from.map(|byte| f32::from(byte & 15) * scale + offset),
-            from.map(|byte| f32::from(byte >> 4) * scale + offset),
-        )
+    fn affine_nibbles(self, from: &[u8; LANES], scale: Lanes, offset: Lanes) -> (Lanes, Lanes) {
+        let low = from.map(|byte| f32::from(byte & 15));
+        let high = from.map(|byte| f32::from(byte >> 4));
+        (self.mul_add(low, scale, offset), self.mul_add(high, scale, offset))
     }
 
     #[inline(always)]
