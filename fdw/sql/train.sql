@@ -21,7 +21,7 @@ DECLARE
     step bigint;
     loss double precision;
     -- Inside BEGIN … COMMIT the caller decides; elsewhere every step is kept once it is taken.
-    commits boolean := NOT candle.in_transaction_block();
+    commits boolean := candle.can_commit();
 BEGIN
     IF model IS NULL OR query IS NULL OR coalesce(steps, 0) < 1 OR coalesce(batch_size, 0) < 1
         OR coalesce(sequence_length, 1) < 1 THEN

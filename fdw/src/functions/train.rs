@@ -39,11 +39,11 @@ fn context_length(model: &str) -> i32 {
     look_up().or_report()
 }
 
-/// Whether the statement runs inside BEGIN … COMMIT, where a procedure cannot commit.
+/// Whether the procedure that calls this may COMMIT: not inside BEGIN … COMMIT, and not beneath a function.
 #[pg_extern(volatile, parallel_unsafe)]
-fn in_transaction_block() -> bool {
+fn can_commit() -> bool {
     // SAFETY: reads a variable of the backend.
-    unsafe { pg_sys::IsTransactionBlock() }
+    unsafe { pg_sys::SPI_inside_nonatomic_context() }
 }
 
 /// Cuts `tokens` into sequences of `sequence_length`, accumulates them and takes one optimizer step: one row with the
@@ -215,5 +215,5 @@ impl Drop for Upload {
 extension_sql_file!(
     "../../sql/train.sql",
     name = "train",
-    requires = [train_step, context_length, in_transaction_block]
+    requires = [train_step, context_length, can_commit]
 );
