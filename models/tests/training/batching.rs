@@ -1,10 +1,11 @@
 //! A batch gives what its sequences give one by one; merging, cancelling and refusing are all or nothing.
 
 use candle_models::training::{self, AdamW, Gradient, TrainingSequence};
-use candle_models::{Error, training::AdamWOptions};
+use candle_models::{Error, LoadOptions, Model, training::AdamWOptions};
 
 use crate::support::{
-    MODELS, difference, gradient, load, random_sequence, read_gradient, read_parameter, write_element,
+    Golden, MODELS, difference, golden_directory, gradient, load, random_sequence, read_gradient, read_parameter,
+    write_element,
 };
 
 fn batch(decoder: &candle_models::Decoder) -> Vec<TrainingSequence> {
@@ -150,4 +151,24 @@ fn a_step_without_targets_is_refused() {
         .step(&mut decoder, &gradient, &AdamWOptions::default())
         .unwrap_err();
     assert!(matches!(error, Error::FailedPrecondition(_)), "{error}");
+}
+
+#[test]
+fn half_precision_is_trained_only_after_it_was_expanded() {
+    let path = golden_directory().join("qwen2-bf16");
+    let mut decoder = Model::load(&path, &LoadOptions::default()).unwrap().decoder;
+    let golden = Golden::open("qwen2");
+    let batch = golden.batch(&decoder);
+    let mut sum = Gradient::new(&decoder);
+    let error = training::accumulate(&decoder, &batch, &mut sum, &|| false).unwrap_err();
+    assert!(matches!(error, Error::FailedPrecondition(_)), "{error}");
+    assert_eq!((sum.micro_batches(), sum.memory_bytes()), (0, 0));
+    decoder.make_trainable().unwrap();
+    let (expanded, _) = gradient(&decoder, &batch);
+    for parameter in decoder.parameters() {
+        let expected = golden.floats(&format!("gradient.{}", parameter.name));
+        let (_, relative) = difference(&read_gradient(&expanded, &parameter.name, expected.len()), &expected);
+        // The weights themselves were rounded to 8 bits.
+        assert!(relative < 0.1, "{}: {relative:e}", parameter.name);
+    }
 }

@@ -13,6 +13,11 @@ pub(crate) fn add_in_place(sum: &Tensor, delta: &Tensor) -> Result<()> {
             with_mut_slice(sum, |sum| candle_kernels_cpu::add_assign(sum, delta))
         })?;
     }
+    add_elsewhere(sum, delta)
+}
+
+/// [`add_in_place`] from plain candle operations.
+pub(super) fn add_elsewhere(sum: &Tensor, delta: &Tensor) -> Result<()> {
     Ok(sum.slice_set(&(sum + delta)?, 0, 0)?)
 }
 

@@ -57,7 +57,7 @@ pub(crate) fn attention_forward(
     })
 }
 
-fn forward_elsewhere(
+pub(super) fn forward_elsewhere(
     query: &Tensor,
     key: &Tensor,
     value: &Tensor,

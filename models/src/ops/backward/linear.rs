@@ -74,7 +74,7 @@ pub(crate) fn linear_backward(matrix: &Matrix<'_>, x: &Tensor, dy: &Tensor, dx: 
     }
 }
 
-fn on_cpu(matrix: &Matrix<'_>, x: &Tensor, dy: &Tensor, dx: Option<Tensor>) -> Result<Tensor> {
+pub(super) fn on_cpu(matrix: &Matrix<'_>, x: &Tensor, dy: &Tensor, dx: Option<Tensor>) -> Result<Tensor> {
     let (tokens, inputs) = x.dims2()?;
     let outputs = matrix.rows.len();
     let (x, dy, weight) = (CpuSlice::new(x)?, CpuSlice::new(dy)?, matrix.part(matrix.weight)?);
@@ -102,7 +102,7 @@ fn on_cpu(matrix: &Matrix<'_>, x: &Tensor, dy: &Tensor, dx: Option<Tensor>) -> R
     }
 }
 
-fn elsewhere(matrix: &Matrix<'_>, x: &Tensor, dy: &Tensor, dx: Option<Tensor>) -> Result<Tensor> {
+pub(super) fn elsewhere(matrix: &Matrix<'_>, x: &Tensor, dy: &Tensor, dx: Option<Tensor>) -> Result<Tensor> {
     if let Some(sum) = matrix.dbias {
         add_in_place(&matrix.part(sum)?, &composed::sum_rows(dy)?)?;
     }

@@ -96,7 +96,7 @@ impl NormWeights<'_> {
         })?
     }
 
-    fn backward_elsewhere(&self, x: &Tensor, dy: &Tensor, dx: &Tensor) -> Result<()> {
+    pub(super) fn backward_elsewhere(&self, x: &Tensor, dy: &Tensor, dx: &Tensor) -> Result<()> {
         let epsilon = f64::from(self.epsilon);
         let (own, dweight, dbias) = match self.kind {
             Norm::Layer => {

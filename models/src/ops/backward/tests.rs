@@ -2,8 +2,11 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 
-use super::{Matrix, NormWeights, composed};
+use super::accumulate::add_elsewhere;
+use super::attention::forward_elsewhere as attention_elsewhere;
+use super::{Matrix, NormWeights, composed, linear};
 use crate::config::{Activation, Norm};
+use crate::error::Result;
 use crate::ops::attention::{AttentionShape, CachedSequence};
 use crate::ops::{activation, attention, norm};
 
@@ -200,4 +203,66 @@ fn head_with_cross_entropy() {
     assert_near(&Tensor::new(own, &Device::Cpu).unwrap(), &losses);
     assert_near(&dx, &expected[0]);
     assert_near(&dweight, &expected[1]);
+}
+
+/// What other devices run does on the CPU what the kernels do.
+#[test]
+fn plain_operations_do_what_the_kernels_do() {
+    let zeros = |x: &Tensor| x.zeros_like().unwrap();
+    let (x, weight, dy) = (random(&[9, 11]), random(&[20, 11]), random(&[9, 7]));
+    let run = |backward: fn(&Matrix<'_>, &Tensor, &Tensor, Option<Tensor>) -> Result<Tensor>| {
+        let (dweight, dbias) = (zeros(&weight), Tensor::zeros(20, DType::F32, &Device::Cpu).unwrap());
+        let matrix = Matrix {
+            weight: &weight,
+            rows: 5..12,
+            dweight: Some(&dweight),
+            dbias: Some(&dbias),
+        };
+        let dx = backward(&matrix, &x, &dy, Some(x.copy().unwrap())).unwrap();
+        [dx, dweight, dbias]
+    };
+    run(linear::on_cpu)
+        .iter()
+        .zip(&run(linear::elsewhere))
+        .for_each(|(a, e)| assert_near(a, e));
+
+    let (weight, bias, dy) = (random(&[11]), random(&[11]), random(&[9, 11]));
+    let run = |kernels: bool| {
+        let sums = [zeros(&x), zeros(&weight), zeros(&bias)];
+        let [dx, dweight, dbias] = &sums;
+        let (dweight, dbias) = (Some(dweight), Some(dbias));
+        let norm = NormWeights {
+            kind: Norm::Layer,
+            epsilon: 1e-5,
+            weight: &weight,
+            bias: Some(&bias),
+            dweight,
+            dbias,
+        };
+        match kernels {
+            true => norm.backward(&norm.forward(&x).unwrap(), &x, &dy, dx).unwrap(),
+            false => norm.backward_elsewhere(&x, &dy, dx).unwrap(),
+        }
+        sums
+    };
+    run(true).iter().zip(&run(false)).for_each(|(a, e)| assert_near(a, e));
+
+    let shape = AttentionShape {
+        heads: 4,
+        key_value_heads: 2,
+        head_dim: 6,
+        scale: 0.4,
+    };
+    let (q, k, v) = (random(&[9, 24]), random(&[9, 12]), random(&[9, 12]));
+    let plain = attention_elsewhere(&q, &k, &v, &[0, 4, 9], &shape).unwrap();
+    let copy = |x: &Var| x.as_tensor().copy().unwrap();
+    let tape = super::attention_forward(copy(&q), copy(&k), copy(&v), &[0, 4, 9], &shape).unwrap();
+    assert_near(&plain, &tape.output);
+
+    let (sum, delta) = (random(&[6, 5]), random(&[2, 5]));
+    let expected = (sum.narrow(0, 3, 2).unwrap() + &*delta).unwrap();
+    let untouched = sum.narrow(0, 0, 3).unwrap().copy().unwrap();
+    add_elsewhere(&sum.narrow(0, 3, 2).unwrap(), &delta).unwrap();
+    assert_near(&sum.narrow(0, 3, 2).unwrap(), &expected);
+    assert_near(&sum.narrow(0, 0, 3).unwrap(), &untouched);
 }
