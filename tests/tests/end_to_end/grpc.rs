@@ -60,6 +60,20 @@ async fn the_forward_pass_alone() {
     assert_eq!(logits.len(), 3 * 10 * 4);
 }
 
+/// What any language can do with the server's address alone.
+#[test]
+fn a_python_client_by_reflection() {
+    let Some(python) = std::env::var_os("CANDLE_TEST_PYTHON") else {
+        println!("skipped: CANDLE_TEST_PYTHON names no Python with grpcio, grpcio-reflection, grpcio-health-checking");
+        return;
+    };
+    let server = ComputeServer::start();
+    let script = end_to_end_tests::repository().join("tests/python/client.py");
+    let address = server.endpoint().replace("http://", "");
+    let output = std::process::Command::new(python).arg(script).arg(address).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
 #[test]
 fn help_names_every_option() {
     let program = end_to_end_tests::programs().join("compute-server");
