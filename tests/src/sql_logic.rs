@@ -11,15 +11,27 @@ use crate::fixture::Fixture;
 /// A session that sqllogictest drives by simple queries, as psql does.
 struct Session(Client);
 
+/// A failure that shows what Postgres reported, for expectations that name a word of it.
+#[derive(Debug)]
+struct Failure(postgres::Error);
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(&database_errors::report(&self.0))
+    }
+}
+
+impl std::error::Error for Failure {}
+
 impl DB for Session {
-    type Error = postgres::Error;
+    type Error = Failure;
     type ColumnType = DefaultColumnType;
 
-    fn run(&mut self, sql: &str) -> Result<DBOutput<DefaultColumnType>, postgres::Error> {
+    fn run(&mut self, sql: &str) -> Result<DBOutput<DefaultColumnType>, Failure> {
         let mut columns = 0;
         let mut rows = Vec::new();
         let mut affected = 0;
-        for message in self.0.simple_query(sql)? {
+        for message in self.0.simple_query(sql).map_err(Failure)? {
             match message {
                 SimpleQueryMessage::RowDescription(description) => columns = description.len(),
                 SimpleQueryMessage::Row(row) => rows.push((0..row.len()).map(|i| cell(row.get(i))).collect()),
@@ -41,8 +53,8 @@ impl DB for Session {
         "postgres"
     }
 
-    fn error_sql_state(error: &postgres::Error) -> Option<String> {
-        Some(database_errors::sqlstate(error).to_owned())
+    fn error_sql_state(error: &Failure) -> Option<String> {
+        Some(database_errors::sqlstate(&error.0).to_owned())
     }
 }
 
