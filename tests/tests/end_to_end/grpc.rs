@@ -70,7 +70,11 @@ fn a_python_client_by_reflection() {
     let server = ComputeServer::start();
     let script = end_to_end_tests::repository().join("tests/python/client.py");
     let address = server.endpoint().replace("http://", "");
-    let output = std::process::Command::new(python).arg(script).arg(address).output().unwrap();
+    let output = std::process::Command::new(python)
+        .arg(script)
+        .arg(address)
+        .output()
+        .unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 

@@ -7,6 +7,13 @@ use end_to_end_tests::server::ComputeServer;
 
 const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 
+/// Log-probabilities of `The quick brown fox jumps over the lazy dog.` after its first token, by transformers 5 and PyTorch
+/// in f32 from the same file: `AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE)`, then
+/// `logits.log_softmax(-1)`.
+const REFERENCE: [f32; 9] = [
+    -14.3089, -6.2765, -1.4159, -7.0419, -0.005, -2.6959, -2.4759, -0.1117, -1.7731,
+];
+
 /// The folder with the model, or a line that says why the test is skipped.
 fn models_folder() -> Option<PathBuf> {
     let folder = end_to_end_tests::target_folder().join("models");
@@ -56,16 +63,19 @@ fn smollm2_answers_a_question() {
         .unwrap()
         .get(0);
     assert_eq!(streamed, answer);
-    // English is far less surprising to it than chance.
-    let perplexity: f64 = client
-        .query_one(
-            "SELECT exp(-avg(logprob))::float8 FROM llm.token_scores
-             WHERE model = 'smollm2' AND input = 'The quick brown fox jumps over the lazy dog.'",
+    let scored = client
+        .query(
+            "SELECT logprob FROM llm.token_scores
+             WHERE model = 'smollm2' AND input = 'The quick brown fox jumps over the lazy dog.' AND position > 0
+             ORDER BY position",
             &[],
         )
-        .unwrap()
-        .get(0);
-    assert!(perplexity < 30.0, "{perplexity}");
+        .unwrap();
+    let logprobs: Vec<f32> = scored.iter().map(|row| row.get(0)).collect();
+    assert_eq!(logprobs.len(), REFERENCE.len());
+    for (ours, reference) in logprobs.iter().zip(REFERENCE) {
+        assert!((ours - reference).abs() < 0.01, "{logprobs:?}");
+    }
     fixture.assert_idle();
 }
 
