@@ -11,6 +11,7 @@ use candle_kernels_cpu::{
     attention_backward, attention_decode, attention_forward, cross_entropy_head, dequantize, gelu_tanh, layer_norm,
     linear, matmul, rms_norm, silu_gate, simd, threads,
 };
+use half::{bf16, f16};
 
 /// Seconds of the fastest run, of as many as fit into a moment.
 fn best(mut run: impl FnMut()) -> f64 {
@@ -59,11 +60,12 @@ fn values(length: usize) -> Vec<f32> {
 /// Bytes whose scales, as f16, are small finite numbers.
 fn weight_bytes(format: WeightFormat, rows: usize, columns: usize) -> Vec<u8> {
     let length = rows * columns / format.block_elements() * format.block_bytes();
+    let dense = values(rows * columns).into_iter();
+    // Arbitrary bytes would be full of denormal numbers, which are slow.
     match format {
-        WeightFormat::F32 => values(rows * columns)
-            .iter()
-            .flat_map(|value| value.to_le_bytes())
-            .collect(),
+        WeightFormat::F32 => dense.flat_map(f32::to_le_bytes).collect(),
+        WeightFormat::F16 => dense.flat_map(|value| f16::from_f32(value).to_le_bytes()).collect(),
+        WeightFormat::BF16 => dense.flat_map(|value| bf16::from_f32(value).to_le_bytes()).collect(),
         _ => (0..length).map(|i| (i * 31 % 61) as u8).collect(),
     }
 }
@@ -108,6 +110,7 @@ fn linears(bench: &Bench) {
     for (format, m, k, n) in [
         (WeightFormat::F32, 1024, 768, 3072),
         (WeightFormat::F32, 256, 3072, 768),
+        (WeightFormat::F32, 64, 768, 768),
         (WeightFormat::Q4_1, 512, 576, 1536),
         (WeightFormat::Q4_1, 32, 576, 1536),
     ] {
@@ -127,7 +130,7 @@ fn linears(bench: &Bench) {
 }
 
 fn matrix_products(bench: &Bench) {
-    for (m, k, n) in [(1024, 768, 3072), (1024, 3072, 768), (256, 768, 50257)] {
+    for (m, k, n) in [(64, 768, 768), (1024, 768, 3072), (1024, 3072, 768), (256, 768, 50257)] {
         let (a, b, mut out) = (values(m * k), values(k * n), vec![0.0; m * n]);
         let amount = 2.0 * (m * k * n) as f64;
         let (left, right) = (MatrixRef::new(&a, m, k), MatrixRef::new(&b, k, n));

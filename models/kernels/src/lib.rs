@@ -11,6 +11,8 @@
 //! - [`linear`], the norms, the activations, [`rotary`] and attention treat each row alone, with the same operations in
 //!   the same order whatever the other rows are: a sequence's result is bit for bit the same alone or in a batch.
 
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
 mod activation;
 mod adamw;
 mod attention;

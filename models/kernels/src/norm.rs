@@ -278,10 +278,10 @@ fn backward<const CENTERED: bool>(
     let columns = |task: usize| {
         let mut tile = tiles.take(0, task);
         let d_weight = tile.row(0);
-        for row in 0..rows {
+        for (row, &rstd) in rstd.iter().enumerate() {
             let start = row * width + task * COLUMNS;
             let (dy, x) = (&dy[start..start + d_weight.len()], &x[start..start + d_weight.len()]);
-            dispatch!(level, weight_row(dy, x, [mean_of(row), rstd[row]], d_weight));
+            dispatch!(level, weight_row(dy, x, [mean_of(row), rstd], d_weight));
         }
     };
     if x.len() < elementwise::STEP {

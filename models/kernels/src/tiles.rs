@@ -68,7 +68,7 @@ unsafe impl<T: Send> Sync for Tiles<'_, T> {}
 impl<'a, T> Tiles<'a, T> {
     /// Cuts `data`, rows of `stride` elements.
     pub(crate) fn new(data: &'a mut [T], stride: usize, rows: Cuts<'a>, columns: Cuts<'a>) -> Self {
-        let height = if stride == 0 { 0 } else { data.len() / stride };
+        let height = data.len().checked_div(stride).unwrap_or(0);
         assert_eq!(height * stride, data.len(), "not whole rows of {stride}");
         rows.check(height);
         columns.check(stride);

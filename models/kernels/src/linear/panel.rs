@@ -1,6 +1,5 @@
 //! Many rows of `x`: panels of weights are decoded once and multiplied with all rows, tile by tile.
 
-use std::borrow::Cow;
 use std::cell::RefCell;
 
 use crate::quantized::dequantize_row;
@@ -11,6 +10,9 @@ use crate::{WeightFormat, Weights};
 /// Rows of weights in a panel. A panel of a thousand columns is 64 KiB and stays in the second-level cache.
 const PANEL_ROWS: usize = 16;
 
+/// Elements of `x` that are used again and again: 512 KiB, a part of the second-level cache.
+const CACHED_ELEMENTS: usize = 1 << 17;
+
 /// `out = x * W^T + bias`.
 pub(super) fn rows(level: Level, x: &[f32], weights: Weights<'_>, bias: Option<&[f32]>, out: &mut Tile<'_, f32>) {
     thread_local! {
@@ -18,43 +20,49 @@ pub(super) fn rows(level: Level, x: &[f32], weights: Weights<'_>, bias: Option<&
     }
     let k = weights.columns;
     let row_bytes = weights.data.len() / weights.rows;
+    // Rows of x that stay in the second-level cache while all panels pass; a multiple of every tile's height.
+    let block = (CACHED_ELEMENTS / k.max(1)).next_multiple_of(4).max(4);
     SCRATCH.with_borrow_mut(|scratch| {
-        for start in (0..weights.rows).step_by(PANEL_ROWS) {
-            let end = weights.rows.min(start + PANEL_ROWS);
-            let data = &weights.data[start * row_bytes..end * row_bytes];
-            let panel = match bytemuck::try_cast_slice(data) {
-                Ok(panel) if weights.format == WeightFormat::F32 => Cow::Borrowed(panel),
-                _ => {
-                    scratch.resize((end - start) * k, 0.0);
-                    for (row, out) in data
-                        .chunks_exact(row_bytes.max(1))
-                        .zip(scratch.chunks_exact_mut(k.max(1)))
-                    {
-                        dequantize_row(level, weights.format, row, out);
+        for first in (0..out.rows()).step_by(block) {
+            let last = out.rows().min(first + block);
+            let x = &x[first * k..last * k];
+            for start in (0..weights.rows).step_by(PANEL_ROWS) {
+                let end = weights.rows.min(start + PANEL_ROWS);
+                let data = &weights.data[start * row_bytes..end * row_bytes];
+                let panel = match bytemuck::try_cast_slice(data) {
+                    Ok(panel) if weights.format == WeightFormat::F32 => panel,
+                    _ => {
+                        scratch.resize((end - start) * k, 0.0);
+                        for (row, out) in data
+                            .chunks_exact(row_bytes.max(1))
+                            .zip(scratch.chunks_exact_mut(k.max(1)))
+                        {
+                            dequantize_row(level, weights.format, row, out);
+                        }
+                        scratch.as_slice()
                     }
-                    Cow::Borrowed(scratch.as_slice())
-                }
-            };
-            dispatch!(level, multiply(x, &panel, bias, start, k, out));
+                };
+                dispatch!(level, multiply(x, panel, bias, [first, start], k, out));
+            }
         }
     });
 }
 
-/// Columns `start..` of `out` from a panel `[rows, k]`.
+/// Rows `first..` and columns `start..` of `out` from some rows of `x` and a panel `[rows, k]`.
 #[inline(always)]
 fn multiply<S: Simd>(
     s: S,
     x: &[f32],
     panel: &[f32],
     bias: Option<&[f32]>,
-    start: usize,
+    [first, start]: [usize; 2],
     k: usize,
     out: &mut Tile<'_, f32>,
 ) {
     if S::ACCUMULATORS >= 16 {
-        multiply_tiles::<S, 4, 4>(s, x, panel, bias, start, k, out);
+        multiply_tiles::<S, 4, 4>(s, x, panel, bias, [first, start], k, out);
     } else {
-        multiply_tiles::<S, 2, 2>(s, x, panel, bias, start, k, out);
+        multiply_tiles::<S, 2, 2>(s, x, panel, bias, [first, start], k, out);
     }
 }
 
@@ -64,12 +72,12 @@ fn multiply_tiles<S: Simd, const M: usize, const N: usize>(
     x: &[f32],
     panel: &[f32],
     bias: Option<&[f32]>,
-    start: usize,
+    [first, start]: [usize; 2],
     k: usize,
     out: &mut Tile<'_, f32>,
 ) {
     let rows = panel.len().checked_div(k).unwrap_or(0);
-    let m = out.rows();
+    let m = x.len().checked_div(k).unwrap_or(out.rows() - first);
     for i in (0..m).step_by(M) {
         for j in (0..rows).step_by(N) {
             // At the edges a tile repeats the last row and drops the copies.
@@ -82,7 +90,7 @@ fn multiply_tiles<S: Simd, const M: usize, const N: usize>(
             }
             let sums = dots::<S, M, N>(s, x_rows, w_rows);
             for (l, sums) in sums.into_iter().enumerate().take(m - i) {
-                let out = &mut out.row(i + l)[start + j..start + rows.min(j + N)];
+                let out = &mut out.row(first + i + l)[start + j..start + rows.min(j + N)];
                 for (column, (out, sum)) in out.iter_mut().zip(sums).enumerate() {
                     *out = sum + bias.map_or(0.0, |bias| bias[start + j + column]);
                 }

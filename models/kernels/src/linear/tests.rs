@@ -1,7 +1,7 @@
 use super::*;
+use crate::WeightFormat;
 use crate::simd::available;
-use crate::test_util::{assert_close, random};
-use crate::{WeightFormat, dequantize};
+use crate::test_util::{assert_close, random, stored};
 
 /// `x * W^T + bias` in double precision.
 fn oracle(x: &[f32], w: &[f32], bias: Option<&[f32]>, m: usize, n: usize, k: usize) -> Vec<f32> {
@@ -15,29 +15,6 @@ fn oracle(x: &[f32], w: &[f32], bias: Option<&[f32]>, m: usize, n: usize, k: usi
     (0..m * n).map(at).collect()
 }
 
-/// Bytes that decode to moderate, finite values in every format.
-pub(crate) fn weight_bytes(format: WeightFormat, elements: usize) -> Vec<u8> {
-    use candle_core::quantized::{GgmlDType, QTensor};
-    use candle_core::{Device, Tensor};
-    let kind = match format {
-        WeightFormat::F32 => GgmlDType::F32,
-        WeightFormat::F16 => GgmlDType::F16,
-        WeightFormat::BF16 => GgmlDType::BF16,
-        WeightFormat::Q4_0 => GgmlDType::Q4_0,
-        WeightFormat::Q4_1 => GgmlDType::Q4_1,
-        WeightFormat::Q5_0 => GgmlDType::Q5_0,
-        WeightFormat::Q5_1 => GgmlDType::Q5_1,
-        WeightFormat::Q8_0 => GgmlDType::Q8_0,
-        WeightFormat::Q2K => GgmlDType::Q2K,
-        WeightFormat::Q3K => GgmlDType::Q3K,
-        WeightFormat::Q4K => GgmlDType::Q4K,
-        WeightFormat::Q5K => GgmlDType::Q5K,
-        WeightFormat::Q6K => GgmlDType::Q6K,
-    };
-    let values = Tensor::from_vec(random(elements, 3), elements, &Device::Cpu).unwrap();
-    QTensor::quantize(&values, kind).unwrap().data().unwrap().into_owned()
-}
-
 #[test]
 fn every_format_shape_and_level_agrees_with_the_oracle() {
     for format in WeightFormat::ALL {
@@ -47,9 +24,7 @@ fn every_format_shape_and_level_agrees_with_the_oracle() {
             &[256, 768]
         };
         for (&k, n) in ks.iter().zip([1, 5, 8, 17, 40]) {
-            let data = weight_bytes(format, n * k);
-            let mut w = vec![0.0; n * k];
-            dequantize(format, &data, &mut w);
+            let (data, w) = stored(format, n * k);
             let weights = Weights {
                 format,
                 data: &data,
@@ -75,7 +50,7 @@ fn every_format_shape_and_level_agrees_with_the_oracle() {
 fn a_row_is_bitwise_the_same_in_every_batch() {
     for format in WeightFormat::ALL {
         let (n, k) = (37, 512);
-        let data = weight_bytes(format, n * k);
+        let (data, _) = stored(format, n * k);
         let weights = Weights {
             format,
             data: &data,

@@ -17,12 +17,12 @@ impl Format for Q2K {
     fn decode<S: Simd>(s: S, block: &[u8], mut emit: impl FnMut(usize, S::F32)) {
         let (d, dmin) = (s.f16(*bytes(block, 80)), s.f16(*bytes(block, 82)));
         let scales: &[u8; 16] = bytes(block, 0);
-        for group in 0..16 {
+        for (group, &packed_scale) in scales.iter().enumerate() {
             let (half, shift, part) = (group / 8, group / 2 % 4 * 2, group % 2);
             let packed: &[u8; LANES] = bytes(block, 16 + 32 * half + LANES * part);
             let values = packed.map(|byte| (byte >> shift) & 3);
-            let scale = s.splat(d * f32::from(scales[group] & 15));
-            let offset = s.splat(-(dmin * f32::from(scales[group] >> 4)));
+            let scale = s.splat(d * f32::from(packed_scale & 15));
+            let offset = s.splat(-(dmin * f32::from(packed_scale >> 4)));
             emit(group, s.mul_add(s.load_u8(&values), scale, offset));
         }
     }

@@ -18,7 +18,7 @@ impl Format for Q6K {
     fn decode<S: Simd>(s: S, block: &[u8], mut emit: impl FnMut(usize, S::F32)) {
         let d = s.f16(*bytes(block, 208));
         let scales: &[u8; 16] = bytes(block, 192);
-        for group in 0..16 {
+        for (group, &scale) in scales.iter().enumerate() {
             let (half, quarter, part) = (group / 8, group / 2 % 4, group % 2);
             let low: &[u8; LANES] = bytes(block, 64 * half + 32 * (quarter % 2) + LANES * part);
             let high: &[u8; LANES] = bytes(block, 128 + 32 * half + LANES * part);
@@ -27,7 +27,7 @@ impl Format for Q6K {
                 let high = (high[i] >> (2 * quarter)) & 3;
                 (low | high << 4).wrapping_sub(32)
             });
-            let scale = s.splat(d * f32::from(scales[group] as i8));
+            let scale = s.splat(d * f32::from(scale as i8));
             emit(group, s.mul(s.load_i8(&values), scale));
         }
     }

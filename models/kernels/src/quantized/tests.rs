@@ -1,37 +1,11 @@
 //! Every format against candle's own decoding, at every level.
 
-use candle_core::quantized::{GgmlDType, QStorage, QTensor};
-use candle_core::{Device, Tensor};
+use candle_core::Device;
+use candle_core::quantized::{QStorage, QTensor};
 
 use super::*;
 use crate::simd::available;
-use crate::test_util::random;
-
-fn ggml_type(format: WeightFormat) -> GgmlDType {
-    match format {
-        WeightFormat::F32 => GgmlDType::F32,
-        WeightFormat::F16 => GgmlDType::F16,
-        WeightFormat::BF16 => GgmlDType::BF16,
-        WeightFormat::Q4_0 => GgmlDType::Q4_0,
-        WeightFormat::Q4_1 => GgmlDType::Q4_1,
-        WeightFormat::Q5_0 => GgmlDType::Q5_0,
-        WeightFormat::Q5_1 => GgmlDType::Q5_1,
-        WeightFormat::Q8_0 => GgmlDType::Q8_0,
-        WeightFormat::Q2K => GgmlDType::Q2K,
-        WeightFormat::Q3K => GgmlDType::Q3K,
-        WeightFormat::Q4K => GgmlDType::Q4K,
-        WeightFormat::Q5K => GgmlDType::Q5K,
-        WeightFormat::Q6K => GgmlDType::Q6K,
-    }
-}
-
-/// Random weights stored by candle, and what candle reads back.
-fn stored(format: WeightFormat, elements: usize) -> (Vec<u8>, Vec<f32>) {
-    let values = Tensor::from_vec(random(elements, 5), elements, &Device::Cpu).unwrap();
-    let quantized = QTensor::quantize(&values, ggml_type(format)).unwrap();
-    let read = quantized.dequantize(&Device::Cpu).unwrap().to_vec1().unwrap();
-    (quantized.data().unwrap().into_owned(), read)
-}
+use crate::test_util::{ggml_type, random, stored};
 
 #[test]
 fn blocks_have_ggmls_sizes() {
