@@ -15,7 +15,9 @@ use super::Bytes;
     version,
     about,
     max_term_width = 100,
-    arg_required_else_help = true
+    arg_required_else_help = true,
+    flatten_help = true,
+    disable_help_subcommand = true
 )]
 pub struct Arguments {
     /// What to do.

@@ -47,7 +47,7 @@ async fn models_that_cannot_be_loaded() {
         ),
         (
             config(r#"{"architecture":"rnn","layers":2,"width":32,"heads":4,"context_length":8,"vocabulary":9}"#),
-            invalid,
+            (Code::Unimplemented, "0A000"),
         ),
         (
             config(

@@ -192,6 +192,36 @@ async fn gradients_are_zeroed_and_settings_changed_in_transactions() {
 }
 
 #[tokio::test]
+async fn a_dropped_batch_stops_and_spoils_only_its_own_subtransaction() {
+    let (_server, client) = server().await;
+    client.batch("m", sub("t", 1), &[A]).await.unwrap();
+    client.batch("m", sub("t", 2), &[B]).await.unwrap();
+    for (context, left) in [(None, 0), (sub("t", 2), 1)] {
+        let other = client.clone();
+        let batch = tokio::spawn(async move {
+            let long: Vec<i64> = (0..1000).map(|n| n % 250).collect();
+            other.batch("m", context, &[long.as_slice(); 300]).await
+        });
+        client
+            .wait_for_requests(|requests| requests.iter().any(|request| request.done > 0))
+            .await;
+        batch.abort();
+        client.wait_for_requests(<[ActiveRequest]>::is_empty).await;
+        assert_eq!(client.batches("m", None).await, 0);
+        assert_eq!(client.batches("m", within("t")).await, 2 - left);
+    }
+    assert_status(
+        client.batch("m", sub("t", 2), &[B]).await,
+        Code::FailedPrecondition,
+        "55000",
+    );
+    client.rollback("t", 2).await;
+    client.batch("m", sub("t", 3), &[B]).await.unwrap();
+    client.publish("t").await.unwrap();
+    assert_eq!(client.batches("m", None).await, 2);
+}
+
+#[tokio::test]
 async fn a_lost_transaction_is_not_published_silently() {
     let (server, client) = server().await;
     assert_status(client.publish("never").await, Code::Aborted, "40001");
@@ -216,7 +246,21 @@ async fn a_lost_transaction_is_not_published_silently() {
     other.batch("m", within("t"), &[A]).await.unwrap();
     assert_eq!(client.batches("m", within("t")).await, 1);
     drop(other);
-    while client.batches("m", within("t")).await > 0 {
+    let left = || {
+        let request = ListBatchesRequest {
+            transaction: within("t"),
+            models: vec![],
+        };
+        let mut training = client.training.clone();
+        // While the transaction is just ending, this is an error.
+        async move {
+            training
+                .list_batches(request)
+                .await
+                .map_or(1, |rows| rows.into_inner().sequences.len())
+        }
+    };
+    while left().await > 0 {
         tokio::task::yield_now().await;
     }
     assert_status(client.publish("t").await, Code::Aborted, "40001");
