@@ -113,6 +113,7 @@ async fn a_request_can_be_cancelled_by_its_id() {
         .await
         .unwrap()
         .into_inner();
+    stream.message().await.unwrap().unwrap();
     let id = client.requests().await[0].id.clone();
     client
         .telemetry
