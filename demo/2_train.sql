@@ -10,7 +10,7 @@ SELECT count(*) AS texts, sum(length(text)) AS characters FROM corpus;
 CALL candle.train_tokenizer('words', 'SELECT text FROM corpus', 1024);
 INSERT INTO llm.models (name, seed, config) VALUES ('gpt', 1,
     '{"architecture": "gpt2", "layers": 4, "width": 128, "heads": 4, "context_length": 64,
-      "tokenizer": "words", "max_grad_norm": 1}');
+      "tokenizer": "words", "beta2": 0.95, "max_grad_norm": 1}');
 SELECT name, architecture, parameters, vocabulary, context_length, step, status FROM llm.models;
 SELECT token_id, token FROM llm.tokens WHERE model = 'gpt' AND input = 'convert timestamp to text' ORDER BY position;
 
@@ -31,19 +31,19 @@ INSERT INTO llm.batches (model, tokens) SELECT 'gpt', tokens FROM samples ORDER 
 SELECT parameter, shape, norm FROM llm.gradients WHERE model = 'gpt' AND parameter LIKE 'transformer.h.0.%' ORDER BY 1;
 INSERT INTO llm.optimizer_steps (model, learning_rate) VALUES ('gpt', 0.0001) RETURNING step, loss, grad_norm;
 
--- 250 steps over 32 rows each
+-- 600 steps over 8 rows each, warming up and then slowing down; every step is committed
 SELECT setseed(0.5);
 DO $$
 BEGIN
-    FOR i IN 1..250 LOOP
-        INSERT INTO llm.batches (model, tokens) SELECT 'gpt', tokens FROM samples ORDER BY random() LIMIT 32;
-        INSERT INTO llm.optimizer_steps (model, learning_rate) VALUES ('gpt', 0.004 * least(i / 20.0, (260 - i) / 240.0));
+    FOR i IN 1..600 LOOP
+        INSERT INTO llm.batches (model, tokens) SELECT 'gpt', tokens FROM samples ORDER BY random() LIMIT 8;
+        INSERT INTO llm.optimizer_steps (model, learning_rate) VALUES ('gpt', 0.0015 * least(i / 50.0, 1.1 - i / 600.0));
         COMMIT;
     END LOOP;
 END $$;
 SELECT step, round(loss::numeric, 3) AS loss, round(grad_norm::numeric, 3) AS grad_norm, tokens,
        round(duration_ms::numeric) AS ms
-FROM llm.optimizer_steps WHERE model = 'gpt' AND (step < 3 OR step % 25 = 1) ORDER BY step;
+FROM llm.optimizer_steps WHERE model = 'gpt' AND (step < 3 OR step % 60 = 1) ORDER BY step;
 
 -- after training
 SELECT prompt, completion FROM llm.generations
