@@ -34,7 +34,7 @@ pub enum Error {
     #[error("{0}")]
     InvalidArgument(String),
     /// Nothing has this name.
-    #[error("there is no {kind} \"{name}\"")]
+    #[error("there is no {kind} \"{}\"", quotable(name))]
     NotFound {
         /// What was looked for: `model`, `checkpoint`, …
         kind: &'static str,
@@ -107,6 +107,14 @@ pub enum Error {
     Internal(String),
 }
 
+/// As much of a name as a message shows; names that exist are never longer.
+fn quotable(name: &str) -> std::borrow::Cow<'_, str> {
+    match name.char_indices().nth(crate::names::MAX_NAME_CHARACTERS) {
+        None => name.into(),
+        Some((end, _)) => format!("{}…", &name[..end]).into(),
+    }
+}
+
 /// Result with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -137,6 +145,11 @@ impl Error {
         match self {
             Self::Model(error) => classify_model_error(error),
             Self::InvalidArgument(_) => (Code::InvalidArgument, "22023", None),
+            Self::NotFound { kind: "model", .. } => (
+                Code::NotFound,
+                "42704",
+                Some("The table models (ListModels in gRPC) shows the models that there are."),
+            ),
             Self::NotFound { .. } => (Code::NotFound, "42704", None),
             Self::NameTaken { .. } => (Code::AlreadyExists, "42710", None),
             Self::Limit { .. } => (
@@ -244,6 +257,12 @@ mod tests {
         );
         assert_eq!(status.metadata().get("candle-sqlstate").unwrap(), "53400");
         assert!(status.metadata().get("candle-hint").is_some());
+    }
+
+    #[test]
+    fn a_name_that_nothing_can_have_is_quoted_in_part() {
+        assert_eq!(Error::no_model("m").to_string(), "there is no model \"m\"");
+        assert!(Error::no_model(&"é".repeat(10_000)).to_string().chars().count() < 250);
     }
 
     #[test]

@@ -87,7 +87,54 @@ pub(crate) fn locate(models_dir: &Path, path: &Path) -> Result<PathBuf> {
             "source {shown} leads outside the models folder"
         )));
     }
+    refuse_links_outside(&root, &found, path)?;
     Ok(found)
+}
+
+/// Refuses a folder with a symbolic link that leads outside the models folder: the loader would follow it. Links
+/// within it are how the cache of Hugging Face lays out its snapshots.
+fn refuse_links_outside(root: &Path, folder: &Path, source: &Path) -> Result<()> {
+    let Ok(entries) = std::fs::read_dir(folder) else {
+        return Ok(());
+    };
+    for entry in entries.flatten() {
+        let is_link = entry.file_type().is_ok_and(|kind| kind.is_symlink());
+        // A link to nothing is reported by the loader, should it need the file.
+        if is_link
+            && entry
+                .path()
+                .canonicalize()
+                .is_ok_and(|target| !target.starts_with(root))
+        {
+            return Err(Error::invalid(format!(
+                "source {}: its file {:?} is a symbolic link that leads outside the models folder",
+                source.display(),
+                entry.file_name(),
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// The error of a loader, with paths relative to `folder`: where the server keeps its files is not the caller's business.
+pub(crate) fn relative(error: candle_models::Error, folder: &Path) -> candle_models::Error {
+    use candle_models::Error as ModelError;
+
+    let Ok(root) = folder.canonicalize() else { return error };
+    let prefix = format!("{}/", root.display());
+    let shorten = |text: String| text.replace(&prefix, "");
+    match error {
+        ModelError::InvalidFile { path, reason } => ModelError::InvalidFile {
+            path: match shorten(path) {
+                path if Path::new(&path) == root => ".".to_owned(),
+                path => path,
+            },
+            reason: shorten(reason),
+        },
+        ModelError::InvalidArgument(message) => ModelError::InvalidArgument(shorten(message)),
+        ModelError::Unsupported(message) => ModelError::Unsupported(shorten(message)),
+        other => other,
+    }
 }
 
 /// Bytes of the files at `path`, followed through one level of folder: what loading them will hold at least.
@@ -135,6 +182,21 @@ mod tests {
     }
 
     #[test]
+    fn an_error_names_files_relative_to_the_models_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().canonicalize().unwrap();
+        let shown = |path: &Path| {
+            let error = candle_models::Error::InvalidFile {
+                path: path.display().to_string(),
+                reason: "damaged".into(),
+            };
+            relative(error, folder.path()).to_string()
+        };
+        assert_eq!(shown(&root.join("a/b.gguf")), "invalid file `a/b.gguf`: damaged");
+        assert_eq!(shown(&root), "invalid file `.`: damaged");
+    }
+
+    #[test]
     fn a_symbolic_link_that_leads_outside_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let models = folder.path().join("models");
@@ -149,6 +211,13 @@ mod tests {
                 .to_string()
                 .contains("outside")
         );
+        std::fs::create_dir(models.join("folder")).unwrap();
+        assert!(locate(&models, Path::new("folder")).is_ok());
+        std::os::unix::fs::symlink("../file", models.join("folder/inside")).unwrap();
+        assert!(locate(&models, Path::new("folder")).is_ok());
+        std::os::unix::fs::symlink(folder.path().join("secret"), models.join("folder/config.json")).unwrap();
+        let refused = locate(&models, Path::new("folder")).unwrap_err().to_string();
+        assert!(refused.contains("\"config.json\" is a symbolic link"), "{refused}");
         assert!(
             locate(&models, Path::new("missing"))
                 .unwrap_err()

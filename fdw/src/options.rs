@@ -141,19 +141,34 @@ fn refuse_unknown(options: &HashMap<String, String>, valid: &[&str], of: &str) -
 }
 
 fn parse_endpoint(endpoint: &str) -> Result<String> {
-    let shape = "must be a list of addresses such as http://127.0.0.1:50051 or https://host:443";
-    let uri: Uri = endpoint.parse().map_err(|_| malformed("endpoint", shape))?;
-    let secret = uri
-        .authority()
-        .is_some_and(|authority| authority.as_str().contains('@'));
-    if secret {
+    let wrong = || {
+        // What stands before an @ may be a secret.
+        let given = if endpoint.contains('@') { "…" } else { endpoint };
+        malformed(
+            "endpoint",
+            &format!("holds \"{given}\", which is no address of a server"),
+        )
+        .hint("Give a list of addresses such as http://127.0.0.1:50051 or https://host:443, separated by commas.")
+    };
+    let uri: Uri = endpoint.parse().map_err(|_| wrong())?;
+    let authority = uri.authority().ok_or_else(wrong)?;
+    if authority.as_str().contains('@') {
         return Err(malformed("endpoint", "must not hold a user or a password")
             .hint("Give the token in a user mapping: CREATE USER MAPPING … OPTIONS (token '…')."));
     }
     let plain = matches!(uri.path(), "" | "/") && uri.query().is_none();
-    match uri.scheme_str() {
-        Some("http" | "https") if plain && uri.host().is_some_and(|host| !host.is_empty()) => Ok(endpoint.to_string()),
-        _ => Err(malformed("endpoint", shape)),
+    let scheme = matches!(uri.scheme_str(), Some("http" | "https"));
+    // Uri takes any digits for a port, and reports none where they are too many.
+    let port = match authority.as_str().strip_prefix(authority.host()) {
+        Some("") => true,
+        rest => rest
+            .and_then(|rest| rest.strip_prefix(':')?.parse::<u16>().ok())
+            .is_some_and(|port| port > 0),
+    };
+    if plain && scheme && port && !authority.host().is_empty() {
+        Ok(endpoint.to_string())
+    } else {
+        Err(wrong())
     }
 }
 

@@ -88,7 +88,9 @@ pub(super) fn load(app: &Arc<App>, loading: Loading) -> Result<NewModel> {
                 ));
             }
             let memory = app.memory.reserve("loading the model", sources::size(path))?;
-            (Model::load(path, &options)?, AdamW::new(), Vec::new(), memory)
+            let model =
+                Model::load(path, &options).map_err(|error| sources::relative(error, &app.config.models_dir))?;
+            (model, AdamW::new(), Vec::new(), memory)
         }
         Located::Checkpoint(path) => restore(app, &request.name, path, &options)?,
     };
@@ -158,7 +160,8 @@ fn restore(
     }
     let given = config::normalize_settings(&options.config)?;
     let memory = app.memory.reserve("restoring the checkpoint", sources::size(path))?;
-    let mut restored = checkpoint::load(path, &options.device)?;
+    let mut restored =
+        checkpoint::load(path, &options.device).map_err(|error| sources::relative(error, &app.config.data_dir))?;
     let mut fields = restored.model.config.as_object().cloned().unwrap_or_default();
     for (field, value) in given {
         if !TRAINING_FIELDS.contains(&field.as_str()) && fields.get(&field) != Some(&value) {

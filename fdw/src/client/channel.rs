@@ -88,7 +88,8 @@ async fn greet(client: &Client) -> Result<()> {
         code,
         format!("the endpoint is not a compute server that speaks {PROTOCOL}"),
     )
-    .detail(found))
+    .detail(found)
+    .hint("Check that the server option \"endpoint\" names the gRPC address of a compute server of this extension's version."))
 }
 
 /// Connects to the first endpoint that answers. Backends begin at different ones, which spreads them over the replicas.

@@ -31,12 +31,7 @@ fn detokenize(model: &str, tokens: Vec<Option<i32>>) -> String {
     let detokenize = || -> Result<String> {
         let client = client()?;
         let token_ids: Option<Vec<i64>> = tokens.iter().map(|token| token.map(i64::from)).collect();
-        let token_ids = token_ids.ok_or_else(|| {
-            Error::new(
-                PgSqlErrorCode::ERRCODE_NULL_VALUE_NOT_ALLOWED,
-                "tokens must not contain NULL",
-            )
-        })?;
+        let token_ids = token_ids.ok_or_else(|| Error::bad_value("tokens must not contain NULL"))?;
         let request = DetokenizeRequest {
             transaction: transaction::reading(client.session)?,
             model: model.to_string(),

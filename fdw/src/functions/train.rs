@@ -65,12 +65,7 @@ fn train_step(
             .filter(|length| *length > 0)
             .ok_or_else(|| Error::bad_value(format!("sequence_length must be at least 1, not {length}")))?;
         let tokens: Option<Vec<i64>> = tokens.into_iter().map(|token| token.map(i64::from)).collect();
-        let tokens = tokens.ok_or_else(|| {
-            Error::new(
-                PgSqlErrorCode::ERRCODE_NULL_VALUE_NOT_ALLOWED,
-                "tokens must not contain NULL",
-            )
-        })?;
+        let tokens = tokens.ok_or_else(|| Error::bad_value("tokens must not contain NULL"))?;
         let client = client()?;
         let context = transaction::writing(&client)?;
         let batch = AccumulateBatchesRequest {

@@ -101,6 +101,10 @@ pub(super) unsafe fn refuse_on_conflict(plan: *mut pg_sys::ModifyTable) -> Resul
 }
 
 unsafe fn check_updated(relation: &dyn Relation, entry: *mut pg_sys::RangeTblEntry) -> Result<()> {
+    if relation.writes().update.is_empty() {
+        // PostgreSQL refuses the statement when it begins.
+        return Ok(());
+    }
     let mut member = -1;
     loop {
         // SAFETY: a set of the range table entry.

@@ -106,16 +106,26 @@ async fn load(writer: &Writer, inputs: &Inputs) -> Result<Model> {
     let request = LoadModelRequest {
         transaction: writer.transaction.clone(),
         name: inputs.required("name")?,
-        source: inputs.text("source").unwrap_or_default(),
+        source: not_empty(inputs, "source")?,
         config_json: inputs.text("config").unwrap_or_else(|| "{}".into()),
-        dtype: inputs.text("dtype").unwrap_or_default(),
-        device: inputs.text("device").unwrap_or_default(),
+        dtype: not_empty(inputs, "dtype")?,
+        device: not_empty(inputs, "device")?,
         seed: inputs.integer("seed"),
     };
     write!(writer.client, models.load_model(request))
         .await?
         .model
         .ok_or_else(|| Error::protocol("model"))
+}
+
+/// The text of a column, empty only where it was not given: to the server an empty text means the default.
+fn not_empty(inputs: &Inputs, column: &str) -> Result<String> {
+    match inputs.text(column) {
+        Some(text) if text.is_empty() => Err(Error::bad_value(format!(
+            "\"{column}\" must not be empty; NULL stands for the default"
+        ))),
+        text => Ok(text.unwrap_or_default()),
+    }
 }
 
 fn row(model: Model) -> Row {

@@ -2,6 +2,7 @@
 
 use candle_compute_proto::v1::generate_request::Input;
 use candle_compute_proto::v1::{ChatMessage, ChatMessages, GenerateRequest, SamplingOptions};
+use serde_json::Value as Json;
 
 use crate::error::{Error, Result};
 use crate::relation::{Call, Column, Inputs, input};
@@ -68,24 +69,49 @@ fn continue_what(inputs: &Inputs) -> Result<Input> {
 
 /// Parses `[{"role": "user", "content": "…"}, …]`.
 fn parse_messages(text: &str) -> Result<ChatMessages> {
-    let wrong = || {
-        Error::bad_value("messages must be a JSON array of objects with a role and a content, both text")
-            .hint(r#"For example '[{"role": "user", "content": "Hello"}]'."#)
-    };
-    let parsed: serde_json::Value = serde_json::from_str(text).map_err(|_| wrong())?;
-    let list = parsed.as_array().filter(|list| !list.is_empty()).ok_or_else(wrong)?;
-    let messages = list.iter().map(|message| {
+    let wrong = |what: String| Error::bad_value(what).hint(r#"For example '[{"role": "user", "content": "Hello"}]'."#);
+    let no_list = || wrong("messages must be a JSON array of objects with the texts \"role\" and \"content\"".into());
+    let parsed: Json = serde_json::from_str(text).map_err(|_| no_list())?;
+    let list = parsed.as_array().ok_or_else(no_list)?;
+    if list.is_empty() {
+        return Err(wrong(
+            "messages is an empty array; at least one message is needed".into(),
+        ));
+    }
+    let messages = list.iter().enumerate().map(|(index, message)| {
         let object = message
             .as_object()
-            .filter(|object| object.len() == 2)
-            .ok_or_else(wrong)?;
-        let field = |name: &str| object.get(name).and_then(|value| value.as_str()).map(str::to_string);
-        match (field("role"), field("content")) {
-            (Some(role), Some(content)) => Ok(ChatMessage { role, content }),
-            _ => Err(wrong()),
+            .ok_or_else(|| wrong(format!("messages[{index}] must be an object, not {}", kind_of(message))))?;
+        if let Some(unknown) = object.keys().find(|key| !matches!(key.as_str(), "role" | "content")) {
+            return Err(wrong(format!(
+                "messages[{index}] has the unknown field \"{unknown}\"; its fields are \"role\" and \"content\""
+            )));
         }
+        let field = |name: &str| match object.get(name) {
+            Some(Json::String(text)) => Ok(text.clone()),
+            Some(other) => Err(wrong(format!(
+                "\"{name}\" of messages[{index}] must be a text, not {}",
+                kind_of(other)
+            ))),
+            None => Err(wrong(format!("messages[{index}] has no \"{name}\""))),
+        };
+        Ok(ChatMessage {
+            role: field("role")?,
+            content: field("content")?,
+        })
     });
     Ok(ChatMessages {
         messages: messages.collect::<Result<_>>()?,
     })
+}
+
+fn kind_of(value: &Json) -> &'static str {
+    match value {
+        Json::Null => "null",
+        Json::Bool(_) => "a boolean",
+        Json::Number(_) => "a number",
+        Json::String(_) => "a text",
+        Json::Array(_) => "an array",
+        Json::Object(_) => "an object",
+    }
 }

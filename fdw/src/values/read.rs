@@ -3,8 +3,8 @@
 
 use std::ffi::{CStr, c_char};
 
+use pgrx::FromDatum;
 use pgrx::pg_sys::{self, Datum, Oid};
-use pgrx::{FromDatum, PgSqlErrorCode};
 use tonic::codegen::Bytes;
 
 use super::{Kind, SqlType, Value};
@@ -143,18 +143,15 @@ fn elements(name: &str, datum: Datum, source: SqlType, refuse_nulls: bool) -> Re
         (pairs, (*array).ndim)
     };
     if refuse_nulls && dimensions > 1 {
-        let code = PgSqlErrorCode::ERRCODE_ARRAY_ELEMENT_ERROR;
-        return Err(Error::new(
-            code,
-            format!("{name} must have one dimension, not {dimensions}"),
-        ));
+        return Err(Error::bad_value(format!(
+            "{name} must have one dimension, not {dimensions}"
+        )));
     }
     if let Some(position) = pairs.iter().position(|(_, null)| *null).filter(|_| refuse_nulls) {
-        let code = PgSqlErrorCode::ERRCODE_NULL_VALUE_NOT_ALLOWED;
-        return Err(Error::new(
-            code,
-            format!("{name} must not contain NULL, but element {} is", position + 1),
-        ));
+        return Err(Error::bad_value(format!(
+            "{name} must not contain NULL, but element {} is",
+            position + 1
+        )));
     }
     let kind = SqlType::new(element, -1);
     Ok(pairs
