@@ -5,8 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_compute_proto::v1;
-use serde_json::Value;
-use sha2::{Digest, Sha256};
+use candle_models::training::checkpoint;
 
 use crate::data_folder::{self, DataFolder, Staged};
 use crate::error::{Error, Result};
@@ -121,7 +120,6 @@ impl CheckpointStore {
     }
 
     /// Takes a published checkpoint away. Its files are deleted when the returned value is dropped; until then
-    /// Takes a published checkpoint away. Its files are deleted when the returned value is dropped; until then
     /// [`publish`](Self::publish) brings it back.
     pub(crate) fn remove(&self, key: &Key) -> Result<StagedCheckpoint> {
         let row = self.lock().get(key).cloned();
@@ -162,34 +160,24 @@ fn subfolders(path: &Path) -> std::io::Result<Vec<PathBuf>> {
 /// Reads a checkpoint's manifest and checks that every file is there with its size. Contents are checked when it is
 /// restored.
 fn read_row(model: &str, path: &Path) -> Result<v1::Checkpoint, String> {
-    let text = std::fs::read(path.join("manifest.json")).map_err(|error| format!("manifest.json: {error}"))?;
-    let manifest: Value = serde_json::from_slice(&text).map_err(|error| format!("manifest.json: {error}"))?;
-    let mut bytes = text.len() as u64;
-    for file in manifest["files"].as_array().ok_or("manifest.json lists no files")? {
-        let name = file["name"]
-            .as_str()
-            .ok_or("manifest.json lists a file without a name")?;
-        let size = file["bytes"]
-            .as_u64()
-            .ok_or("manifest.json lists a file without a size")?;
-        let found = std::fs::metadata(path.join(name))
-            .map_err(|error| format!("{name}: {error}"))?
+    let (manifest, saved) = checkpoint::read_manifest(path).map_err(|error| error.to_string())?;
+    for file in &manifest.files {
+        let found = std::fs::metadata(path.join(&file.name))
+            .map_err(|error| format!("{}: {error}", file.name))?
             .len();
-        if found != size {
-            return Err(format!("{name} has {found} bytes, not {size}"));
+        if found != file.bytes {
+            return Err(format!("{} has {found} bytes, not {}", file.name, file.bytes));
         }
-        bytes += size;
     }
-    let digest = Sha256::digest(&text);
     Ok(v1::Checkpoint {
         model: model.to_owned(),
-        tag: manifest["tag"].as_str().unwrap_or_default().to_owned(),
-        step: manifest["step"].as_u64().ok_or("manifest.json has no step")?,
-        bytes,
-        sha256: digest.iter().map(|byte| format!("{byte:02x}")).collect(),
+        tag: manifest.tag,
+        step: manifest.step,
+        bytes: saved.bytes,
+        sha256: saved.sha256,
         path: String::new(),
         created_at: Some(prost_types::Timestamp {
-            seconds: manifest["created_at"].as_i64().unwrap_or(0),
+            seconds: manifest.created_at,
             nanos: 0,
         }),
     })

@@ -16,7 +16,7 @@
 //! | not something this build can do | `UNIMPLEMENTED` | 0A000 |
 //! | no token, or a wrong one | `UNAUTHENTICATED` | 28000 |
 //! | cancelled | `CANCELLED` | 57014 |
-//! | shutting down | `UNAVAILABLE` | 57P01 |
+//! | shutting down | `UNAVAILABLE` | HV00N |
 //! | anything else | `INTERNAL` | HV00L |
 
 use candle_models::Error as ModelError;
@@ -173,7 +173,8 @@ impl Error {
             Self::Cancelled => (Code::Cancelled, "57014", None),
             Self::Draining => (
                 Code::Unavailable,
-                "57P01",
+                // Not 57P01: connection pools take that as the end of their own session.
+                "HV00N",
                 Some("Try again once the server has been restarted."),
             ),
             Self::Io { source, .. } => match source.kind() {

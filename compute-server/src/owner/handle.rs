@@ -10,7 +10,7 @@ use candle_models::config::TRAINING_FIELDS;
 use candle_models::training::AdamW;
 use candle_models::{ChatTemplate, DecoderConfig, Model, ParameterInfo, Tokenizer};
 use serde_json::{Map, Value};
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use super::settings::TrainingSettings;
 use super::state::{Owner, Versions};
@@ -65,6 +65,8 @@ pub(crate) struct Description {
 pub(crate) struct ModelHandle {
     shared: Arc<Shared>,
     work: mpsc::Sender<Work>,
+    /// Closed once the thread has ended and given its memory back.
+    running: watch::Receiver<()>,
 }
 
 /// What handles and thread share.
@@ -187,11 +189,15 @@ impl ModelHandle {
         };
         owner.describe_committed();
         let runtime = tokio::runtime::Handle::current();
+        let (alive, running) = watch::channel(());
         std::thread::Builder::new()
             .name(format!("model-{}", shared.id))
-            .spawn(move || owner.run(inbox, &runtime))
+            .spawn(move || {
+                owner.run(inbox, &runtime);
+                drop(alive);
+            })
             .map_err(|error| Error::io("starting the thread of a model", error))?;
-        Ok(Self { shared, work })
+        Ok(Self { shared, work, running })
     }
 
     /// Facts that never change.
@@ -244,6 +250,12 @@ impl ModelHandle {
             .phase
             .compare_exchange(RUNNING, UNLOADED, Ordering::Relaxed, Ordering::Relaxed);
         self.shared.wake.notify_one();
+    }
+
+    /// Waits until the thread has ended and its memory is free.
+    pub(crate) async fn ended(&self) {
+        // Nothing is ever sent: the only change is the end.
+        let _ = self.running.clone().changed().await;
     }
 
     /// The row of `models` that `view` sees, without status.

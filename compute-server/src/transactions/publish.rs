@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::ending::drop_writes;
 use super::transaction::{Transaction, Write, WriteKind};
@@ -9,6 +10,9 @@ use crate::app::App;
 use crate::checkpoints::{self, Key, StagedCheckpoint};
 use crate::error::{Error, Result};
 use crate::owner::ModelHandle;
+
+/// Longest wait for the memory of unloaded models: they finish the token or micro-batch that they are at first.
+const UNLOAD_PATIENCE: Duration = Duration::from_secs(2);
 
 impl App {
     /// Publishes a transaction; returns the number of its writes. A transaction that cannot be published is discarded.
@@ -18,20 +22,38 @@ impl App {
     /// `Stale` when another transaction changed what this one relies on, or when it is unknown although `expected`;
     /// `NameTaken` when another one took a name.
     pub(crate) async fn publish(&self, id: &str, expected: bool) -> Result<u64> {
+        let (writes, unloaded) = self.publish_in_turn(id, expected).await?;
+        // What the caller loads next is to find their memory free.
+        let all_ended = async {
+            for model in &unloaded {
+                model.ended().await;
+            }
+        };
+        let _ = tokio::time::timeout(UNLOAD_PATIENCE, all_ended).await;
+        Ok(writes)
+    }
+
+    /// As [`publish`](Self::publish), once no other transaction is being published; returns what was unloaded, too.
+    async fn publish_in_turn(&self, id: &str, expected: bool) -> Result<(u64, Vec<ModelHandle>)> {
         let _one_at_a_time = self.transactions.publishing.lock().await;
         if let Some(writes) = self.transactions.published(id) {
-            return Ok(writes);
+            return Ok((writes, Vec::new()));
         }
         let Some(transaction) = self.transactions.find(id).filter(|transaction| transaction.begin_end()) else {
             return match expected {
                 true => Err(Error::Stale(format!(
                     "what transaction {id} staged is gone: the server was restarted, the connection broke, or it expired"
                 ))),
-                false => Ok(0),
+                false => Ok((0, Vec::new())),
             };
         };
         let writes = std::mem::take(&mut transaction.lock().writes);
         let count = writes.len() as u64;
+        let unloaded = writes.iter().filter_map(|write| match &write.kind {
+            WriteKind::DropModel(model) => Some(model.clone()),
+            _ => None,
+        });
+        let unloaded = unloaded.collect();
         let result = match self.validate(&transaction, &writes).await {
             Ok(()) => self.apply(&transaction, writes).await,
             Err(error) => {
@@ -42,7 +64,7 @@ impl App {
         self.transactions.remove(id);
         result?;
         self.transactions.remember(&transaction.id, count);
-        Ok(count)
+        Ok((count, unloaded))
     }
 
     /// Checks that every write can be made visible.

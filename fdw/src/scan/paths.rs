@@ -13,7 +13,8 @@ use crate::relation::Role;
 use crate::table::definition;
 
 /// Added to paths that cannot run, or would ignore an input that a join gives, so that they are the last resort.
-const LAST_RESORT: f64 = 1.0e10;
+/// Far above the 1e10 that the planner itself adds for what `enable_nestloop = off` and its like rule out.
+const LAST_RESORT: f64 = 1.0e15;
 
 /// Cost of handling a row.
 const ROW_COST: f64 = 0.01;

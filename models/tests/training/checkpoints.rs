@@ -172,7 +172,18 @@ fn damage_is_refused_by_name() {
     );
     refused("model.safetensors", &|bytes| bytes[9] ^= 1, "SHA-256");
     refused("config.json", &|bytes| bytes[2] ^= 1, "SHA-256");
-    refused("manifest.json", &|bytes| bytes.truncate(40), "not JSON");
+    refused("manifest.json", &|bytes| bytes.truncate(40), "SHA-256");
+    // Still JSON of the right shape, but of another step and with another name for a tensor.
+    refused(
+        "manifest.json",
+        &|bytes| replace(bytes, "\"step\": 2", "\"step\": 3"),
+        "SHA-256",
+    );
+    refused(
+        "manifest.json",
+        &|bytes| replace(bytes, "exp_avg_sq.", "exp_avg_sr."),
+        "SHA-256",
+    );
     checkpoint::load(&directory, &Device::Cpu).unwrap();
     fs::remove_file(directory.join("model.safetensors")).unwrap();
     let error = checkpoint::load(&directory, &Device::Cpu).err().unwrap().to_string();
@@ -180,4 +191,11 @@ fn damage_is_refused_by_name() {
         error.contains("model.safetensors") && error.contains("missing"),
         "{error}"
     );
+}
+
+/// Replaces a text that must be there.
+fn replace(bytes: &mut Vec<u8>, from: &str, to: &str) {
+    let text = String::from_utf8(std::mem::take(bytes)).unwrap();
+    assert!(text.contains(from), "{from}");
+    *bytes = text.replace(from, to).into_bytes();
 }

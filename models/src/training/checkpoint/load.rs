@@ -6,7 +6,7 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor};
 
-use super::manifest::{FILE_NAME, Manifest};
+use super::manifest::{DIGEST_FILE_NAME, FILE_NAME, Manifest, digest_line};
 use super::{FIRST_MOMENT, MODEL_FILE, OPTIMIZER_FILE, SECOND_MOMENT, Saved, files};
 use crate::config::from_settings;
 use crate::decoder::{Decoder, ParameterInfo, WeightType, load_decoder};
@@ -79,7 +79,8 @@ pub fn verify(directory: &Path) -> Result<Manifest> {
     Ok(manifest)
 }
 
-/// Reads the manifest of a checkpoint alone, which says quickly what there is but not whether it is undamaged.
+/// Reads the manifest of a checkpoint alone, which says quickly what there is but not whether the other files are
+/// undamaged.
 ///
 /// # Errors
 /// [`Error::InvalidFile`] if there is no valid manifest; [`Error::Io`].
@@ -96,6 +97,19 @@ pub fn read_manifest(directory: &Path) -> Result<(Manifest, Saved)> {
         }
         Err(e) => return Err(files::io_error(&path, e)),
     };
+    // Without this nothing would vouch for the manifest: its step and log are in no other file.
+    let digest_path = directory.join(DIGEST_FILE_NAME);
+    match fs::read(&digest_path) {
+        Ok(digest) if digest == digest_line(&bytes).as_bytes() => {}
+        Ok(_) => {
+            let reason = format!("it is damaged: SHA-256 differs from the one in {DIGEST_FILE_NAME}");
+            return Err(invalid(directory, FILE_NAME, reason));
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            return Err(invalid(directory, DIGEST_FILE_NAME, "the file is missing".into()));
+        }
+        Err(e) => return Err(files::io_error(&digest_path, e)),
+    }
     let manifest = Manifest::parse(&path.display().to_string(), &bytes)?;
     for name in [MODEL_FILE, OPTIMIZER_FILE, "config.json"] {
         if !manifest.files.iter().any(|file| file.name == name) {

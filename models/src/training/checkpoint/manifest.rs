@@ -2,14 +2,18 @@
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
 
 use super::Details;
+use super::files::hexadecimal;
 use crate::config::to_settings;
 use crate::error::{Error, Result};
 use crate::model::Model;
 
 /// Name of the manifest's file.
 pub(super) const FILE_NAME: &str = "manifest.json";
+/// Name of the file with the manifest's own digest.
+pub(super) const DIGEST_FILE_NAME: &str = "manifest.sha256";
 /// What the `format` field says.
 const FORMAT: &str = "candle-models checkpoint";
 /// Version of the layout that this code writes and reads.
@@ -68,6 +72,11 @@ pub struct TensorEntry {
     pub bytes: u64,
     /// SHA-256 of its bytes, in lower-case hexadecimal.
     pub sha256: String,
+}
+
+/// Contents of `manifest.sha256` for a manifest of these bytes; `sha256sum --check` reads it too.
+pub(super) fn digest_line(manifest: &[u8]) -> String {
+    format!("{}  {FILE_NAME}\n", hexadecimal(&Sha256::digest(manifest)))
 }
 
 impl Manifest {

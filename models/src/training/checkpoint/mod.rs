@@ -9,6 +9,7 @@
 //! | `config.json`, `generation_config.json` | transformers' description |
 //! | `tokenizer.json`, `tokenizer_config.json` | the tokenizer and the chat template, if there are any |
 //! | `manifest.json` | step, exact configuration, training log, and size and SHA-256 of every file and tensor |
+//! | `manifest.sha256` | SHA-256 of the manifest, as `sha256sum` writes it |
 
 mod files;
 mod hugging_face;

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::files::{Entry, hexadecimal, io_error, sync_directory, write_bytes, write_tensors};
-use super::manifest::{FILE_NAME, FileEntry, Manifest};
+use super::manifest::{DIGEST_FILE_NAME, FILE_NAME, FileEntry, Manifest, digest_line};
 use super::{FIRST_MOMENT, MODEL_FILE, OPTIMIZER_FILE, SECOND_MOMENT, hugging_face};
 use crate::decoder::{Decoder, ParameterId, ParameterInfo};
 use crate::error::{Error, Result};
@@ -39,7 +39,7 @@ impl Saved {
     pub(super) fn of(manifest: &Manifest, text: &[u8]) -> Self {
         let files: u64 = manifest.files.iter().map(|file| file.bytes).sum();
         Self {
-            bytes: files + text.len() as u64,
+            bytes: files + (text.len() + digest_line(text).len()) as u64,
             sha256: hexadecimal(&Sha256::digest(text)),
         }
     }
@@ -98,7 +98,7 @@ fn partial_of(directory: &Path) -> Result<(PathBuf, PathBuf)> {
     Ok((parent.join(partial_name), parent))
 }
 
-/// Writes every file into a fresh folder, the manifest last.
+/// Writes every file into a fresh folder, the manifest and its digest last.
 fn write_all(partial: &Path, model: &Model, optimizer: &AdamW, details: Details) -> Result<Saved> {
     let decoder = &model.decoder;
     let (config, end_tokens) = (decoder.config(), &model.end_tokens);
@@ -129,6 +129,7 @@ fn write_all(partial: &Path, model: &Model, optimizer: &AdamW, details: Details)
     }
     let text = serde_json::to_vec_pretty(&manifest).map_err(|e| io_error(&partial.join(FILE_NAME), e.into()))?;
     write_bytes(partial, FILE_NAME, &text)?;
+    write_bytes(partial, DIGEST_FILE_NAME, digest_line(&text).as_bytes())?;
     Ok(Saved::of(&manifest, &text))
 }
 
