@@ -28,7 +28,14 @@ BEGIN
         RAISE EXCEPTION 'model and query must be given, and steps, batch_size and sequence_length be at least 1'
             USING ERRCODE = 'invalid_parameter_value';
     END IF;
-    tokens_per_sequence := coalesce(sequence_length, candle.context_length(model));
+    tokens_per_sequence := candle.context_length(model);
+    -- Checked here, since a step that can never be taken would first gather its tokens.
+    IF sequence_length > tokens_per_sequence THEN
+        RAISE EXCEPTION 'sequence_length is %, more than the context length % of model "%"',
+            sequence_length, tokens_per_sequence, model
+            USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    tokens_per_sequence := coalesce(sequence_length, tokens_per_sequence);
     tokens_per_step := tokens_per_sequence * batch_size;
     -- Texts are told apart by the end-of-text token, where the tokenizer has it.
     separator := candle.tokenize(model, '<|endoftext|>');
