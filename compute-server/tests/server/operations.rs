@@ -102,7 +102,7 @@ async fn sigterm_lets_running_work_finish_and_takes_no_more() {
     assert_status(
         client.generate(random("m", "the", 1, 5)).await,
         Code::Unavailable,
-        "57P01",
+        "HV00N",
     );
     let mut summary = None;
     while let Some(message) = stream.message().await.unwrap() {
