@@ -128,8 +128,10 @@ pub struct Client {
 
 impl Client {
     pub async fn connect(endpoint: &str) -> Self {
+        // With hyper's window of 2 MB an unread stream would hold a whole generation, and none would ever wait.
         let channel = Channel::from_shared(endpoint.to_owned())
             .unwrap()
+            .initial_stream_window_size(8 << 10)
             .connect()
             .await
             .unwrap();
