@@ -247,7 +247,7 @@ async fn training_input_that_is_wrong_changes_nothing() {
         (vec![sequence(&[1, 2]), sequence(&[])], invalid),
         (vec![sequence(&[1, 2]), sequence(&[-1, 2])], invalid),
         (vec![sequence(&[1, 1 << 40])], invalid),
-        (vec![sequence(&[1; 4001])], invalid),
+        (vec![sequence(&[1; 32_001])], invalid),
         (vec![targets(&[])], invalid),
         (vec![targets(&[1, 2])], invalid),
         (vec![targets(&[1, 2, -7])], invalid),

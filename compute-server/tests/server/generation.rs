@@ -3,7 +3,7 @@
 use candle_compute_proto::v1::*;
 use tonic::Code;
 
-use crate::support::{TestServer, assert_status, random};
+use crate::support::{TestServer, assert_status, endless, random};
 
 #[tokio::test]
 async fn the_same_seed_gives_the_same_text_alone_and_among_others() {
@@ -71,7 +71,7 @@ async fn a_dropped_stream_stops_the_work() {
     let mut stream = client
         .inference
         .clone()
-        .generate(random("m", "the", 1, 3900))
+        .generate(endless("m"))
         .await
         .unwrap()
         .into_inner();
@@ -91,13 +91,13 @@ async fn a_slow_reader_stops_nobody_else() {
     let slow = client
         .inference
         .clone()
-        .generate(random("m", "the", 1, 3900))
+        .generate(endless("m"))
         .await
         .unwrap()
         .into_inner();
     let (tokens, _) = client.generate(random("m", "it", 2, 200)).await.unwrap();
     assert!(!tokens.is_empty());
-    assert_eq!(client.requests().await.len(), 1);
+    client.wait_for_requests(|requests| requests.len() == 1).await;
     drop(slow);
 }
 
@@ -109,7 +109,7 @@ async fn a_request_can_be_cancelled_by_its_id() {
     let mut stream = client
         .inference
         .clone()
-        .generate(random("m", "the", 1, 3900))
+        .generate(endless("m"))
         .await
         .unwrap()
         .into_inner();
@@ -143,7 +143,7 @@ async fn a_model_dropped_while_it_generates_ends_its_streams_with_an_error() {
     let mut stream = client
         .inference
         .clone()
-        .generate(random("m", "the", 1, 3900))
+        .generate(endless("m"))
         .await
         .unwrap()
         .into_inner();
@@ -168,7 +168,7 @@ async fn a_full_queue_names_its_limit() {
     client.create("m").await;
     let mut streams = Vec::new();
     let refused = loop {
-        match client.inference.clone().generate(random("m", "the", 1, 3900)).await {
+        match client.inference.clone().generate(endless("m")).await {
             Ok(stream) => streams.push(stream),
             Err(status) => break status,
         }

@@ -9,7 +9,7 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
-use crate::support::{Client, TestServer, assert_status, command, random, within};
+use crate::support::{Client, TestServer, assert_status, command, endless, random, within};
 
 fn http_get(address: &str, path: &str) -> String {
     let mut stream = TcpStream::connect(address).unwrap();
@@ -87,7 +87,10 @@ async fn sigterm_lets_running_work_finish_and_takes_no_more() {
     let mut stream = client
         .inference
         .clone()
-        .generate(random("m", "the", 1, 300))
+        .generate(GenerateRequest {
+            max_tokens: Some(3000),
+            ..endless("m")
+        })
         .await
         .unwrap()
         .into_inner();
@@ -122,7 +125,7 @@ async fn work_that_outlives_the_drain_timeout_is_cancelled() {
     let stream = client
         .inference
         .clone()
-        .generate(random("m", "the", 1, 3900))
+        .generate(endless("m"))
         .await
         .unwrap()
         .into_inner();

@@ -363,7 +363,7 @@ impl Client {
 
 /// A GPT-2 of two layers that continues texts of up to 4,000 tokens.
 pub fn tiny(name: &str) -> LoadModelRequest {
-    let config = r#"{"architecture":"gpt2","layers":2,"width":32,"heads":4,"context_length":4000,"tokenizer":"tiny"}"#;
+    let config = r#"{"architecture":"gpt2","layers":2,"width":32,"heads":4,"context_length":32000,"tokenizer":"tiny"}"#;
     LoadModelRequest {
         name: name.into(),
         config_json: config.into(),
@@ -385,6 +385,15 @@ pub fn random(model: &str, prompt: &str, seed: i64, max_tokens: i64) -> Generate
         }),
         stream_tokens: true,
         ..Default::default()
+    }
+}
+
+/// A request for more text than the buffers between server and client hold. Greedy text of random weights soon repeats
+/// itself, so no end token comes before that.
+pub fn endless(model: &str) -> GenerateRequest {
+    GenerateRequest {
+        sampling: None,
+        ..random(model, "the", 0, 30_000)
     }
 }
 
