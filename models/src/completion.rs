@@ -94,7 +94,7 @@ impl CompletionText {
 
     /// Whether text is held back that later tokens or the end will release.
     pub fn is_pending(&self) -> bool {
-        !self.stopped && !(self.partial.is_empty() && self.held.is_empty())
+        !self.stopped && (!self.partial.is_empty() || !self.held.is_empty())
     }
 
     /// Ends the completion: the text that was held back, an incomplete character as U+FFFD.

@@ -75,9 +75,9 @@ impl CheckpointsService for Service {
         let request = request.into_inner();
         let scope = Scope::open(&self.app, request.transaction.as_ref(), connection)?;
         let key = (request.model, request.step);
-        if !scope
+        if scope
             .reader()
-            .is_some_and(|reader| reader.checkpoint_path(&key).is_some())
+            .is_none_or(|reader| reader.checkpoint_path(&key).is_none())
         {
             return Err(checkpoints::not_found(&key).into());
         }

@@ -140,7 +140,12 @@ impl ModelsService for Service {
                 None => Step::End,
             });
         let chunks = ChunkReader::parameters(reader.view(), Selection::new(selection), output);
-        handle.call(move |owner| Ok(owner.add_reader(chunks))).await?;
+        handle
+            .call(move |owner| {
+                owner.add_reader(chunks);
+                Ok(())
+            })
+            .await?;
         Ok(Response::new(stream))
     }
 

@@ -103,7 +103,12 @@ impl TrainingService for Service {
             }
         });
         let chunks = ChunkReader::gradients(reader.view(), Selection::new(selection), output);
-        handle.call(move |owner| Ok(owner.add_reader(chunks))).await?;
+        handle
+            .call(move |owner| {
+                owner.add_reader(chunks);
+                Ok(())
+            })
+            .await?;
         Ok(Response::new(stream))
     }
 

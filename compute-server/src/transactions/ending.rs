@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::transaction::{Connection, Transaction, Write, WriteKind};
 use crate::app::App;
 use crate::error::Result;
-use crate::owner::ModelHandle;
+use crate::owner::{ModelHandle, Owner};
 
 impl App {
     /// Discards a transaction, or what `subtransaction` and those within it staged. Returns the number of writes.
@@ -112,7 +112,11 @@ pub(super) async fn drop_writes(transaction: &Transaction, writes: Vec<Write>, s
     for model in changed {
         let id = Arc::clone(&transaction.id);
         // A model that is gone has nothing staged any more.
-        let _ = model.call(move |owner| Ok(owner.roll_back(&id, subtransaction))).await;
+        let roll_back = move |owner: &mut Owner| {
+            owner.roll_back(&id, subtransaction);
+            Ok(())
+        };
+        let _ = model.call(roll_back).await;
     }
     if !files.is_empty() {
         // Deleting large files takes its time.

@@ -48,7 +48,7 @@ async fn a_published_checkpoint_survives_kill_9_and_training_goes_on_exactly() {
 
     let server = TestServer::start_in(server.kill(), &[]);
     let client = server.connect().await;
-    assert_eq!(client.list_checkpoints(None).await, [saved.clone()]);
+    assert_eq!(client.list_checkpoints(None).await, std::slice::from_ref(&saved));
     assert_eq!(
         std::fs::read_dir(server.data.path().join("staging")).unwrap().count(),
         0

@@ -8,8 +8,9 @@
 //! - Slice lengths are checked on entry and a mismatch panics with both lengths: lengths are the caller's code, never
 //!   outside data. Values (infinities, NaN, denormals) never panic.
 //! - Results do not depend on the number of threads.
-//! - [`linear`], the norms, the activations, [`rotary`] and attention treat each row alone, with the same operations in
-//!   the same order whatever the other rows are: a sequence's result is bit for bit the same alone or in a batch.
+//! - [`linear()`], the norms, the activations, [`rotary()`] and attention treat each row alone, with the same
+//!   operations in the same order whatever the other rows are: a sequence's result is bit for bit the same alone or in a
+//!   batch.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 

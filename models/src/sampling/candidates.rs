@@ -25,7 +25,7 @@ fn by_likelihood(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
 /// Elements over which `top_k_bound` takes maxima.
 const BLOCK: usize = 64;
 
-/// Fills `candidates` with what passes the filters of `options`, most likely first. `scaled` [vocabulary] is at most 0,
+/// Fills `candidates` with what passes the filters of `options`, most likely first. `scaled` `[vocabulary]` is at most 0,
 /// and 0 somewhere.
 ///
 /// Top-p is a share of what top-k leaves. All three filters keep the head of one order, so what min-p removes can go

@@ -1,6 +1,6 @@
 //! Run-time choice of instruction set, and the sixteen-lane vectors that every kernel is written in.
 //!
-//! A kernel's body is one generic function over [`Simd`]; `dispatch!` compiles it once per [`Level`] and calls the one
+//! A kernel's body is one generic function over `Simd`; `dispatch!` compiles it once per [`Level`] and calls the one
 //! asked for. The level is found once per process and can be lowered with `COMPUTE_SERVER_SIMD`.
 
 #[cfg(target_arch = "x86_64")]
