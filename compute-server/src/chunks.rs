@@ -45,6 +45,102 @@ pub(crate) fn dtype_of(held: &str) -> v1::DataType {
     }
 }
 
+/// Elements of a parameter that a client sent.
+#[derive(Debug)]
+pub(crate) struct Received {
+    /// Number of the chunk.
+    pub(crate) number: usize,
+    /// Elements of the parameter before the chunk.
+    pub(crate) start: usize,
+    /// The elements, finite.
+    pub(crate) values: Vec<f32>,
+}
+
+/// Checks a chunk of `parameter` whose elements have to be of `dtype`.
+///
+/// # Errors
+/// `InvalidArgument` that names the parameter, for a chunk that is not one of the parameter's, of another shape, dtype or
+/// size, or with elements that are not finite.
+pub(crate) fn receive(parameter: &ParameterInfo, chunk: &v1::TensorChunk, dtype: v1::DataType) -> Result<Received> {
+    let number = chunk.chunk as usize;
+    let refuse = |what: String| {
+        let name = &parameter.name;
+        Error::invalid(format!("parameter \"{name}\", chunk {number}: {what}"))
+    };
+    let chunks = count(parameter);
+    if number >= chunks {
+        return Err(refuse(format!("the parameter has {chunks} chunks, numbered from 0")));
+    }
+    let shape = parameter.shape.iter().map(|&dimension| dimension as u64);
+    if !chunk.shape.is_empty() && !shape.eq(chunk.shape.iter().copied()) {
+        let (given, expected) = (&chunk.shape, &parameter.shape);
+        return Err(refuse(format!("its shape is given as {given:?}, but the parameter's is {expected:?}")));
+    }
+    if ![v1::DataType::Unspecified, dtype].contains(&chunk.dtype()) || v1::DataType::try_from(chunk.dtype).is_err() {
+        let (given, expected) = (dtype_name(chunk.dtype()), dtype_name(dtype));
+        return Err(refuse(format!("its dtype is {given}, but {expected} is needed")));
+    }
+    let range = range(parameter, number);
+    if chunk.elements != 0 && chunk.elements != range.len() as u64 {
+        let (given, expected) = (chunk.elements, range.len());
+        return Err(refuse(format!("it is given as {given} elements, but has {expected}")));
+    }
+    let values = decode(&chunk.data, dtype);
+    if values.len() != range.len() || chunk.data.len() % size_of_element(dtype) != 0 {
+        let (given, expected) = (chunk.data.len(), range.len() * size_of_element(dtype));
+        return Err(refuse(format!("its data has {given} bytes, but {expected} are needed")));
+    }
+    if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+        return Err(refuse(format!("its element {at} is {}", values[at])));
+    }
+    Ok(Received {
+        number,
+        start: range.start,
+        values,
+    })
+}
+
+fn dtype_name(dtype: v1::DataType) -> &'static str {
+    match dtype {
+        v1::DataType::Unspecified => "unknown",
+        v1::DataType::F32 => "f32",
+        v1::DataType::F16 => "f16",
+        v1::DataType::Bf16 => "bf16",
+        v1::DataType::I32 => "i32",
+    }
+}
+
+fn size_of_element(dtype: v1::DataType) -> usize {
+    match dtype {
+        v1::DataType::F16 | v1::DataType::Bf16 => 2,
+        _ => 4,
+    }
+}
+
+/// Elements of a floating-point dtype from little-endian bytes; an incomplete last one is left out.
+fn decode(data: &[u8], dtype: v1::DataType) -> Vec<f32> {
+    match dtype {
+        v1::DataType::F16 => elements(data).map(|bytes| half::f16::from_le_bytes(bytes).to_f32()).collect(),
+        v1::DataType::Bf16 => elements(data).map(|bytes| half::bf16::from_le_bytes(bytes).to_f32()).collect(),
+        _ => elements(data).map(f32::from_le_bytes).collect(),
+    }
+}
+
+fn elements<const N: usize>(data: &[u8]) -> impl Iterator<Item = [u8; N]> {
+    data.as_chunks().0.iter().copied()
+}
+
+/// Gives `message` its elements, rounded to `dtype`.
+pub(crate) fn fill(message: &mut v1::TensorChunk, values: &[f32], dtype: v1::DataType) {
+    let data: Vec<u8> = match dtype {
+        v1::DataType::F16 => values.iter().flat_map(|&value| half::f16::from_f32(value).to_le_bytes()).collect(),
+        v1::DataType::Bf16 => values.iter().flat_map(|&value| half::bf16::from_f32(value).to_le_bytes()).collect(),
+        _ => little_endian(values),
+    };
+    message.norm = norm(values);
+    message.data = data.into();
+}
+
 /// A chunk of the token-weighted mean over gradients.
 pub(crate) fn gradient_chunk(
     parts: &[&Gradient],

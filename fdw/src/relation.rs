@@ -7,6 +7,7 @@ use std::sync::Arc;
 use candle_compute_proto::v1::{GenerationSummary, TransactionContext};
 use pgrx::PgSqlErrorCode;
 use tokio::sync::mpsc;
+use tonic::codegen::Bytes;
 
 use crate::client::Client;
 use crate::error::{Error, Result};
@@ -122,9 +123,11 @@ pub(crate) struct Estimate {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Writes {
     pub(crate) insert: bool,
-    /// Rows of one statement may travel together.
-    pub(crate) batched: bool,
+    /// Most rows of one INSERT that may travel together; less than 2: each by itself.
+    pub(crate) batched: i32,
     pub(crate) delete: bool,
+    /// The rows of one DELETE are handed over together, at its end.
+    pub(crate) deleted_together: bool,
     /// Columns that UPDATE may change.
     pub(crate) update: &'static [&'static str],
     /// Changes take effect at once rather than with the transaction.
@@ -198,6 +201,20 @@ impl Inputs {
         }
     }
 
+    pub(crate) fn boolean(&self, name: &str) -> Option<bool> {
+        match self.get(name)? {
+            Value::Bool(value) => Some(*value),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn bytes(&self, name: &str) -> Option<Bytes> {
+        match self.get(name)? {
+            Value::Bytes(bytes) => Some(bytes.clone()),
+            _ => None,
+        }
+    }
+
     pub(crate) fn texts(&self, name: &str) -> Vec<String> {
         match self.get(name) {
             Some(Value::Texts(values)) => values.clone(),
@@ -208,6 +225,20 @@ impl Inputs {
     /// The text as a list of one, for requests where an empty list means all.
     pub(crate) fn wanted(&self, name: &str) -> Vec<String> {
         self.text(name).into_iter().collect()
+    }
+}
+
+/// The columns that an UPDATE sets, with their values.
+#[derive(Clone, Debug)]
+pub(crate) struct Assignments {
+    pub(crate) columns: Vec<&'static str>,
+    pub(crate) values: Inputs,
+}
+
+impl Assignments {
+    /// Whether the statement sets the column.
+    pub(crate) fn sets(&self, name: &str) -> bool {
+        self.columns.contains(&name)
     }
 }
 
@@ -245,6 +276,8 @@ impl Call {
 #[derive(Clone, Debug)]
 pub(crate) struct Writer {
     pub(crate) client: Client,
+    /// Number of the statement, unique in the backend and never 0.
+    pub(crate) statement: u64,
     /// Absent where changes are not staged.
     pub(crate) transaction: Option<TransactionContext>,
 }
@@ -348,8 +381,14 @@ pub(crate) trait Relation: Sync {
         Box::pin(async { Err(read_only()) })
     }
 
-    /// Stages the new values of the row that `row` identifies.
-    fn update(&self, _writer: Writer, _row: Inputs, _new: Inputs) -> Work<()> {
+    /// Stages the deletion of the rows that a statement found, where they are handed over together.
+    fn delete_together(&self, _writer: Writer, _rows: Vec<Inputs>) -> Work<()> {
+        Box::pin(async { Err(read_only()) })
+    }
+
+    /// Stages the new values of the row that `row` identifies: those of the columns that the statement sets, absent where
+    /// it sets NULL.
+    fn update(&self, _writer: Writer, _row: Inputs, _new: Assignments) -> Work<()> {
         Box::pin(async { Err(read_only()) })
     }
 }

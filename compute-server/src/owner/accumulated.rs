@@ -3,6 +3,7 @@
 use candle_compute_proto::v1;
 use candle_models::training::Gradient;
 
+use super::merging::Sources;
 use crate::error::Result;
 use crate::memory::Reservation;
 
@@ -14,6 +15,8 @@ pub(crate) struct Part {
     pub(super) duration_ms: f64,
     /// Memory of the gradient.
     pub(super) memory: Reservation,
+    /// Sources of what was merged into it while it was staged.
+    pub(super) sources: Sources,
 }
 
 impl Part {
@@ -52,7 +55,8 @@ pub(super) struct Accumulated {
 
 impl Accumulated {
     /// Adds a part. `sealed` is the number of leading parts that staged operations rely on.
-    pub(super) fn add(&mut self, part: Part, sealed: usize) -> Result<()> {
+    pub(super) fn add(&mut self, mut part: Part, sealed: usize) -> Result<()> {
+        part.sources = Sources::default();
         let open = self.parts.len() > sealed;
         match self.parts.last_mut() {
             Some(last) if open => last.merge(part),

@@ -8,6 +8,7 @@ use candle_models::training::{AdamW, AdamWOptions, Gradient};
 
 use super::accumulated::Part;
 use super::settings::TrainingSettings;
+use super::writing::StagedWrite;
 use crate::memory::Reservation;
 
 /// Identifier of a transaction.
@@ -35,8 +36,10 @@ pub(crate) struct Ticket {
 #[derive(Default)]
 pub(super) struct Overlay {
     pub(super) operations: Vec<Staged>,
-    /// Weights that the staged gradients were computed on; see [`Versions`](super::state::Versions).
+    /// Weights that the staged gradients, steps and writes rely on; see [`Versions`](super::state::Versions).
     pub(super) weights_version: u64,
+    /// The state after what was staged, made when the transaction uses it before it is published.
+    pub(super) result: Option<StagedState>,
 }
 
 /// One staged write.
@@ -55,6 +58,15 @@ pub(super) enum Operation {
     Step(Box<StagedStep>),
     /// New training settings.
     Configure(TrainingSettings),
+    /// New elements of a parameter.
+    Write(StagedWrite),
+    /// Whether optimizer steps change a parameter.
+    Train {
+        /// Number of the parameter.
+        parameter: usize,
+        /// Whether they do.
+        trainable: bool,
+    },
     /// A gradient that a cancelled batch left incomplete: the subtransaction can only be rolled back.
     Spoilt,
 }
@@ -76,17 +88,34 @@ pub(super) struct StagedStep {
     pub(super) report: v1::OptimizerStep,
     /// The whole gradient, where it comes from more than one place; otherwise it stays where it is.
     pub(super) merged: Option<Gradient>,
-    /// The state after the step, made when the transaction reads it before it is published.
-    pub(super) result: Option<SteppedState>,
     /// Memory for `merged` and for the optimizer's moments.
     pub(super) _memory: Vec<Reservation>,
 }
 
-/// Weights and optimizer after a staged step.
-pub(super) struct SteppedState {
+/// Copies of weights and optimizer with staged changes.
+pub(super) struct StagedState {
+    /// Number of [changes](Operation::changes_state) that they have.
+    pub(super) changes: usize,
     pub(super) model: Model,
-    pub(super) optimizer: AdamW,
+    /// None before the first staged step.
+    pub(super) optimizer: Option<AdamW>,
     pub(super) memory: Reservation,
+}
+
+impl Operation {
+    /// Whether it changes weights, optimizer, or what is trained.
+    pub(super) fn changes_state(&self) -> bool {
+        match self {
+            Self::Step(step) => !step.report.skipped,
+            Self::Write(_) | Self::Train { .. } => true,
+            Self::Batch(_) | Self::Zero(_) | Self::Configure(_) | Self::Spoilt => false,
+        }
+    }
+
+    /// Whether it is stale once another transaction has changed the weights.
+    pub(super) fn relies_on_weights(&self) -> bool {
+        matches!(self, Self::Batch(_) | Self::Step(_)) || self.changes_state()
+    }
 }
 
 impl Overlay {
@@ -98,14 +127,32 @@ impl Overlay {
         })
     }
 
-    /// The staged step, to be changed.
-    pub(super) fn step_mut(&mut self) -> Option<&mut StagedStep> {
-        self.operations
-            .iter_mut()
-            .find_map(|staged| match &mut staged.operation {
-                Operation::Step(step) => Some(step.as_mut()),
-                _ => None,
-            })
+    /// Whether a staged step changes the weights.
+    pub(super) fn is_stepped(&self) -> bool {
+        self.step().is_some_and(|step| !step.report.skipped)
+    }
+
+    /// Whether the weights are others than the committed ones.
+    pub(super) fn changes_weights(&self) -> bool {
+        let writes = |staged: &Staged| matches!(staged.operation, Operation::Write(_));
+        self.is_stepped() || self.operations.iter().any(writes)
+    }
+
+    /// The staged changes of weights, optimizer, and what is trained.
+    pub(super) fn changes(&self) -> impl Iterator<Item = &Operation> {
+        let operations = self.operations.iter().map(|staged| &staged.operation);
+        operations.filter(|operation| operation.changes_state())
+    }
+
+    /// Whether something staged is stale once another transaction has changed the weights.
+    pub(super) fn relies_on_weights(&self) -> bool {
+        self.operations.iter().any(|staged| staged.operation.relies_on_weights())
+    }
+
+    /// Whether a gradient is staged.
+    pub(super) fn has_gradient(&self) -> bool {
+        let gradient = |staged: &Staged| matches!(staged.operation, Operation::Batch(_));
+        self.operations.iter().any(gradient)
     }
 
     /// Whether staged operations discard the committed gradient (they zero it, or step with it).
@@ -113,7 +160,11 @@ impl Overlay {
         self.operations.iter().find_map(|staged| match &staged.operation {
             Operation::Zero(consumed) => Some(*consumed),
             Operation::Step(step) => Some(step.consumed),
-            Operation::Batch(_) | Operation::Configure(_) | Operation::Spoilt => None,
+            Operation::Batch(_)
+            | Operation::Configure(_)
+            | Operation::Write(_)
+            | Operation::Train { .. }
+            | Operation::Spoilt => None,
         })
     }
 

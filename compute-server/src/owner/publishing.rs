@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::accumulated::Part;
-use super::overlay::{Operation, Overlay, Staged, StagedStep, SteppedState};
+use super::overlay::{Operation, Overlay, Staged, StagedState, StagedStep};
 use super::staging::spoilt;
 use super::state::Owner;
 use super::{Ticket, TransactionId};
@@ -30,6 +30,12 @@ impl Owner {
         };
         // What this transaction relied on is used up by itself, so its own seal does not count any more.
         let sealed = self.sealed();
+        let changes = overlay.changes().count();
+        let made = overlay.is_stepped().then_some(overlay.result).flatten();
+        let adopted = match made.filter(|state| state.changes == changes) {
+            Some(state) => self.adopt(state),
+            None => false,
+        };
         let mut own: Vec<Part> = Vec::new();
         for Staged { operation, .. } in overlay.operations {
             match operation {
@@ -42,9 +48,15 @@ impl Owner {
                 Operation::Step(step) => {
                     let mut parts = self.accumulated.take(step.consumed.parts);
                     parts.append(&mut own);
-                    self.apply_step(*step, parts)?;
+                    self.apply_step(*step, &parts, adopted)?;
                 }
                 Operation::Configure(settings) => self.settings = settings,
+                operation @ (Operation::Write(_) | Operation::Train { .. }) => {
+                    if !adopted {
+                        self.apply_write(&operation)?;
+                    }
+                    self.versions.weights += 1;
+                }
                 Operation::Spoilt => return Err(spoilt(&self.shared.name)),
             }
         }
@@ -57,40 +69,46 @@ impl Owner {
         Ok(())
     }
 
-    fn apply_step(&mut self, step: StagedStep, parts: Vec<Part>) -> Result<()> {
+    /// Makes a state that has all that was staged the committed one; false when it has no step.
+    fn adopt(&mut self, state: StagedState) -> bool {
+        let Some(optimizer) = state.optimizer else { return false };
+        self.model = state.model;
+        self.optimizer = optimizer;
+        self.trainable = None;
+        self.memory = state.memory;
+        true
+    }
+
+    /// Applies a write of parameters to the weights, and to the f32 copy of them where there is one.
+    fn apply_write(&mut self, operation: &Operation) -> Result<()> {
+        let copy = self.trainable.as_mut().map(|(decoder, _)| decoder);
+        for decoder in [Some(&mut self.model.decoder), copy].into_iter().flatten() {
+            operation.write_to(decoder)?;
+        }
+        Ok(())
+    }
+
+    fn apply_step(&mut self, step: StagedStep, parts: &[Part], adopted: bool) -> Result<()> {
         let StagedStep {
             options,
             report,
             merged,
-            result,
             _memory: memory,
             ..
         } = step;
         if !report.skipped {
-            match result {
-                Some(SteppedState {
-                    model,
-                    optimizer,
-                    memory,
-                }) => {
-                    self.model = model;
-                    self.optimizer = optimizer;
-                    self.trainable = None;
-                    self.memory = memory;
+            if !adopted {
+                let gradient = merged.as_ref().or_else(|| parts.first().map(|part| &part.gradient));
+                let gradient = gradient.ok_or_else(|| Error::Internal("a step without a gradient".to_owned()))?;
+                if let Some((decoder, bytes)) = self.trainable.take() {
+                    self.model.decoder = decoder;
+                    self.memory = bytes;
                 }
-                None => {
-                    let gradient = merged.as_ref().or_else(|| parts.first().map(|part| &part.gradient));
-                    let gradient = gradient.ok_or_else(|| Error::Internal("a step without a gradient".to_owned()))?;
-                    if let Some((decoder, bytes)) = self.trainable.take() {
-                        self.model.decoder = decoder;
-                        self.memory = bytes;
-                    }
-                    self.optimizer.step(&mut self.model.decoder, gradient, &options)?;
-                    // The step has happened: its memory was reserved when it was staged, and what it did not need goes back.
-                    memory.into_iter().for_each(|reserved| self.memory.absorb(reserved));
-                    let bytes = self.model.decoder.memory_bytes() + self.optimizer.memory_bytes();
-                    self.memory.shrink(bytes);
-                }
+                self.optimizer.step(&mut self.model.decoder, gradient, &options)?;
+                // The step has happened: its memory was reserved when it was staged, and what it did not need goes back.
+                memory.into_iter().for_each(|reserved| self.memory.absorb(reserved));
+                let bytes = self.model.decoder.memory_bytes() + self.optimizer.memory_bytes();
+                self.memory.shrink(bytes);
             }
             self.versions.weights += 1;
         }
@@ -103,9 +121,13 @@ impl Owner {
     pub(crate) fn roll_back(&mut self, id: &TransactionId, subtransaction: u32) {
         self.training.end_staging(id, subtransaction);
         if let Some(overlay) = self.overlays.get_mut(id) {
+            let changes = overlay.changes().count();
             overlay
                 .operations
                 .retain(|staged| staged.subtransaction < subtransaction);
+            if overlay.changes().count() < changes {
+                overlay.result = None;
+            }
             if overlay.operations.is_empty() {
                 self.overlays.remove(id);
             }
@@ -156,7 +178,7 @@ impl Owner {
 
     /// Gives the f32 copy of the weights back once no gradient is left that was computed on it.
     pub(super) fn release_trainable(&mut self) {
-        let staged = self.overlays.values().any(|overlay| overlay.tokens() > 0);
+        let staged = self.overlays.values().any(Overlay::has_gradient);
         if self.accumulated.parts.is_empty() && !staged && self.training.is_idle() {
             self.trainable = None;
         }

@@ -8,6 +8,7 @@ use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 
 use super::View;
+use super::overlay::Overlay;
 use super::state::{Owner, Versions};
 use crate::chunks::{self, CHUNK_ELEMENTS};
 use crate::error::{Error, Result};
@@ -218,15 +219,28 @@ impl Owner {
         let Source::Parameters(selection) = &reader.source else {
             return Ok(());
         };
-        let decoder = self.decoder(&reader.view)?;
+        // Writes that are staged without a step are read as they are: no copy of the model is needed for them.
+        let stepped = self.overlay(&reader.view).is_some_and(Overlay::is_stepped);
+        if stepped {
+            self.decoder(&reader.view)?;
+        }
+        let decoder = match stepped {
+            true => self.present_decoder(&reader.view),
+            false => &self.model.decoder,
+        };
         let Some((index, chunk)) = selection.next(decoder.parameters(), &mut reader.next) else {
             reader.ended = true;
             return Ok(());
         };
         let parameter = &decoder.parameters()[index];
         let mut message = chunks::describe(parameter, chunk);
+        message.trainable = self.trainable(&reader.view)[index];
         if selection.without_data {
             message.dtype = chunks::dtype_of(parameter.dtype).into();
+        } else if let Some(values) = self.staged_chunk(&reader.view, index, chunk) {
+            let dtype = chunks::dtype_of(parameter.dtype);
+            message.dtype = dtype.into();
+            chunks::fill(&mut message, values, dtype);
         } else {
             let data = decoder.read_parameter(&parameter.name, chunks::range(parameter, chunk))?;
             message.dtype = match data.dtype {
@@ -240,8 +254,7 @@ impl Owner {
         }
         reader.pending.push_back(Ok(v1::ReadGradientsResponse {
             chunk: Some(message),
-            tokens: 0,
-            micro_batches: 0,
+            ..Default::default()
         }));
         Ok(())
     }
@@ -252,21 +265,24 @@ impl Owner {
         };
         let parts = self.visible_parts(&reader.view);
         let parts: Vec<_> = parts.iter().map(|part| &part.gradient).collect();
-        let next = if parts.is_empty() {
-            None
-        } else {
-            selection.next(&self.shared.parameters, &mut reader.next)
-        };
+        let trainable = self.trainable(&reader.view);
+        let mut wanted = || selection.next(&self.shared.parameters, &mut reader.next);
+        let next = std::iter::from_fn(|| wanted().filter(|_| !parts.is_empty())).find(|(index, _)| trainable[*index]);
         let Some((index, chunk)) = next else {
             reader.ended = true;
             return Ok(());
         };
-        let tokens = parts.iter().map(|part| part.tokens()).sum();
+        let tokens: u64 = parts.iter().map(|part| part.tokens()).sum();
+        let loss_tokens: u64 = parts.iter().map(|part| part.loss_tokens()).sum();
+        let loss = |part: &&candle_models::training::Gradient| part.loss().unwrap_or(0.0) * part.loss_tokens() as f64;
+        let loss = (tokens > 0 && tokens == loss_tokens)
+            .then(|| parts.iter().map(loss).sum::<f64>() / tokens as f64);
         let message = chunks::gradient_chunk(&parts, &self.shared.parameters[index], chunk, selection.without_data)?;
         reader.pending.push_back(Ok(v1::ReadGradientsResponse {
             chunk: Some(message),
             tokens,
             micro_batches,
+            loss,
         }));
         Ok(())
     }
@@ -294,8 +310,7 @@ impl Owner {
             let message = chunks::f32_chunk("logits", &shape, chunk, offset, piece);
             reader.pending.push_back(Ok(v1::ReadGradientsResponse {
                 chunk: Some(message),
-                tokens: 0,
-                micro_batches: 0,
+                ..Default::default()
             }));
         }
         reader.next.1 += logits.len().div_ceil(CHUNK_ELEMENTS);

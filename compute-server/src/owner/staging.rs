@@ -71,16 +71,17 @@ impl Owner {
             [] => return Err(Error::Internal("a gradient without parts".to_owned())),
         };
         let gradient = merged.as_ref().or_else(|| parts.first().map(|part| &part.gradient));
-        let grad_norm = gradient.map_or(Ok(f64::NAN), |gradient| gradient.norm())?;
-        let loss = gradient.and_then(|gradient| gradient.loss()).unwrap_or(f64::NAN);
+        let trainable = self.trainable(&view);
+        let grad_norm = gradient.map_or(Ok(f64::NAN), |gradient| gradient.norm(&trainable))?;
+        let loss = gradient.and_then(|gradient| gradient.loss());
         let report = v1::OptimizerStep {
             model: self.shared.name.clone(),
             step: self.step_number(&View::Committed) + 1,
-            loss,
+            loss: loss.unwrap_or(f64::NAN),
             grad_norm,
             options: Some(to_proto(&options)),
             loss_scale: 1.0,
-            skipped: !(grad_norm.is_finite() && loss.is_finite()),
+            skipped: !grad_norm.is_finite() || loss.is_some_and(|loss| !loss.is_finite()),
             tokens,
             duration_ms: duration_ms + started.elapsed().unwrap_or_default().as_secs_f64() * 1e3,
             created_at: Some(started.into()),
@@ -90,10 +91,13 @@ impl Owner {
             options,
             report: report.clone(),
             merged,
-            result: None,
             _memory: memory,
         };
         self.push(ticket, Operation::Step(Box::new(step)));
+        // A state without the step may hold weights that are not f32.
+        if let Some(overlay) = self.overlays.get_mut(&ticket.transaction) {
+            overlay.result = None;
+        }
         Ok(report)
     }
 
@@ -129,10 +133,10 @@ impl Owner {
         }
     }
 
-    fn push(&mut self, ticket: &Ticket, operation: Operation) {
+    pub(super) fn push(&mut self, ticket: &Ticket, operation: Operation) {
         let weights_version = self.versions.weights;
         let overlay = self.overlays.entry(Arc::clone(&ticket.transaction)).or_default();
-        if overlay.operations.is_empty() {
+        if !overlay.relies_on_weights() {
             overlay.weights_version = weights_version;
         }
         overlay.operations.push(Staged {

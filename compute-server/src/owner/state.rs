@@ -13,7 +13,7 @@ use super::accumulated::Accumulated;
 use super::generation::Generations;
 use super::handle::Shared;
 use super::log_row;
-use super::overlay::{Operation, Overlay, SteppedState, TransactionId, View};
+use super::overlay::{Operation, Overlay, StagedState, TransactionId, View};
 use super::reading::ChunkReader;
 use super::settings::TrainingSettings;
 use super::training::Training;
@@ -47,10 +47,13 @@ pub(crate) struct Owner {
     pub(super) _slot: Option<ModelSlot>,
 }
 
+/// What needs memory when a transaction uses what it has staged.
+const COPY: &str = "a copy of the model for a transaction that reads its own changes";
+
 /// Counts changes, so that what a transaction staged can be told to be stale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Versions {
-    /// Grows with every published step.
+    /// Grows with every published step and write of parameters.
     pub(super) weights: u64,
     /// Grows whenever the committed gradient is used up or discarded.
     pub(super) gradient: u64,
@@ -63,9 +66,13 @@ impl Owner {
     /// `Stale` when the view's staged step has been overtaken, `Memory` when there is none for a copy.
     pub(crate) fn decoder(&mut self, view: &View) -> Result<&Decoder> {
         self.materialize(view)?;
-        Ok(self
-            .stepped(view)
-            .map_or(&self.model.decoder, |state| &state.model.decoder))
+        Ok(self.present_decoder(view))
+    }
+
+    /// The weights that `view` sees, as far as its changes have been applied to a copy.
+    pub(super) fn present_decoder(&self, view: &View) -> &Decoder {
+        self.staged_state(view)
+            .map_or(&self.model.decoder, |state| &state.model.decoder)
     }
 
     /// Saves the model that `view` sees as the folder `directory`, which must not exist.
@@ -77,24 +84,24 @@ impl Owner {
         let log = self.log(view).iter().map(log_row::to_json).collect();
         let mut config = self.shared.config.clone();
         config.extend(self.settings(view).values().clone());
-        let stepped = match view {
+        let details = checkpoint::Details {
+            tag: tag.to_owned(),
+            log,
+        };
+        let trainable = self.trainable(view);
+        let staged = match view {
             View::Committed => None,
-            View::Transaction(id) => self.overlays.get_mut(id).and_then(Overlay::step_mut),
+            View::Transaction(id) => self.overlays.get_mut(id).and_then(|overlay| overlay.result.as_mut()),
         };
-        let (model, optimizer) = match stepped.and_then(|step| step.result.as_mut()) {
-            Some(state) => (&mut state.model, &state.optimizer),
-            None => (&mut self.model, &self.optimizer),
+        let Some(state) = staged else {
+            self.model.config = Value::Object(config);
+            return self.save_committed(&trainable, |model, optimizer| {
+                checkpoint::save(directory, model, optimizer, details)
+            });
         };
-        model.config = Value::Object(config);
-        checkpoint::save(
-            directory,
-            model,
-            optimizer,
-            checkpoint::Details {
-                tag: tag.to_owned(),
-                log,
-            },
-        )?;
+        state.model.config = Value::Object(config);
+        let optimizer = state.optimizer.as_ref().unwrap_or(&self.optimizer);
+        checkpoint::save(directory, &state.model, optimizer, details)?;
         Ok(())
     }
 
@@ -153,56 +160,71 @@ impl Owner {
         }
     }
 
-    fn stepped(&self, view: &View) -> Option<&SteppedState> {
-        self.overlay(view)?.step()?.result.as_ref()
+    fn staged_state(&self, view: &View) -> Option<&StagedState> {
+        self.overlay(view)?.result.as_ref()
     }
 
-    /// Applies the staged step of `view`, if it has one, to copies of weights and optimizer.
+    /// Applies what `view` has staged to copies of weights and optimizer, if it changes the weights.
     fn materialize(&mut self, view: &View) -> Result<()> {
         let View::Transaction(id) = view else { return Ok(()) };
-        let pending = |overlay: &Overlay| {
-            overlay
-                .step()
-                .is_some_and(|step| step.result.is_none() && !step.report.skipped)
+        let behind = |overlay: &Overlay| {
+            let made = overlay.result.as_ref().map(|state| state.changes);
+            overlay.changes_weights() && made != Some(overlay.changes().count())
         };
-        if !self.overlays.get(id).is_some_and(pending) {
+        if !self.overlays.get(id).is_some_and(behind) {
             return Ok(());
         }
         self.check_fresh(id)?;
-        let Some(overlay) = self.overlays.get(id) else {
+        let Some(mut overlay) = self.overlays.remove(id) else {
             return Ok(());
         };
-        let Some(step) = overlay.step() else { return Ok(()) };
-        let base = self
-            .trainable
-            .as_ref()
-            .map_or(&self.model.decoder, |(decoder, _)| decoder);
-        let bytes = base.memory_bytes() + 8 * base.parameter_count();
-        let memory = self
-            .budget
-            .reserve("a copy of the model for a transaction that reads its own step", bytes)?;
-        let mut decoder = base.deep_copy()?;
-        let mut optimizer = self.optimizer.deep_copy()?;
-        let gradient = match &step.merged {
-            Some(gradient) => gradient,
-            None => self.only_gradient(overlay, step.consumed.parts)?,
+        let made = self.make_state(&mut overlay);
+        let made = made.map(|state| overlay.result = Some(state));
+        self.overlays.insert(Arc::clone(id), overlay);
+        made
+    }
+
+    /// The state after all that is staged, from the one made before where there is one.
+    fn make_state(&self, overlay: &mut Overlay) -> Result<StagedState> {
+        let mut state = match overlay.result.take() {
+            Some(state) => state,
+            None => self.copy_state()?,
         };
-        optimizer.step(&mut decoder, gradient, &step.options)?;
-        let model = Model {
-            decoder,
-            tokenizer: self.model.tokenizer.clone(),
-            chat_template: self.model.chat_template.clone(),
-            end_tokens: self.model.end_tokens.clone(),
-            config: self.model.config.clone(),
-        };
-        if let Some(step) = self.overlays.get_mut(id).and_then(Overlay::step_mut) {
-            step.result = Some(SteppedState {
-                model,
-                optimizer,
-                memory,
-            });
+        for operation in overlay.changes().skip(state.changes) {
+            if let Operation::Step(step) = operation {
+                let bytes = state.model.decoder.memory_bytes() + 8 * state.model.decoder.parameter_count();
+                state.memory.resize(COPY, bytes)?;
+                let gradient = match &step.merged {
+                    Some(gradient) => gradient,
+                    None => self.only_gradient(overlay, step.consumed.parts)?,
+                };
+                let mut optimizer = self.optimizer.deep_copy()?;
+                optimizer.step(&mut state.model.decoder, gradient, &step.options)?;
+                state.optimizer = Some(optimizer);
+            } else {
+                operation.write_to(&mut state.model.decoder)?;
+            }
+            state.changes += 1;
         }
-        Ok(())
+        Ok(state)
+    }
+
+    /// A copy of the committed state, without the optimizer.
+    fn copy_state(&self) -> Result<StagedState> {
+        let base = self.training_decoder();
+        let memory = self.budget.reserve(COPY, base.memory_bytes())?;
+        Ok(StagedState {
+            changes: 0,
+            model: Model {
+                decoder: base.deep_copy()?,
+                tokenizer: self.model.tokenizer.clone(),
+                chat_template: self.model.chat_template.clone(),
+                end_tokens: self.model.end_tokens.clone(),
+                config: self.model.config.clone(),
+            },
+            optimizer: None,
+            memory,
+        })
     }
 
     /// The gradient of a step that takes it from one place: the overlay's one batch, or the one committed part.
@@ -231,17 +253,13 @@ impl Owner {
         let Some(overlay) = self.overlays.get(id) else {
             return Ok(());
         };
-        let has_batch = overlay
-            .operations
-            .iter()
-            .any(|staged| matches!(staged.operation, Operation::Batch(_)));
-        let stale_batch = has_batch && overlay.weights_version != self.versions.weights;
+        let stale_weights = overlay.relies_on_weights() && overlay.weights_version != self.versions.weights;
         let stale_use = overlay
             .consumes()
             .is_some_and(|consumed| consumed.gradient_version != self.versions.gradient);
-        if stale_batch || stale_use {
+        if stale_weights || stale_use {
             return Err(Error::Stale(format!(
-                "model \"{}\" was stepped by another transaction after this one had changed it",
+                "model \"{}\" was changed by another transaction after this one had changed it",
                 self.shared.name
             )));
         }

@@ -10,6 +10,7 @@ use candle_models::training::{self, Gradient, SequenceLoss, TrainingSequence};
 
 use super::accumulated::Part;
 use super::handle::Reply;
+use super::merging::Sources;
 use super::overlay::{Operation, Overlay, Staged};
 use super::state::Owner;
 use super::{Ticket, View};
@@ -139,11 +140,21 @@ impl Owner {
     /// Checks a request and gives the gradient that it adds to.
     fn begin_training(&mut self, request: &TrainingRequest) -> Result<(Part, bool)> {
         self.make_trainable()?;
-        let Target::Stage(ticket) = &request.target else {
-            return Ok((self.new_part()?, false));
+        let ticket = match &request.target {
+            Target::Stage(ticket) => ticket,
+            Target::Return(view) => return Ok((self.new_part(view)?, false)),
         };
         self.check_usable(ticket)?;
         self.check_accumulated(ticket, &request.sequences)?;
+        self.take_part(ticket)
+    }
+
+    /// Gives the gradient that a transaction adds to next: that of its last batch, taken out of what is staged, else a new
+    /// one; with whether it is the former. It has to be staged again.
+    ///
+    /// # Errors
+    /// `Precondition` after a staged step, `Memory`.
+    pub(super) fn take_part(&mut self, ticket: &Ticket) -> Result<(Part, bool)> {
         let weights_version = self.versions.weights;
         let overlay = self.overlays.entry(Arc::clone(&ticket.transaction)).or_default();
         if overlay.step().is_some() {
@@ -155,11 +166,7 @@ impl Owner {
                 hint: "Commit first, then insert the next batch.",
             });
         }
-        if !overlay
-            .operations
-            .iter()
-            .any(|staged| matches!(staged.operation, Operation::Batch(_)))
-        {
+        if !overlay.relies_on_weights() {
             overlay.weights_version = weights_version;
         }
         // Rows of one subtransaction share a gradient: the last one is continued.
@@ -174,7 +181,8 @@ impl Owner {
         {
             return Ok((part, true));
         }
-        Ok((self.new_part()?, false))
+        let view = View::Transaction(Arc::clone(&ticket.transaction));
+        Ok((self.new_part(&view)?, false))
     }
 
     /// Refuses more tokens than one model keeps between two steps.
@@ -195,25 +203,22 @@ impl Owner {
         Ok(())
     }
 
-    /// An empty gradient with memory reserved for it.
-    fn new_part(&self) -> Result<Part> {
+    /// An empty gradient of what `view` trains, with memory reserved for it.
+    fn new_part(&self, view: &View) -> Result<Part> {
         let decoder = self.training_decoder();
         let memory = self.budget.reserve("a gradient", 4 * decoder.parameter_count())?;
         Ok(Part {
-            gradient: Gradient::new(decoder),
+            gradient: Gradient::of_parameters(decoder, &self.trainable(view)),
             sequences: Vec::new(),
             duration_ms: 0.0,
             memory,
+            sources: Sources::default(),
         })
     }
 
     /// The weights that `view` sees, as f32.
-    fn stepped_decoder(&mut self, view: &View) -> Result<&candle_models::Decoder> {
-        let stepped = self
-            .overlay(view)
-            .and_then(Overlay::step)
-            .is_some_and(|step| !step.report.skipped);
-        if stepped {
+    fn visible_decoder(&mut self, view: &View) -> Result<&candle_models::Decoder> {
+        if self.overlay(view).is_some_and(Overlay::changes_weights) {
             self.decoder(view)
         } else {
             Ok(self.training_decoder())
@@ -228,7 +233,7 @@ impl Owner {
     }
 
     /// Expands weights that are not f32, beside those that generations use: a rolled back batch leaves no trace.
-    fn make_trainable(&mut self) -> Result<()> {
+    pub(super) fn make_trainable(&mut self) -> Result<()> {
         if self.trainable.is_some()
             || self
                 .model
@@ -246,6 +251,8 @@ impl Owner {
         let mut decoder = self.model.decoder.deep_copy()?;
         decoder.make_trainable()?;
         self.trainable = Some((decoder, memory));
+        // Staged states that were copied from the weights as they are held are of no use to a gradient.
+        self.overlays.values_mut().for_each(|overlay| overlay.result = None);
         Ok(())
     }
 
@@ -285,8 +292,8 @@ impl Owner {
             )));
         }
         let decoder = match &job.request.target {
-            Target::Return(view) => self.stepped_decoder(view)?,
-            Target::Stage(_) => self.training_decoder(),
+            Target::Return(view) => self.visible_decoder(view)?,
+            Target::Stage(ticket) => self.visible_decoder(&View::Transaction(Arc::clone(&ticket.transaction)))?,
         };
         request.set_phase(Phase::Running);
         job.begun = true;

@@ -4,13 +4,23 @@ use candle_compute_proto::v1;
 use candle_compute_proto::v1::training_service_server::TrainingService;
 use candle_models::ParameterInfo;
 use candle_models::training::{Gradient, TrainingSequence};
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use super::{ResponseStream, Service, connection};
 use crate::chunks;
 use crate::error::{Error, Result};
-use crate::owner::{ChunkReader, ModelHandle, OutputStream, Selection, Step, Target, TrainingRequest};
+use crate::owner::{
+    ChunkReader, GradientChunk, ModelHandle, OutputStream, Selection, SourceWeight, Step, Target, TrainingRequest,
+    unknown_parameter,
+};
+use crate::requests::Phase;
 use crate::transactions::{Reader, Scope};
+
+/// Most targets and sequences that a merged gradient may be the mean over: f64 counts them exactly.
+const MOST_WEIGHT: u64 = 1 << 53;
+
+/// What needs memory while a stream of tensors comes in.
+const RECEIVED: &str = "receiving tensors";
 
 #[tonic::async_trait]
 impl TrainingService for Service {
@@ -112,6 +122,69 @@ impl TrainingService for Service {
         Ok(Response::new(stream))
     }
 
+    async fn merge_gradients(
+        &self,
+        request: Request<Streaming<v1::MergeGradientsRequest>>,
+    ) -> Result<Response<v1::MergeGradientsResponse>, Status> {
+        let connection = connection(&request);
+        let mut messages = request.into_inner();
+        let first = first_message(&mut messages).await?;
+        let scope = Scope::open(&self.app, first.transaction.as_ref(), connection)?;
+        let handle = scope.model(&first.model)?;
+        let guard = self.app.requests.begin("merge", &first.model);
+        let set = first.set_id;
+        let mut held = self.app.memory.reserve(RECEIVED, 0)?;
+        let mut chunks = Vec::new();
+        let mut next = Some(first);
+        while let Some(message) = next {
+            let chunk = gradient_chunk(&handle, &message)?;
+            held.resize(RECEIVED, held.bytes() + 4 * chunk.chunk.values.len() as u64)?;
+            chunks.push(chunk);
+            next = messages.message().await?;
+        }
+        let count = chunks.len() as u64;
+        guard.set_phase(Phase::Running);
+        scope
+            .change(&handle, move |owner, ticket| {
+                // Held until what was received is dropped.
+                let _held = held;
+                owner.stage_merge(ticket, set, &chunks)
+            })
+            .await?;
+        scope.close().await?;
+        Ok(Response::new(v1::MergeGradientsResponse { chunks: count }))
+    }
+
+    async fn write_parameters(
+        &self,
+        request: Request<Streaming<v1::WriteParametersRequest>>,
+    ) -> Result<Response<v1::WriteParametersResponse>, Status> {
+        let connection = connection(&request);
+        let mut messages = request.into_inner();
+        let first = first_message(&mut messages).await?;
+        let scope = Scope::open(&self.app, first.transaction.as_ref(), connection)?;
+        let handle = scope.model(&first.model)?;
+        let mut held = self.app.memory.reserve(RECEIVED, 0)?;
+        let mut writes = Vec::new();
+        let mut next = Some(first);
+        while let Some(message) = next {
+            let bytes = message.chunk.as_ref().map_or(0, |chunk| chunk.data.len() as u64);
+            held.resize(RECEIVED, held.bytes() + bytes)?;
+            writes.push(message);
+            next = messages.message().await?;
+        }
+        let count = writes.len() as u64;
+        scope
+            .change(&handle, move |owner, ticket| {
+                // Held until what was received is dropped.
+                let _held = held;
+                owner.stage_writes(ticket, &writes)
+            })
+            .await?;
+        scope.close().await?;
+        Ok(Response::new(v1::WriteParametersResponse { writes: count }))
+    }
+
     async fn zero_gradients(
         &self,
         request: Request<v1::ZeroGradientsRequest>,
@@ -188,6 +261,52 @@ impl Service {
             request: self.app.requests.begin("batch", model.name()),
         })
     }
+}
+
+/// The first message of a stream, which says where the others belong.
+async fn first_message<T>(messages: &mut Streaming<T>) -> Result<T, Status> {
+    let first = messages.message().await?;
+    first.ok_or_else(|| Error::invalid("the stream is empty").into())
+}
+
+/// Checks a chunk of a gradient, but for whether its parameter is trained.
+fn gradient_chunk(model: &ModelHandle, message: &v1::MergeGradientsRequest) -> Result<GradientChunk> {
+    let chunk = message.chunk.as_ref();
+    let chunk = chunk.ok_or_else(|| Error::invalid("a message has no chunk"))?;
+    let parameters = &model.facts().parameters;
+    let parameter = parameters
+        .iter()
+        .position(|parameter| parameter.name == chunk.name)
+        .ok_or_else(|| unknown_parameter(model.name(), &chunk.name))?;
+    let (tokens, micro_batches) = (message.tokens, message.micro_batches);
+    if tokens > MOST_WEIGHT {
+        return Err(Error::invalid(format!("tokens must be at most {MOST_WEIGHT}, not {tokens}")));
+    }
+    if !(1..=MOST_WEIGHT).contains(&micro_batches) {
+        return Err(Error::invalid(format!(
+            "micro_batches must be from 1 to {MOST_WEIGHT}, not {micro_batches}"
+        )));
+    }
+    if let Some(loss) = message.loss.filter(|loss| !loss.is_finite()) {
+        return Err(Error::invalid(format!("loss must be finite, not {loss}")));
+    }
+    let received = chunks::receive(&parameters[parameter], chunk, v1::DataType::F32)?;
+    let largest = received.values.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
+    if f64::from(largest) * tokens as f64 > f64::from(f32::MAX) {
+        return Err(Error::invalid(format!(
+            "parameter \"{}\", chunk {}: {largest} times the weight of {tokens} tokens exceeds the range of f32",
+            chunk.name, received.number
+        )));
+    }
+    Ok(GradientChunk {
+        parameter,
+        chunk: received,
+        weight: SourceWeight {
+            tokens,
+            micro_batches,
+            loss: message.loss,
+        },
+    })
 }
 
 /// The models of a request: those named, or all.

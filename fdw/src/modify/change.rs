@@ -19,7 +19,7 @@ pub(super) unsafe extern "C-unwind" fn exec_foreign_update(
         let change = &*(*target).ri_FdwState.cast::<Change>();
         let update = || -> Result<()> {
             let identity = change.identity(plan_slot)?;
-            let new = change.values(slot, change.table.relation.writes().update)?;
+            let new = change.assignments(slot)?;
             change.run(|writer| change.table.relation.update(writer, identity, new))
         };
         update().or_report();
@@ -41,6 +41,9 @@ pub(super) unsafe extern "C-unwind" fn exec_foreign_delete(
         change.forget_rows();
         let delete = || -> Result<()> {
             let identity = change.identity(plan_slot)?;
+            if change.keep_deleted(&identity) {
+                return Ok(());
+            }
             change.run(|writer| change.table.relation.delete(writer, identity))
         };
         delete().or_report();

@@ -41,9 +41,9 @@ pub(super) unsafe extern "C-unwind" fn get_foreign_modify_batch_size(target: *mu
         let Some(change) = (*target).ri_FdwState.cast::<Change>().as_ref() else {
             return 1;
         };
-        let batched = change.table.relation.writes().batched;
-        if batched && !reads_back(target) && !before_row(target) {
-            change.client.batch_size
+        let batched = change.table.relation.writes().batched.min(change.client.batch_size);
+        if batched > 1 && !reads_back(target) && !before_row(target) {
+            batched
         } else {
             1
         }

@@ -1,12 +1,14 @@
 //! The state of a statement that changes a table.
 #![allow(unsafe_code)]
 
+use std::cell::{Cell, RefCell};
+
 use pgrx::prelude::*;
 
 use super::plan::{WHOLE_ROW, junk_name, refuse_on_conflict};
 use crate::client::{Client, connect, wait};
 use crate::error::{Error, OrReport, Result};
-use crate::relation::{Inputs, Row, Work, Writer};
+use crate::relation::{Assignments, Inputs, Row, Work, Writer};
 use crate::resources;
 use crate::table::{Table, effective_user};
 use crate::transaction;
@@ -20,8 +22,18 @@ pub(super) struct Change {
     identity: Vec<(usize, i16)>,
     /// Position of the whole old row in the subplan's output, when RETURNING needs it.
     whole_row: i16,
+    /// Columns that UPDATE sets.
+    updated: Vec<&'static str>,
+    /// Rows that DELETE found, where they are handed over together.
+    deleted: RefCell<Vec<Inputs>>,
+    /// Number of the statement.
+    statement: u64,
     /// Holds rows that are handed back; reset with every call.
     memory: pg_sys::MemoryContext,
+}
+
+thread_local! {
+    static STATEMENTS: Cell<u64> = const { Cell::new(0) };
 }
 
 /// Callback: prepares a statement.
@@ -66,7 +78,9 @@ pub(super) unsafe extern "C-unwind" fn end_foreign_modify(
     unsafe {
         let change = (*target).ri_FdwState.cast::<Change>();
         (*target).ri_FdwState = std::ptr::null_mut();
+        let deleted = change.as_ref().map_or(Ok(()), Change::delete_together);
         resources::release(change);
+        deleted.or_report();
     }
 }
 
@@ -84,12 +98,16 @@ unsafe fn begin(modify: *mut pg_sys::ModifyTableState, target: *mut pg_sys::Resu
             pg_sys::ALLOCSET_DEFAULT_MAXSIZE as usize,
         );
         let mut change = Change {
-            table,
             client,
             identity: Vec::new(),
             whole_row: 0,
+            updated: updated_columns(state, target, &table),
+            deleted: RefCell::default(),
+            statement: STATEMENTS.get() + 1,
             memory,
+            table,
         };
+        STATEMENTS.set(change.statement);
         let subplan = (*modify).ps.lefttree;
         if matches!(
             (*modify).operation,
@@ -116,6 +134,32 @@ unsafe fn begin(modify: *mut pg_sys::ModifyTableState, target: *mut pg_sys::Resu
     }
 }
 
+/// The columns that an UPDATE sets: those that it names, and all that may be set where a trigger can set them too.
+unsafe fn updated_columns(
+    state: *mut pg_sys::EState,
+    target: *mut pg_sys::ResultRelInfo,
+    table: &Table,
+) -> Vec<&'static str> {
+    let may = table.relation.writes().update;
+    // SAFETY: the executor's structures are valid, and the index is in its range table.
+    unsafe {
+        let index = (*target).ri_RangeTableIndex;
+        let trigger = (*target).ri_TrigDesc.as_ref();
+        if index == 0 || trigger.is_some_and(|triggers| triggers.trig_update_before_row) {
+            return may.to_vec();
+        }
+        let named = |column: &usize| {
+            let attribute = *column as i32 + 1 - pg_sys::FirstLowInvalidHeapAttributeNumber;
+            pg_sys::bms_is_member(attribute, (*pg_sys::exec_rt_fetch(index, state)).updatedCols)
+        };
+        let attributes = table.attributes.iter().enumerate();
+        attributes
+            .filter(|(index, _)| named(index))
+            .filter_map(|(_, attribute)| Some(table.relation.columns()[attribute.as_ref()?.column].name))
+            .collect()
+    }
+}
+
 impl Change {
     /// Writes: gives `work` where and in which transaction to write, and waits for it.
     pub(super) fn run<T>(&self, work: impl FnOnce(Writer) -> Work<T>) -> Result<T> {
@@ -123,11 +167,16 @@ impl Change {
         if self.table.relation.writes().immediate {
             return wait(work(Writer {
                 client,
+                statement: self.statement,
                 transaction: None,
             }));
         }
         let transaction = Some(transaction::writing(&self.client)?);
-        let outcome = wait(work(Writer { client, transaction }))?;
+        let outcome = wait(work(Writer {
+            client,
+            statement: self.statement,
+            transaction,
+        }))?;
         transaction::wrote(self.client.session);
         Ok(outcome)
     }
@@ -165,11 +214,30 @@ impl Change {
         Ok(inputs)
     }
 
-    /// The values of `names` in a row.
+    /// Keeps a row that DELETE found for its end; false where rows are deleted one by one.
+    pub(super) fn keep_deleted(&self, row: &Inputs) -> bool {
+        let keep = self.table.relation.writes().deleted_together;
+        if keep {
+            self.deleted.borrow_mut().push(row.clone());
+        }
+        keep
+    }
+
+    /// Hands over the rows that were kept.
+    fn delete_together(&self) -> Result<()> {
+        let rows = self.deleted.take();
+        if rows.is_empty() {
+            return Ok(());
+        }
+        self.run(|writer| self.table.relation.delete_together(writer, rows))
+    }
+
+    /// What UPDATE sets, from the new row.
     ///
     /// # Safety
     /// `slot` holds a row of the table.
-    pub(super) unsafe fn values(&self, slot: *mut pg_sys::TupleTableSlot, names: &[&str]) -> Result<Inputs> {
+    pub(super) unsafe fn assignments(&self, slot: *mut pg_sys::TupleTableSlot) -> Result<Assignments> {
+        let names = &self.updated;
         let columns = self.table.relation.columns();
         let mut inputs = Inputs::new(columns);
         // SAFETY: as in `inputs`.
@@ -187,7 +255,10 @@ impl Change {
                 }
             }
         }
-        Ok(inputs)
+        Ok(Assignments {
+            columns: names.clone(),
+            values: inputs,
+        })
     }
 
     /// The columns that identify the row which the subplan found.

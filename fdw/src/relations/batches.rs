@@ -50,7 +50,7 @@ impl Relation for Batches {
     fn writes(&self) -> Writes {
         Writes {
             insert: true,
-            batched: true,
+            batched: i32::MAX,
             ..Writes::default()
         }
     }

@@ -1,19 +1,30 @@
-//! `gradients`: the accumulated gradient of the models, in chunks of about 1 MB.
+//! `gradients`: the accumulated gradient of the models, in chunks of about 1 MB. INSERT adds by weight, DELETE zeroes.
 
-use candle_compute_proto::v1::ReadGradientsRequest;
+use std::collections::{BTreeMap, BTreeSet};
 
-use crate::client::read;
-use crate::error::Error;
-use crate::relation::{Call, Column, Estimate, Relation, Rows, Work, concat, output};
+use candle_compute_proto::v1::{
+    MergeGradientsRequest, ReadGradientsRequest, TensorSelection, TransactionContext, ZeroGradientsRequest,
+};
+use pgrx::PgSqlErrorCode;
+
+use crate::client::{Client, read, write};
+use crate::error::{Error, Result};
+use crate::relation::{
+    Call, Column, Estimate, Inputs, Relation, Row, Rows, Work, Writer, Writes, concat, missing, stored,
+};
 use crate::relations::tensors;
 use crate::values::{Kind, Value};
 
 /// One row per chunk of a parameter's gradient.
 pub(crate) struct Gradients;
 
-const COLUMNS: &[Column] = &concat::<_, _, 10>(
+const COLUMNS: &[Column] = &concat::<_, _, 11>(
     tensors::COLUMNS,
-    [output("tokens", Kind::BigInt), output("micro_batches", Kind::BigInt)],
+    [
+        stored("tokens", Kind::BigInt),
+        stored("micro_batches", Kind::BigInt),
+        stored("loss", Kind::Double),
+    ],
 );
 
 impl Relation for Gradients {
@@ -50,7 +61,11 @@ impl Relation for Gradients {
                 while let Some(message) = call.client.next(&mut stream).await? {
                     let chunk = message.chunk.ok_or_else(|| Error::protocol("chunk"))?;
                     let mut row = tensors::row(&model, chunk, selection.without_data);
-                    row.extend([Value::count(message.tokens), Value::count(message.micro_batches)]);
+                    row.extend([
+                        Value::count(message.tokens),
+                        Value::count(message.micro_batches),
+                        message.loss.into(),
+                    ]);
                     if !rows.row(row).await {
                         return Ok(());
                     }
@@ -59,4 +74,96 @@ impl Relation for Gradients {
             Ok(())
         })
     }
+
+    fn writes(&self) -> Writes {
+        Writes {
+            insert: true,
+            // A row holds a chunk of 1 MB.
+            batched: 16,
+            delete: true,
+            deleted_together: true,
+            ..Writes::default()
+        }
+    }
+
+    fn identity(&self) -> &'static [&'static str] {
+        tensors::IDENTITY
+    }
+
+    fn insert(&self, writer: Writer, inputs: Vec<Inputs>) -> Work<Vec<Row>> {
+        Box::pin(async move {
+            let count = inputs.len();
+            let mut pending = inputs.iter().peekable();
+            // Runs of rows of one model travel together, in the order of the statement.
+            while let Some(first) = pending.next() {
+                let model = first.required("model")?;
+                let mut messages = vec![merge(&writer, &model, first)?];
+                while let Some(next) = pending.next_if(|next| next.text("model").as_ref() == Some(&model)) {
+                    messages.push(merge(&writer, &model, next)?);
+                }
+                write!(writer.client, training.merge_gradients(tokio_stream::iter(messages))).await?;
+            }
+            Ok(vec![tensors::echo(COLUMNS); count])
+        })
+    }
+
+    fn delete_together(&self, writer: Writer, rows: Vec<Inputs>) -> Work<()> {
+        Box::pin(async move {
+            let mut models: BTreeMap<String, BTreeSet<(String, u32)>> = BTreeMap::new();
+            for row in &rows {
+                let chunk = tensors::named_chunk(row)?;
+                let chunks = models.entry(row.required("model")?).or_default();
+                chunks.insert((chunk.name, chunk.chunk));
+            }
+            for (model, chunks) in models {
+                let present = count_chunks(&writer.client, writer.transaction.clone(), &model).await?;
+                if chunks.len() < present {
+                    let code = PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED;
+                    let message = format!("only a part of the gradient of model \"{model}\" would be deleted");
+                    return Err(Error::new(code, message)
+                        .detail(format!("The statement found {} of its {present} chunks.", chunks.len()))
+                        .hint("A gradient is zeroed as a whole: DELETE FROM gradients WHERE model = '…'."));
+                }
+                let request = ZeroGradientsRequest {
+                    transaction: writer.transaction.clone(),
+                    model,
+                };
+                write!(writer.client, training.zero_gradients(request)).await?;
+            }
+            Ok(())
+        })
+    }
+}
+
+fn merge(writer: &Writer, model: &str, row: &Inputs) -> Result<MergeGradientsRequest> {
+    let count = |name: &str, value: i64| {
+        u64::try_from(value).map_err(|_| Error::bad_value(format!("{name} must not be negative, but is {value}")))
+    };
+    Ok(MergeGradientsRequest {
+        transaction: writer.transaction.clone(),
+        model: model.to_string(),
+        set_id: writer.statement,
+        chunk: Some(tensors::chunk(row)?),
+        tokens: count("tokens", row.integer("tokens").ok_or_else(|| missing("tokens"))?)?,
+        micro_batches: count("micro_batches", row.integer("micro_batches").unwrap_or(1))?,
+        loss: row.number("loss"),
+    })
+}
+
+/// How many chunks a model's gradient has.
+async fn count_chunks(client: &Client, transaction: Option<TransactionContext>, model: &str) -> Result<usize> {
+    let request = ReadGradientsRequest {
+        transaction,
+        model: model.to_string(),
+        selection: Some(TensorSelection {
+            without_data: true,
+            ..TensorSelection::default()
+        }),
+    };
+    let mut stream = read!(client, training.read_gradients(request)).await?;
+    let mut count = 0;
+    while client.next(&mut stream).await?.is_some() {
+        count += 1;
+    }
+    Ok(count)
 }

@@ -4,7 +4,7 @@ use candle_compute_proto::v1::{ListModelsRequest, LoadModelRequest, Model, Unloa
 
 use crate::client::{read, write};
 use crate::error::{Error, Result};
-use crate::relation::{Call, Column, Estimate, Inputs, Relation, Row, Rows, Work, Writer, Writes, key, output, stored};
+use crate::relation::{Assignments, Call, Column, Estimate, Inputs, Relation, Row, Rows, Work, Writer, Writes, key, output, stored};
 use crate::values::{Kind, Value};
 
 /// One row per model that the server holds.
@@ -89,12 +89,12 @@ impl Relation for Models {
         })
     }
 
-    fn update(&self, writer: Writer, row: Inputs, new: Inputs) -> Work<()> {
+    fn update(&self, writer: Writer, row: Inputs, new: Assignments) -> Work<()> {
         Box::pin(async move {
             let request = UpdateModelRequest {
                 transaction: writer.transaction,
                 name: row.required("name")?,
-                config_json: new.required("config")?,
+                config_json: new.values.required("config")?,
             };
             write!(writer.client, models.update_model(request)).await?;
             Ok(())

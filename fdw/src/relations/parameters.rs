@@ -1,10 +1,13 @@
-//! `parameters`: the weights of the models, in chunks of about 1 MB.
+//! `parameters`: the weights of the models, in chunks of about 1 MB. UPDATE of `data` replaces elements, of `trainable`
+//! freezes a parameter.
 
-use candle_compute_proto::v1::ReadParametersRequest;
+use candle_compute_proto::v1::{ReadParametersRequest, WriteParametersRequest};
 
-use crate::client::read;
+use crate::client::{read, write};
 use crate::error::Error;
-use crate::relation::{Call, Column, Estimate, Relation, Rows, Work, concat, output};
+use crate::relation::{
+    Assignments, Call, Column, Estimate, Inputs, Relation, Rows, Work, Writer, Writes, concat, missing, output,
+};
 use crate::relations::tensors;
 use crate::values::Kind;
 
@@ -54,6 +57,41 @@ impl Relation for Parameters {
                     }
                 }
             }
+            Ok(())
+        })
+    }
+
+    fn writes(&self) -> Writes {
+        Writes {
+            update: &["data", "trainable"],
+            ..Writes::default()
+        }
+    }
+
+    fn identity(&self) -> &'static [&'static str] {
+        tensors::IDENTITY
+    }
+
+    fn update(&self, writer: Writer, row: Inputs, new: Assignments) -> Work<()> {
+        Box::pin(async move {
+            let mut chunk = tensors::named_chunk(&row)?;
+            if new.sets("data") {
+                chunk.data = new.values.bytes("data").ok_or_else(|| missing("data"))?;
+                if chunk.data.is_empty() {
+                    return Err(Error::bad_value("data must not be empty"));
+                }
+            }
+            let trainable = new.values.boolean("trainable");
+            if new.sets("trainable") && trainable.is_none() {
+                return Err(missing("trainable"));
+            }
+            let request = WriteParametersRequest {
+                transaction: writer.transaction.clone(),
+                model: row.required("model")?,
+                chunk: Some(chunk),
+                trainable,
+            };
+            write!(writer.client, training.write_parameters(tokio_stream::once(request))).await?;
             Ok(())
         })
     }

@@ -3,24 +3,28 @@
 use candle_compute_proto::v1::{DataType, ListModelsRequest, TensorChunk, TensorSelection};
 
 use crate::client::read;
-use crate::error::Result;
-use crate::relation::{Call, Column, key, output};
+use crate::error::{Error, Result};
+use crate::relation::{Call, Column, Inputs, Row, key, missing, output, stored};
 use crate::values::{Kind, Value};
 
 /// Number of columns of a chunk.
 pub(super) const COLUMN_COUNT: usize = 8;
 
-/// The columns of a chunk, the first columns of both tables.
+/// The columns of a chunk, the first columns of both tables. `norm` may be inserted so that whole rows can be copied; it is
+/// not read.
 pub(super) const COLUMNS: [Column; COLUMN_COUNT] = [
     key("model", Kind::Text),
     key("parameter", Kind::Text),
     key("chunk", Kind::Int),
-    output("shape", Kind::IntArray),
-    output("dtype", Kind::Text),
-    output("elements", Kind::BigInt),
-    output("data", Kind::Bytea),
-    output("norm", Kind::Double),
+    stored("shape", Kind::IntArray),
+    stored("dtype", Kind::Text),
+    stored("elements", Kind::BigInt),
+    stored("data", Kind::Bytea),
+    stored("norm", Kind::Double),
 ];
+
+/// Columns that name a chunk.
+pub(super) const IDENTITY: &[&str] = &["model", "parameter", "chunk"];
 
 /// The model asked for, else all of them.
 pub(super) async fn models(call: &Call) -> Result<Vec<String>> {
@@ -47,6 +51,45 @@ pub(super) fn selection(call: &Call) -> TensorSelection {
             .collect(),
         without_data: !call.needs("data") && !call.needs("norm"),
     }
+}
+
+/// The parameter and the number of a chunk, without data.
+pub(super) fn named_chunk(row: &Inputs) -> Result<TensorChunk> {
+    let chunk = row.integer("chunk").ok_or_else(|| missing("chunk"))?;
+    Ok(TensorChunk {
+        name: row.required("parameter")?,
+        chunk: u32::try_from(chunk).map_err(|_| Error::bad_value(format!("chunk must not be {chunk}")))?,
+        ..TensorChunk::default()
+    })
+}
+
+/// The chunk that a row gives, with its data.
+pub(super) fn chunk(row: &Inputs) -> Result<TensorChunk> {
+    let shape = row.integers("shape").unwrap_or_default().into_iter();
+    let shape = shape.map(|size| u64::try_from(size).map_err(|_| Error::bad_value(format!("shape must not have {size}"))));
+    let elements = row.integer("elements").map(|elements| {
+        let count = u64::try_from(elements).ok().filter(|count| *count > 0);
+        count.ok_or_else(|| Error::bad_value(format!("elements must be at least 1, not {elements}")))
+    });
+    let dtype = match row.text("dtype").as_deref() {
+        None => DataType::Unspecified,
+        Some("f32") => DataType::F32,
+        Some("f16") => DataType::F16,
+        Some("bf16") => DataType::Bf16,
+        Some(other) => return Err(Error::bad_value(format!("dtype must be f32, f16 or bf16, not {other}"))),
+    };
+    Ok(TensorChunk {
+        dtype: dtype.into(),
+        shape: shape.collect::<Result<_>>()?,
+        elements: elements.transpose()?.unwrap_or_default(),
+        data: row.bytes("data").ok_or_else(|| missing("data"))?,
+        ..named_chunk(row)?
+    })
+}
+
+/// The row of `inputs` as it was given.
+pub(super) fn echo(columns: &[Column]) -> Row {
+    vec![Value::Echo; columns.len()]
 }
 
 /// The columns of a chunk; what was not sent is NULL.

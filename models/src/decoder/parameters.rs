@@ -1,7 +1,8 @@
-//! Reading parameters in transformers' layout, a range of elements at a time.
+//! Reading and writing parameters in transformers' layout, a range of elements at a time.
 
 use super::{Decoder, ParameterId, Weight};
 use crate::error::{Error, Result};
+use crate::training::change_range;
 use candle_core::{DType, Device, Tensor};
 use std::ops::Range;
 
@@ -40,6 +41,37 @@ impl Decoder {
             _ => euclidean_norm(&values.to_dtype(DType::F32)?.to_vec1()?),
         };
         Ok(ParameterData { dtype, data, norm })
+    }
+
+    /// Replaces the elements `start..start + values.len()` of the parameter of that name, which keeps its type: values are
+    /// rounded to it. Weights may be changed in place: clones that share their storage see the change.
+    ///
+    /// Fails with [`Error::NotFound`] for an unknown name, [`Error::InvalidArgument`] for a range outside of it, and
+    /// [`Error::Unsupported`] for a quantised parameter. Nothing is changed then.
+    pub fn write_parameter(&mut self, name: &str, start: usize, values: &[f32]) -> Result<()> {
+        let id = self.parameter_id(name)?;
+        let info = &self.parameters[id.0];
+        let elements = info.elements();
+        if start.checked_add(values.len()).is_none_or(|end| end > elements) {
+            return Err(Error::InvalidArgument(format!(
+                "{} elements from {start} on are outside of parameter `{name}`, which has {elements}",
+                values.len()
+            )));
+        }
+        let Weight::Dense(tensor) = &self.weights[id.0] else {
+            return Err(Error::Unsupported(format!(
+                "parameter `{name}` is held as {} and cannot be written; load the model with dtype f32",
+                info.dtype
+            )));
+        };
+        let replace = |element: &mut f32, value| *element = value;
+        if tensor.dtype() == DType::F32 {
+            return change_range(tensor, info, start, values, replace);
+        }
+        let expanded = tensor.to_dtype(DType::F32)?;
+        change_range(&expanded, info, start, values, replace)?;
+        self.weights[id.0] = Weight::Dense(expanded.to_dtype(tensor.dtype())?);
+        Ok(())
     }
 
     /// The elements of a range in transformers' order, `[range.len()]`, on the CPU.
@@ -153,6 +185,34 @@ mod tests {
                 .data
                 .is_empty()
         );
+    }
+
+    #[test]
+    fn what_is_written_is_read_and_the_rest_stays() {
+        for (kind, name) in [
+            ("f32", "transformer.h.0.mlp.c_fc.weight"),
+            ("bf16", "transformer.h.0.mlp.c_fc.weight"),
+            ("f32", "transformer.wte.weight"),
+            ("bf16", "transformer.h.0.mlp.c_fc.bias"),
+        ] {
+            let mut decoder = tiny(kind);
+            let elements = decoder.parameters()[decoder.parameter_id(name).unwrap().0].elements();
+            let before = decoder.read_parameter(name, 0..elements).unwrap();
+            // Of whole numbers up to 256 all are exact in bf16.
+            let values: Vec<f32> = (0..70).map(|n| n as f32).collect();
+            decoder.write_parameter(name, 41, &values).unwrap();
+            let after = decoder.read_parameter(name, 0..elements).unwrap();
+            let size = after.dtype.size_in_bytes();
+            assert_eq!(before.dtype, after.dtype);
+            assert_eq!(before.data[..41 * size], after.data[..41 * size], "{name} {kind}");
+            assert_eq!(before.data[111 * size..], after.data[111 * size..], "{name} {kind}");
+            let written = decoder.elements(decoder.parameter_id(name).unwrap(), 41..111).unwrap();
+            assert_eq!(written.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap(), values, "{name} {kind}");
+            let beyond = decoder.write_parameter(name, elements - 1, &values);
+            assert!(matches!(beyond, Err(Error::InvalidArgument(_))));
+        }
+        let quantised = tiny("q8_0").write_parameter("transformer.wte.weight", 0, &[1.0]);
+        assert!(matches!(quantised, Err(Error::Unsupported(_))));
     }
 
     #[test]

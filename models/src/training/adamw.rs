@@ -33,7 +33,7 @@ pub(super) struct Moments {
 pub struct StepReport {
     /// Number of the step, from 1. A skipped step's number is used again.
     pub step: u64,
-    /// Mean over targets of `loss_weight` times the cross-entropy.
+    /// Mean over targets of `loss_weight` times the cross-entropy; NaN when it is not known ([`Gradient::loss`]).
     pub loss: f64,
     /// Euclidean norm of the mean gradient before clipping.
     pub grad_norm: f64,
@@ -99,24 +99,25 @@ impl AdamW {
     /// [`Error::FailedPrecondition`] if the gradient has no targets.
     pub fn step(&mut self, decoder: &mut Decoder, gradient: &Gradient, options: &AdamWOptions) -> Result<StepReport> {
         options.validate()?;
-        let Some(loss) = gradient.loss() else {
+        if gradient.tokens() == 0 {
             let message =
                 "no target was accumulated since the last step; insert a batch with at least two tokens first";
             return Err(Error::FailedPrecondition(message.into()));
-        };
+        }
         if gradient.parameter_count() != decoder.parameters().len() {
             return Err(Error::InvalidArgument("the gradient is of another model".into()));
         }
-        let grad_norm = norm(gradient)? / gradient.tokens() as f64;
-        let mut report = StepReport {
+        let trainable: Vec<bool> = decoder.parameters().iter().map(|parameter| parameter.trainable).collect();
+        let grad_norm = gradient.norm(&trainable)?;
+        let loss = gradient.loss();
+        let report = StepReport {
             step: self.step + 1,
-            loss,
+            loss: loss.unwrap_or(f64::NAN),
             grad_norm,
-            skipped: !grad_norm.is_finite(),
+            skipped: !grad_norm.is_finite() || loss.is_some_and(|loss| !loss.is_finite()),
             tokens: gradient.tokens(),
             micro_batches: gradient.micro_batches(),
         };
-        report.skipped |= !loss.is_finite();
         if !report.skipped {
             self.allocate(gradient)?;
             let clipping = match options.max_grad_norm {
@@ -169,10 +170,10 @@ impl AdamW {
     }
 }
 
-/// Euclidean norm of the sums; not finite if any element is not.
-pub(super) fn norm(gradient: &Gradient) -> Result<f64> {
+/// Euclidean norm of the sums of the parameters that `trainable` says; not finite if any element is not.
+pub(super) fn norm(gradient: &Gradient, trainable: &[bool]) -> Result<f64> {
     let mut squares = 0.0;
-    for index in 0..gradient.parameter_count() {
+    for (index, _) in trainable.iter().enumerate().filter(|(_, trainable)| **trainable) {
         let Some(sum) = gradient.sum(index) else { continue };
         squares += if is_cpu(sum) {
             with_slice(sum, sum_of_squares)?

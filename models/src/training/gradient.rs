@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::layout::read_range;
+use super::layout::{change_range, read_range};
 use crate::decoder::{Decoder, ParameterInfo};
 use crate::error::{Error, Result};
 use crate::ops::backward::add_in_place;
@@ -20,7 +20,10 @@ pub struct Gradient {
     sums: Vec<Option<Tensor>>,
     tokens: u64,
     micro_batches: u64,
+    /// Sum over `loss_tokens` targets of `loss_weight` times the cross-entropy.
     weighted_loss: f64,
+    /// Targets whose loss is known: all but those merged without it.
+    loss_tokens: u64,
 }
 
 impl Gradient {
@@ -34,6 +37,22 @@ impl Gradient {
             tokens: 0,
             micro_batches: 0,
             weighted_loss: 0.0,
+            loss_tokens: 0,
+        }
+    }
+
+    /// A gradient of nothing yet, of the parameters that `trainable` says, one entry a parameter, rather than of those
+    /// that the decoder trains.
+    #[must_use]
+    pub fn of_parameters(decoder: &Decoder, trainable: &[bool]) -> Self {
+        let chosen = decoder.parameters().iter().zip(trainable);
+        let parameters = chosen.map(|(parameter, &trainable)| ParameterInfo {
+            trainable,
+            ..parameter.clone()
+        });
+        Self {
+            parameters: parameters.collect(),
+            ..Self::new(decoder)
         }
     }
 
@@ -49,10 +68,18 @@ impl Gradient {
         self.micro_batches
     }
 
-    /// Mean over targets of `loss_weight` times the cross-entropy; none without targets.
+    /// Mean over targets of `loss_weight` times the cross-entropy; none without targets, and none when all of it was
+    /// merged without its loss.
     #[must_use]
     pub fn loss(&self) -> Option<f64> {
-        (self.tokens > 0).then(|| self.weighted_loss / self.tokens as f64)
+        (self.loss_tokens > 0).then(|| self.weighted_loss / self.loss_tokens as f64)
+    }
+
+    /// Number of targets that [`loss`](Self::loss) is the mean over: fewer than [`tokens`](Self::tokens) when something was
+    /// merged without its loss.
+    #[must_use]
+    pub fn loss_tokens(&self) -> u64 {
+        self.loss_tokens
     }
 
     /// Whether nothing was accumulated.
@@ -81,12 +108,13 @@ impl Gradient {
         })
     }
 
-    /// Euclidean norm of the mean gradient; not finite if any element is not, NaN without targets.
+    /// Euclidean norm of the mean gradient of the parameters that `trainable` says, one entry a parameter; not finite if any
+    /// element is not, NaN without targets.
     ///
     /// # Errors
     /// [`Error::Candle`] if a tensor operation fails.
-    pub fn norm(&self) -> Result<f64> {
-        Ok(super::adamw::norm(self)? / self.tokens as f64)
+    pub fn norm(&self, trainable: &[bool]) -> Result<f64> {
+        Ok(super::adamw::norm(self, trainable)? / self.tokens as f64)
     }
 
     /// Adds what another gradient of the same model holds, which stays as it is.
@@ -95,16 +123,18 @@ impl Gradient {
     /// As [`merge`](Self::merge).
     pub fn merge_from(&mut self, other: &Self) -> Result<()> {
         // Tensors are shared, so this costs nothing unless the other's sums are taken over.
-        let shared = Self {
+        let mut shared = Self {
             parameters: Arc::clone(&other.parameters),
             device: other.device.clone(),
             sums: other.sums.clone(),
             ..*other
         };
-        match self.sums.is_empty() {
-            true => self.merge(shared.deep_copy()?),
-            false => self.merge(shared),
+        for (index, sum) in shared.sums.iter_mut().enumerate() {
+            if let Some(taken) = sum.as_ref().filter(|_| self.sum(index).is_none()) {
+                *sum = Some(taken.copy()?);
+            }
         }
+        self.merge(shared)
     }
 
     /// Adds what another gradient of the same model holds.
@@ -134,8 +164,56 @@ impl Gradient {
                 }
             }
         }
-        self.count(other.tokens, other.micro_batches, other.weighted_loss);
+        self.tokens += other.tokens;
+        self.micro_batches += other.micro_batches;
+        self.weighted_loss += other.weighted_loss;
+        self.loss_tokens += other.loss_tokens;
         Ok(())
+    }
+
+    /// Adds a mean gradient that was computed elsewhere over `tokens` targets: its elements `start..start + mean.len()` of
+    /// the parameter of that name, in row-major order of transformers' shape. What it is the mean over is counted apart
+    /// from it, once for all its parts, by [`add_weight`](Self::add_weight). After an error nothing has changed.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for an unknown or frozen parameter, elements outside of it, and elements that are not
+    /// finite once they are multiplied by `tokens`.
+    pub fn add_mean(&mut self, name: &str, start: usize, mean: &[f32], tokens: u64) -> Result<()> {
+        let refuse = |reason: String| Error::InvalidArgument(format!("gradient of {name:?}: {reason}"));
+        let Some(index) = self.parameters.iter().position(|parameter| parameter.name == name) else {
+            return Err(refuse("the model has no such parameter".into()));
+        };
+        let parameters = Arc::clone(&self.parameters);
+        let parameter = &parameters[index];
+        let elements = parameter.elements();
+        if start.checked_add(mean.len()).is_none_or(|end| end > elements) {
+            let end = start.saturating_add(mean.len());
+            return Err(refuse(format!("elements {start}..{end} are not within its {elements}")));
+        }
+        if !parameter.trainable {
+            return Err(refuse("the parameter is frozen".into()));
+        }
+        let weight = tokens as f64;
+        let scaled = |element: f32| (f64::from(element) * weight) as f32;
+        if let Some(at) = mean.iter().position(|element| !scaled(*element).is_finite()) {
+            let element = mean[at];
+            return Err(refuse(format!("its element {} is {element}, with a weight of {tokens}", start + at)));
+        }
+        self.allocate()?;
+        if let Some(sum) = &self.sums[index] {
+            change_range(sum, parameter, start, mean, |sum, element| *sum += scaled(element))?;
+        }
+        Ok(())
+    }
+
+    /// Counts what an added mean gradient is the mean over: targets, sequences, and the mean loss where it is known.
+    pub fn add_weight(&mut self, tokens: u64, micro_batches: u64, loss: Option<f64>) {
+        self.tokens += tokens;
+        self.micro_batches += micro_batches;
+        if let Some(loss) = loss {
+            self.weighted_loss += loss * tokens as f64;
+            self.loss_tokens += tokens;
+        }
     }
 
     /// Starts anew, keeping the memory of the sums, which is cheaper than a new gradient. The parameters that take part stay
@@ -144,7 +222,7 @@ impl Gradient {
     /// # Errors
     /// [`Error::Candle`] if the device fails.
     pub fn reset(&mut self) -> Result<()> {
-        (self.tokens, self.micro_batches, self.weighted_loss) = (0, 0, 0.0);
+        self.forget_counts();
         self.sums.iter().flatten().try_for_each(|sum| Ok(sum.zero_set()?))
     }
 
@@ -198,6 +276,7 @@ impl Gradient {
         self.tokens += tokens;
         self.micro_batches += micro_batches;
         self.weighted_loss += weighted_loss;
+        self.loss_tokens += tokens;
     }
 
     /// How many parameters it was made for.
@@ -208,6 +287,84 @@ impl Gradient {
     /// Forgets everything.
     pub(super) fn clear(&mut self) {
         self.sums.clear();
-        (self.tokens, self.micro_batches, self.weighted_loss) = (0, 0, 0.0);
+        self.forget_counts();
+    }
+
+    fn forget_counts(&mut self) {
+        (self.tokens, self.micro_batches, self.weighted_loss, self.loss_tokens) = (0, 0, 0.0, 0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::from_settings;
+    use serde_json::json;
+
+    /// GPT-2's matrices are held transposed.
+    fn decoder() -> Decoder {
+        let settings = json!({"architecture": "gpt2", "layers": 1, "width": 8, "heads": 2, "context_length": 4,
+            "vocabulary": 16});
+        let config = from_settings(settings.as_object().unwrap(), None).unwrap();
+        Decoder::initialize(config, &Device::Cpu, None, 1).unwrap()
+    }
+
+    const MATRIX: &str = "transformer.h.0.mlp.c_fc.weight";
+
+    #[test]
+    fn means_are_added_by_weight_where_they_belong() {
+        let mut gradient = Gradient::new(&decoder());
+        let first: Vec<f32> = (0..256).map(|n| n as f32).collect();
+        gradient.add_mean(MATRIX, 0, &first, 3).unwrap();
+        gradient.add_weight(3, 1, Some(2.0));
+        gradient.add_mean(MATRIX, 100, &[8.0; 28], 1).unwrap();
+        gradient.add_weight(1, 1, None);
+        let expected: Vec<f32> = (0..256)
+            .map(|n| (3.0 * n as f32 + if (100..128).contains(&n) { 8.0 } else { 0.0 }) / 4.0)
+            .collect();
+        assert_eq!(gradient.read(MATRIX, 0..256).unwrap(), expected);
+        assert_eq!((gradient.tokens(), gradient.micro_batches()), (4, 2));
+        // Over the targets whose loss is known.
+        assert_eq!(gradient.loss(), Some(2.0));
+    }
+
+    #[test]
+    fn what_does_not_fit_changes_nothing() {
+        let decoder = decoder();
+        let mut trainable = vec![true; decoder.parameters().len()];
+        trainable[0] = false;
+        let frozen = decoder.parameters()[0].name.clone();
+        let mut gradient = Gradient::of_parameters(&decoder, &trainable);
+        for (name, start, mean, tokens, what) in [
+            ("none", 0, vec![1.0], 1, "no such parameter"),
+            (frozen.as_str(), 0, vec![1.0], 1, "frozen"),
+            (MATRIX, 250, vec![1.0; 7], 1, "250..257"),
+            (MATRIX, usize::MAX, vec![1.0; 7], 1, "not within"),
+            (MATRIX, 0, vec![0.0, f32::NAN], 1, "element 1 is NaN"),
+            (MATRIX, 5, vec![1e38], 1000, "element 5"),
+        ] {
+            let error = gradient.add_mean(name, start, &mean, tokens).unwrap_err().to_string();
+            assert!(error.contains(what), "{error}");
+        }
+        assert!(gradient.is_empty() && gradient.memory_bytes() == 0);
+    }
+
+    #[test]
+    fn merging_from_a_gradient_of_more_parameters_shares_no_storage() {
+        let decoder = decoder();
+        let name = decoder.parameters()[0].name.clone();
+        let mut trainable = vec![true; decoder.parameters().len()];
+        trainable[0] = false;
+        let filled = |mut gradient: Gradient, name: &str| {
+            gradient.add_mean(name, 0, &[1.0], 1).unwrap();
+            gradient.add_weight(1, 1, None);
+            gradient
+        };
+        let all = filled(Gradient::new(&decoder), &name);
+        let mut some = filled(Gradient::of_parameters(&decoder, &trainable), MATRIX);
+        some.merge_from(&all).unwrap();
+        some.merge_from(&all).unwrap();
+        assert_eq!(all.read(&name, 0..1).unwrap(), [1.0]);
+        assert_eq!(some.read(&name, 0..1).unwrap(), [2.0 / 3.0]);
     }
 }

@@ -19,6 +19,8 @@ mod tape;
 
 use accumulate::{Pass, check_cancelled};
 
+pub(crate) use layout::change_range;
+
 pub use accumulate::{SequenceLoss, accumulate, accumulate_in_place};
 pub use adamw::{AdamW, StepReport};
 pub use gradient::Gradient;
