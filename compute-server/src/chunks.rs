@@ -74,7 +74,9 @@ pub(crate) fn receive(parameter: &ParameterInfo, chunk: &v1::TensorChunk, dtype:
     let shape = parameter.shape.iter().map(|&dimension| dimension as u64);
     if !chunk.shape.is_empty() && !shape.eq(chunk.shape.iter().copied()) {
         let (given, expected) = (&chunk.shape, &parameter.shape);
-        return Err(refuse(format!("its shape is given as {given:?}, but the parameter's is {expected:?}")));
+        return Err(refuse(format!(
+            "its shape is given as {given:?}, but the parameter's is {expected:?}"
+        )));
     }
     if ![v1::DataType::Unspecified, dtype].contains(&chunk.dtype()) || v1::DataType::try_from(chunk.dtype).is_err() {
         let (given, expected) = (dtype_name(chunk.dtype()), dtype_name(dtype));
@@ -120,8 +122,12 @@ fn size_of_element(dtype: v1::DataType) -> usize {
 /// Elements of a floating-point dtype from little-endian bytes; an incomplete last one is left out.
 fn decode(data: &[u8], dtype: v1::DataType) -> Vec<f32> {
     match dtype {
-        v1::DataType::F16 => elements(data).map(|bytes| half::f16::from_le_bytes(bytes).to_f32()).collect(),
-        v1::DataType::Bf16 => elements(data).map(|bytes| half::bf16::from_le_bytes(bytes).to_f32()).collect(),
+        v1::DataType::F16 => elements(data)
+            .map(|bytes| half::f16::from_le_bytes(bytes).to_f32())
+            .collect(),
+        v1::DataType::Bf16 => elements(data)
+            .map(|bytes| half::bf16::from_le_bytes(bytes).to_f32())
+            .collect(),
         _ => elements(data).map(f32::from_le_bytes).collect(),
     }
 }
@@ -133,8 +139,14 @@ fn elements<const N: usize>(data: &[u8]) -> impl Iterator<Item = [u8; N]> {
 /// Gives `message` its elements, rounded to `dtype`.
 pub(crate) fn fill(message: &mut v1::TensorChunk, values: &[f32], dtype: v1::DataType) {
     let data: Vec<u8> = match dtype {
-        v1::DataType::F16 => values.iter().flat_map(|&value| half::f16::from_f32(value).to_le_bytes()).collect(),
-        v1::DataType::Bf16 => values.iter().flat_map(|&value| half::bf16::from_f32(value).to_le_bytes()).collect(),
+        v1::DataType::F16 => values
+            .iter()
+            .flat_map(|&value| half::f16::from_f32(value).to_le_bytes())
+            .collect(),
+        v1::DataType::Bf16 => values
+            .iter()
+            .flat_map(|&value| half::bf16::from_f32(value).to_le_bytes())
+            .collect(),
         _ => little_endian(values),
     };
     message.norm = norm(values);

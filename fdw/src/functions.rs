@@ -1,6 +1,7 @@
 //! Functions and procedures of the schema `candle`.
 
 mod generate;
+mod gradients;
 mod server;
 mod tokens;
 mod train;

@@ -84,7 +84,6 @@ impl Owner {
     /// # Errors
     /// `InvalidArgument` for a frozen parameter, `Precondition` after a staged step, `Memory`. Nothing has changed then.
     pub(crate) fn stage_merge(&mut self, ticket: &Ticket, set: u64, chunks: &[GradientChunk]) -> Result<()> {
-        self.make_trainable()?;
         self.check_usable(ticket)?;
         let trainable = self.trainable(&View::Transaction(Arc::clone(&ticket.transaction)));
         if let Some(frozen) = chunks.iter().find(|chunk| !trainable[chunk.parameter]) {
@@ -93,6 +92,7 @@ impl Owner {
                 self.shared.parameters[frozen.parameter].name
             )));
         }
+        self.make_trainable()?;
         let (mut part, _) = self.take_part(ticket)?;
         let mut added = Ok(());
         for GradientChunk {
@@ -107,7 +107,8 @@ impl Owner {
                 break;
             }
             if part.sources.is_new(set, *weight, (*parameter, chunk.number)) {
-                part.gradient.add_weight(weight.tokens, weight.micro_batches, weight.loss);
+                part.gradient
+                    .add_weight(weight.tokens, weight.micro_batches, weight.loss);
             }
         }
         if set == 0 {

@@ -146,7 +146,9 @@ impl Overlay {
 
     /// Whether something staged is stale once another transaction has changed the weights.
     pub(super) fn relies_on_weights(&self) -> bool {
-        self.operations.iter().any(|staged| staged.operation.relies_on_weights())
+        self.operations
+            .iter()
+            .any(|staged| staged.operation.relies_on_weights())
     }
 
     /// Whether a gradient is staged.

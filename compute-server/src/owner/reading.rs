@@ -275,8 +275,7 @@ impl Owner {
         let tokens: u64 = parts.iter().map(|part| part.tokens()).sum();
         let loss_tokens: u64 = parts.iter().map(|part| part.loss_tokens()).sum();
         let loss = |part: &&candle_models::training::Gradient| part.loss().unwrap_or(0.0) * part.loss_tokens() as f64;
-        let loss = (tokens > 0 && tokens == loss_tokens)
-            .then(|| parts.iter().map(loss).sum::<f64>() / tokens as f64);
+        let loss = (tokens > 0 && tokens == loss_tokens).then(|| parts.iter().map(loss).sum::<f64>() / tokens as f64);
         let message = chunks::gradient_chunk(&parts, &self.shared.parameters[index], chunk, selection.without_data)?;
         reader.pending.push_back(Ok(v1::ReadGradientsResponse {
             chunk: Some(message),

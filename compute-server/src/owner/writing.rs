@@ -51,14 +51,21 @@ impl Owner {
         let view = View::Transaction(Arc::clone(&ticket.transaction));
         let mut operations = Vec::with_capacity(writes.len());
         for write in writes {
-            let chunk = write.chunk.as_ref().ok_or_else(|| Error::invalid("a message has no chunk"))?;
+            let chunk = write
+                .chunk
+                .as_ref()
+                .ok_or_else(|| Error::invalid("a message has no chunk"))?;
             let infos = self.parameter_infos(&view);
             let parameter = infos
                 .iter()
                 .position(|info| info.name == chunk.name)
                 .ok_or_else(|| unknown_parameter(&self.shared.name, &chunk.name))?;
             if !chunk.data.is_empty() || write.trainable.is_none() {
-                operations.push(Operation::Write(self.staged_write(parameter, &infos[parameter], chunk)?));
+                operations.push(Operation::Write(self.staged_write(
+                    parameter,
+                    &infos[parameter],
+                    chunk,
+                )?));
             }
             if let Some(trainable) = write.trainable {
                 operations.push(Operation::Train { parameter, trainable });
@@ -116,19 +123,26 @@ impl Owner {
     /// The elements of a chunk that `view` has staged, unless a step of its own has changed them since.
     pub(super) fn staged_chunk(&self, view: &View, parameter: usize, chunk: usize) -> Option<&[f32]> {
         let overlay = self.overlay(view).filter(|overlay| !overlay.is_stepped())?;
-        overlay.operations.iter().rev().find_map(|staged| match &staged.operation {
-            Operation::Write(write) if (write.parameter, write.chunk) == (parameter, chunk) => {
-                Some(write.values.as_slice())
-            }
-            _ => None,
-        })
+        overlay
+            .operations
+            .iter()
+            .rev()
+            .find_map(|staged| match &staged.operation {
+                Operation::Write(write) if (write.parameter, write.chunk) == (parameter, chunk) => {
+                    Some(write.values.as_slice())
+                }
+                _ => None,
+            })
     }
 
     /// Saves the committed model with the parameters that `trainable` says as those that are trained.
     pub(super) fn save_committed(
         &mut self,
         trainable: &[bool],
-        save: impl FnOnce(&candle_models::Model, &candle_models::training::AdamW) -> candle_models::Result<checkpoint::Saved>,
+        save: impl FnOnce(
+            &candle_models::Model,
+            &candle_models::training::AdamW,
+        ) -> candle_models::Result<checkpoint::Saved>,
     ) -> Result<()> {
         let committed = self.trainable(&View::Committed);
         set_trainable(&mut self.model.decoder, trainable);

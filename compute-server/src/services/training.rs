@@ -280,7 +280,9 @@ fn gradient_chunk(model: &ModelHandle, message: &v1::MergeGradientsRequest) -> R
         .ok_or_else(|| unknown_parameter(model.name(), &chunk.name))?;
     let (tokens, micro_batches) = (message.tokens, message.micro_batches);
     if tokens > MOST_WEIGHT {
-        return Err(Error::invalid(format!("tokens must be at most {MOST_WEIGHT}, not {tokens}")));
+        return Err(Error::invalid(format!(
+            "tokens must be at most {MOST_WEIGHT}, not {tokens}"
+        )));
     }
     if !(1..=MOST_WEIGHT).contains(&micro_batches) {
         return Err(Error::invalid(format!(
@@ -291,7 +293,10 @@ fn gradient_chunk(model: &ModelHandle, message: &v1::MergeGradientsRequest) -> R
         return Err(Error::invalid(format!("loss must be finite, not {loss}")));
     }
     let received = chunks::receive(&parameters[parameter], chunk, v1::DataType::F32)?;
-    let largest = received.values.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
+    let largest = received
+        .values
+        .iter()
+        .fold(0.0f32, |largest, value| largest.max(value.abs()));
     if f64::from(largest) * tokens as f64 > f64::from(f32::MAX) {
         return Err(Error::invalid(format!(
             "parameter \"{}\", chunk {}: {largest} times the weight of {tokens} tokens exceeds the range of f32",

@@ -4,7 +4,9 @@
 mod bad_input;
 mod checkpoints;
 mod generation;
+mod gradients;
 mod operations;
+mod parameters;
 mod support;
 mod tensors;
 mod transactions;

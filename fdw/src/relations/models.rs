@@ -4,7 +4,9 @@ use candle_compute_proto::v1::{ListModelsRequest, LoadModelRequest, Model, Unloa
 
 use crate::client::{read, write};
 use crate::error::{Error, Result};
-use crate::relation::{Assignments, Call, Column, Estimate, Inputs, Relation, Row, Rows, Work, Writer, Writes, key, output, stored};
+use crate::relation::{
+    Assignments, Call, Column, Estimate, Inputs, Relation, Row, Rows, Work, Writer, Writes, key, output, stored,
+};
 use crate::values::{Kind, Value};
 
 /// One row per model that the server holds.

@@ -66,7 +66,8 @@ pub(super) fn named_chunk(row: &Inputs) -> Result<TensorChunk> {
 /// The chunk that a row gives, with its data.
 pub(super) fn chunk(row: &Inputs) -> Result<TensorChunk> {
     let shape = row.integers("shape").unwrap_or_default().into_iter();
-    let shape = shape.map(|size| u64::try_from(size).map_err(|_| Error::bad_value(format!("shape must not have {size}"))));
+    let shape =
+        shape.map(|size| u64::try_from(size).map_err(|_| Error::bad_value(format!("shape must not have {size}"))));
     let elements = row.integer("elements").map(|elements| {
         let count = u64::try_from(elements).ok().filter(|count| *count > 0);
         count.ok_or_else(|| Error::bad_value(format!("elements must be at least 1, not {elements}")))

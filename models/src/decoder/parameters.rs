@@ -207,7 +207,11 @@ mod tests {
             assert_eq!(before.data[..41 * size], after.data[..41 * size], "{name} {kind}");
             assert_eq!(before.data[111 * size..], after.data[111 * size..], "{name} {kind}");
             let written = decoder.elements(decoder.parameter_id(name).unwrap(), 41..111).unwrap();
-            assert_eq!(written.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap(), values, "{name} {kind}");
+            assert_eq!(
+                written.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap(),
+                values,
+                "{name} {kind}"
+            );
             let beyond = decoder.write_parameter(name, elements - 1, &values);
             assert!(matches!(beyond, Err(Error::InvalidArgument(_))));
         }

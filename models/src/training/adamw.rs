@@ -107,7 +107,11 @@ impl AdamW {
         if gradient.parameter_count() != decoder.parameters().len() {
             return Err(Error::InvalidArgument("the gradient is of another model".into()));
         }
-        let trainable: Vec<bool> = decoder.parameters().iter().map(|parameter| parameter.trainable).collect();
+        let trainable: Vec<bool> = decoder
+            .parameters()
+            .iter()
+            .map(|parameter| parameter.trainable)
+            .collect();
         let grad_norm = gradient.norm(&trainable)?;
         let loss = gradient.loss();
         let report = StepReport {

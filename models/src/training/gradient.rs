@@ -197,7 +197,10 @@ impl Gradient {
         let scaled = |element: f32| (f64::from(element) * weight) as f32;
         if let Some(at) = mean.iter().position(|element| !scaled(*element).is_finite()) {
             let element = mean[at];
-            return Err(refuse(format!("its element {} is {element}, with a weight of {tokens}", start + at)));
+            return Err(refuse(format!(
+                "its element {} is {element}, with a weight of {tokens}",
+                start + at
+            )));
         }
         self.allocate()?;
         if let Some(sum) = &self.sums[index] {

@@ -38,7 +38,10 @@ pub(crate) fn change_range(
     with_mut_slice(tensor, |elements| match transposed_shape(parameter) {
         None => {
             let targets = &mut elements[start..start + values.len()];
-            targets.iter_mut().zip(values).for_each(|(element, value)| change(element, *value));
+            targets
+                .iter_mut()
+                .zip(values)
+                .for_each(|(element, value)| change(element, *value));
         }
         // Along the decoder's rows: of the two, the values are the smaller and stay in the cache.
         Some((inputs, outputs)) => {

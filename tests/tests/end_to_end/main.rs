@@ -3,6 +3,7 @@
 
 mod faults;
 mod files;
+mod gradients;
 mod grpc;
 mod interruption;
 mod pretrained;

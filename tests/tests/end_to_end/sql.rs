@@ -27,4 +27,12 @@ fn folder() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/sql"))
 }
 
-sql_tests!(definitions, inference, input_forms, models, table_semantics, training);
+sql_tests!(
+    definitions,
+    gradients,
+    inference,
+    input_forms,
+    models,
+    table_semantics,
+    training
+);
