@@ -4,7 +4,7 @@ use candle_compute_proto::v1::{DataType, ListModelsRequest, TensorChunk, TensorS
 
 use crate::client::read;
 use crate::error::{Error, Result};
-use crate::relation::{Call, Column, Inputs, Row, key, missing, output, stored};
+use crate::relation::{Call, Column, Inputs, Row, key, missing, stored};
 use crate::values::{Kind, Value};
 
 /// Number of columns of a chunk.
