@@ -88,7 +88,7 @@ pub(crate) fn receive(parameter: &ParameterInfo, chunk: &v1::TensorChunk, dtype:
         return Err(refuse(format!("it is given as {given} elements, but has {expected}")));
     }
     let values = decode(&chunk.data, dtype);
-    if values.len() != range.len() || chunk.data.len() % size_of_element(dtype) != 0 {
+    if values.len() != range.len() || !chunk.data.len().is_multiple_of(size_of_element(dtype)) {
         let (given, expected) = (chunk.data.len(), range.len() * size_of_element(dtype));
         return Err(refuse(format!("its data has {given} bytes, but {expected} are needed")));
     }
