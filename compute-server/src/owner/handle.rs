@@ -12,6 +12,7 @@ use candle_models::{ChatTemplate, DecoderConfig, Model, ParameterInfo, Tokenizer
 use serde_json::{Map, Value};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
+use super::reading::ChunkReader;
 use super::settings::TrainingSettings;
 use super::state::{Owner, Versions};
 use super::{TransactionId, View};
@@ -224,6 +225,18 @@ impl ModelHandle {
         work: impl FnOnce(&mut Owner) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         self.start_work(move |owner, reply| reply.send(work(owner))).await
+    }
+
+    /// Adds a stream of parameters or gradients, which the thread serves between its other work.
+    ///
+    /// # Errors
+    /// `Unloaded` when the model goes away first.
+    pub(crate) async fn add_reader(&self, reader: ChunkReader) -> Result<()> {
+        let add = move |owner: &mut Owner| {
+            owner.add_reader(reader);
+            Ok(())
+        };
+        self.call(add).await
     }
 
     /// As [`call`](Self::call), for work that answers later.

@@ -133,7 +133,7 @@ impl ChunkReader {
 
 impl Owner {
     /// Adds a stream of parameters or gradients.
-    pub(crate) fn add_reader(&mut self, reader: ChunkReader) {
+    pub(super) fn add_reader(&mut self, reader: ChunkReader) {
         self.readers.push(reader);
     }
 

@@ -140,12 +140,7 @@ impl ModelsService for Service {
                 None => Step::End,
             });
         let chunks = ChunkReader::parameters(reader.view(), Selection::new(selection), output);
-        handle
-            .call(move |owner| {
-                owner.add_reader(chunks);
-                Ok(())
-            })
-            .await?;
+        handle.add_reader(chunks).await?;
         Ok(Response::new(stream))
     }
 

@@ -113,12 +113,7 @@ impl TrainingService for Service {
             }
         });
         let chunks = ChunkReader::gradients(reader.view(), Selection::new(selection), output);
-        handle
-            .call(move |owner| {
-                owner.add_reader(chunks);
-                Ok(())
-            })
-            .await?;
+        handle.add_reader(chunks).await?;
         Ok(Response::new(stream))
     }
 

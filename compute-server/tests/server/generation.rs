@@ -68,13 +68,7 @@ async fn a_dropped_stream_stops_the_work() {
     let server = TestServer::start(&[]);
     let client = server.connect().await;
     client.create("m").await;
-    let mut stream = client
-        .inference
-        .clone()
-        .generate(endless("m"))
-        .await
-        .unwrap()
-        .into_inner();
+    let mut stream = client.start_generation(endless("m")).await.unwrap();
     stream.message().await.unwrap().unwrap();
     client
         .wait_for_requests(|requests| requests.len() == 1 && requests[0].phase == "decode")
@@ -88,13 +82,7 @@ async fn a_slow_reader_stops_nobody_else() {
     let server = TestServer::start(&["--max-generations", "1"]);
     let client = server.connect().await;
     client.create("m").await;
-    let slow = client
-        .inference
-        .clone()
-        .generate(endless("m"))
-        .await
-        .unwrap()
-        .into_inner();
+    let slow = client.start_generation(endless("m")).await.unwrap();
     let (tokens, _) = client.generate(random("m", "it", 2, 200)).await.unwrap();
     assert!(!tokens.is_empty());
     client.wait_for_requests(|requests| requests.len() == 1).await;
@@ -106,13 +94,7 @@ async fn a_request_can_be_cancelled_by_its_id() {
     let server = TestServer::start(&[]);
     let client = server.connect().await;
     client.create("m").await;
-    let mut stream = client
-        .inference
-        .clone()
-        .generate(endless("m"))
-        .await
-        .unwrap()
-        .into_inner();
+    let mut stream = client.start_generation(endless("m")).await.unwrap();
     stream.message().await.unwrap().unwrap();
     let id = client.requests().await[0].id.clone();
     client
@@ -140,13 +122,7 @@ async fn a_model_dropped_while_it_generates_ends_its_streams_with_an_error() {
     let server = TestServer::start(&[]);
     let client = server.connect().await;
     client.create("m").await;
-    let mut stream = client
-        .inference
-        .clone()
-        .generate(endless("m"))
-        .await
-        .unwrap()
-        .into_inner();
+    let mut stream = client.start_generation(endless("m")).await.unwrap();
     stream.message().await.unwrap().unwrap();
     client.drop_model("m").await.unwrap();
     let error = loop {

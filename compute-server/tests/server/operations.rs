@@ -85,15 +85,12 @@ async fn sigterm_lets_running_work_finish_and_takes_no_more() {
     client.create("m").await;
     client.batch("m", within("t"), &[&[1, 2, 3]]).await.unwrap();
     let mut stream = client
-        .inference
-        .clone()
-        .generate(GenerateRequest {
+        .start_generation(GenerateRequest {
             max_tokens: Some(3000),
             ..endless("m")
         })
         .await
-        .unwrap()
-        .into_inner();
+        .unwrap();
     server.terminate();
     while health(&client, "").await == ServingStatus::Serving {}
     assert_eq!(
@@ -122,13 +119,7 @@ async fn work_that_outlives_the_drain_timeout_is_cancelled() {
     let mut server = TestServer::start(&["--drain-timeout", "0"]);
     let client = server.connect().await;
     client.create("m").await;
-    let stream = client
-        .inference
-        .clone()
-        .generate(endless("m"))
-        .await
-        .unwrap()
-        .into_inner();
+    let stream = client.start_generation(endless("m")).await.unwrap();
     server.terminate();
     assert_eq!(server.wait().code(), Some(0));
     drop(stream);

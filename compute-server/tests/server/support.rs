@@ -204,9 +204,14 @@ impl Client {
             .pop()
     }
 
+    /// Starts a generation, whose messages the caller reads.
+    pub async fn start_generation(&self, request: GenerateRequest) -> Result<Streaming<GenerateResponse>, Status> {
+        Ok(self.inference.clone().generate(request).await?.into_inner())
+    }
+
     /// Runs a generation to its end.
     pub async fn generate(&self, request: GenerateRequest) -> Result<(Vec<GeneratedToken>, GenerationSummary), Status> {
-        let mut stream = self.inference.clone().generate(request).await?.into_inner();
+        let mut stream = self.start_generation(request).await?;
         let mut tokens = Vec::new();
         while let Some(message) = stream.message().await? {
             tokens.extend(message.token);
