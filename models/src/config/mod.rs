@@ -8,6 +8,7 @@ mod rotary;
 mod settings;
 
 pub use decoder_config::{Activation, Architecture, DecoderConfig, Norm, Position};
+pub(crate) use fields::{Fields, shortened};
 pub use gguf::{GgufTensorFacts, from_gguf};
 pub use hugging_face::from_hugging_face;
 pub use rotary::{RotaryConfig, RotaryScaling};

@@ -4,6 +4,7 @@ use super::fields::Fields;
 use super::hugging_face::rotary_scaling;
 use super::{Activation, Architecture, DecoderConfig, Norm, Position, RotaryConfig, RotaryScaling};
 use crate::error::{Error, Result};
+use crate::training::TrainingSettings;
 use serde_json::{Map, Value, json};
 
 /// Fields that describe the decoder, each with the names that transformers gives it.
@@ -29,7 +30,8 @@ const SHAPE_FIELDS: &[(&str, &[&str])] = &[
     ("tokenizer", &[]),
 ];
 
-/// Fields that are defaults of the optimizer, not of the decoder. They may change between steps.
+/// Fields that say how the model is trained ([`TrainingSettings`]), not what the decoder is. They may change between
+/// steps.
 pub const TRAINING_FIELDS: &[&str] = &[
     "learning_rate",
     "beta1",
@@ -37,21 +39,25 @@ pub const TRAINING_FIELDS: &[&str] = &[
     "epsilon",
     "weight_decay",
     "max_grad_norm",
+    "decay_norms_and_biases",
+    "schedule",
+    "warmup_steps",
+    "schedule_steps",
+    "min_learning_rate",
+    "recompute",
+    "compress_activations",
 ];
 
 /// Gives every field its own name in place of transformers', and drops nulls.
 ///
 /// Fails with [`Error::InvalidConfig`] for an unknown field (the known ones are listed), for a field given under two
-/// names, and for a training setting that is no number.
+/// names, and for a bad training setting.
 pub fn normalize_settings(settings: &Map<String, Value>) -> Result<Map<String, Value>> {
     let mut normalized = Map::new();
     for (given, value) in settings {
         let name = canonical_name(given)?;
         if value.is_null() {
             continue;
-        }
-        if TRAINING_FIELDS.contains(&name) && !value.is_number() {
-            return Err(Error::invalid_config(given, format!("`{value}` is not a number")));
         }
         if normalized.insert(name.to_owned(), value.clone()).is_some() {
             return Err(Error::invalid_config(
@@ -60,6 +66,7 @@ pub fn normalize_settings(settings: &Map<String, Value>) -> Result<Map<String, V
             ));
         }
     }
+    TrainingSettings::read(&normalized)?;
     Ok(normalized)
 }
 

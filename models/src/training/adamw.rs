@@ -151,7 +151,7 @@ impl AdamW {
 
     /// The update itself, with the gradient's sums multiplied by `factor`.
     fn update(&self, decoder: &mut Decoder, gradient: &Gradient, options: &AdamWOptions, factor: f64) -> Result<()> {
-        let step = AdamWStep {
+        let decaying = AdamWStep {
             learning_rate: options.learning_rate,
             beta1: options.beta1,
             beta2: options.beta2,
@@ -160,15 +160,21 @@ impl AdamW {
             step: self.step + 1,
             gradient_scale: factor,
         };
+        let constant = AdamWStep {
+            weight_decay: 0.0,
+            ..decaying
+        };
         for (index, moments) in self.moments.iter().enumerate() {
             let (Some(moments), Some(sum)) = (moments, gradient.sum(index)) else {
                 continue;
             };
-            if !decoder.parameters()[index].trainable {
+            let info = &decoder.parameters()[index];
+            if !info.trainable {
                 continue;
             }
+            let step = if options.decays(info.role) { &decaying } else { &constant };
             let parameter = decoder.weight(ParameterId(index)).as_f32()?;
-            update_one(parameter, sum, moments, &step)?;
+            update_one(parameter, sum, moments, step)?;
         }
         Ok(())
     }

@@ -5,6 +5,7 @@
 //! ```
 
 mod accumulate;
+mod activations;
 mod adamw;
 mod backward;
 pub mod checkpoint;
@@ -14,7 +15,9 @@ mod gradient;
 mod layout;
 mod options;
 mod packed;
+mod schedule;
 mod sequence;
+mod settings;
 mod tape;
 
 use accumulate::{Pass, check_cancelled};
@@ -22,7 +25,10 @@ use accumulate::{Pass, check_cancelled};
 pub(crate) use layout::change_range;
 
 pub use accumulate::{SequenceLoss, accumulate, accumulate_in_place};
+pub use activations::{ActivationSettings, Compression, Recompute};
 pub use adamw::{AdamW, StepReport};
 pub use gradient::Gradient;
 pub use options::AdamWOptions;
+pub use schedule::{Schedule, ScheduleKind};
 pub use sequence::{IGNORED_TARGET, TrainingSequence};
+pub use settings::TrainingSettings;

@@ -1,5 +1,6 @@
 //! Settings of AdamW.
 
+use crate::decoder::ParameterRole;
 use crate::error::{Error, Result};
 
 /// Settings of one step of [`AdamW`](super::AdamW), named as in arXiv:1711.05101. The defaults are PyTorch's.
@@ -13,8 +14,12 @@ pub struct AdamWOptions {
     pub beta2: f64,
     /// Added to the denominator. Default 1e-8. Finite, above 0.
     pub epsilon: f64,
-    /// Decoupled weight decay, applied to every trainable parameter. Default 0.01. Finite, at least 0.
+    /// Decoupled weight decay, applied to the trainable parameters of the group that decays. Default 0.01. Finite, at
+    /// least 0.
     pub weight_decay: f64,
+    /// Whether weights of norms and biases belong to the group that decays. Default true, as PyTorch does it with one
+    /// group; false leaves embeddings and matrices.
+    pub decay_norms_and_biases: bool,
     /// A gradient whose Euclidean norm is larger is scaled down to it. Default: no clipping. Above 0.
     pub max_grad_norm: Option<f64>,
 }
@@ -27,12 +32,18 @@ impl Default for AdamWOptions {
             beta2: 0.999,
             epsilon: 1e-8,
             weight_decay: 0.01,
+            decay_norms_and_biases: true,
             max_grad_norm: None,
         }
     }
 }
 
 impl AdamWOptions {
+    /// Whether a parameter belongs to the group that decays.
+    pub(super) fn decays(&self, role: ParameterRole) -> bool {
+        self.decay_norms_and_biases || !matches!(role, ParameterRole::NormWeight | ParameterRole::Bias)
+    }
+
     /// Refuses values out of range.
     ///
     /// # Errors

@@ -104,6 +104,7 @@ impl Golden {
             epsilon,
             weight_decay,
             max_grad_norm: Some(norm),
+            ..AdamWOptions::default()
         }
     }
 }
