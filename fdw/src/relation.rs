@@ -25,6 +25,7 @@ pub(crate) const RELATIONS: &[&dyn Relation] = &[
     &relations::Gradients,
     &relations::Parameters,
     &relations::OptimizerSteps,
+    &relations::Tape,
     &relations::Checkpoints,
     &relations::Devices,
     &relations::Requests,

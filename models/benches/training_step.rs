@@ -1,11 +1,12 @@
 //! Time and memory of training steps of GPT-2 124M (random weights, f32) on batches of 4 sequences of 256 tokens.
 //!
-//! `cargo bench -p candle-models --bench training_step [-- STEPS LAYERS WIDTH SEQUENCES LENGTH]`
+//! `cargo bench -p candle-models --bench training_step [-- STEPS LAYERS WIDTH SEQUENCES LENGTH SETTING=VALUE…]`, where
+//! the settings are training settings of `models.config`: `recompute=blocks`.
 #![allow(clippy::unwrap_used)]
 
 use std::time::Instant;
 
-use candle_models::training::{self, AdamW, AdamWOptions, Gradient, TrainingSequence};
+use candle_models::training::{self, AdamW, Gradient, TrainingSequence, TrainingSettings};
 use candle_models::{LoadOptions, Model};
 use serde_json::json;
 
@@ -34,6 +35,13 @@ fn main() {
     let number = |index: usize, default: usize| numbers.get(index).copied().unwrap_or(default);
     let (steps, layers, width) = (number(0, 5), number(1, 12), number(2, 768));
     let (sequences, length) = (number(3, 4), number(4, 256));
+    let mut settings = serde_json::Map::new();
+    for argument in std::env::args() {
+        if let Some((name, value)) = argument.split_once('=') {
+            settings.insert(name.into(), value.parse().unwrap_or_else(|_| json!(value)));
+        }
+    }
+    let settings = TrainingSettings::read(&settings).unwrap();
     let config = json!({"architecture": "gpt2", "layers": layers, "width": width, "heads": width / 64,
         "context_length": 1024.max(length), "vocabulary": 50257});
     let options = LoadOptions {
@@ -49,7 +57,7 @@ fn main() {
 
     let mut optimizer = AdamW::new();
     let mut gradient = Gradient::new(&model.decoder);
-    let (mut gradients, mut updates) = (vec![], vec![]);
+    let (mut gradients, mut updates, mut held) = (vec![], vec![], 0u64);
     for step in 0..steps {
         let batch: Vec<_> = (0..sequences)
             .map(|sequence| {
@@ -60,11 +68,13 @@ fn main() {
             .collect();
         let start = Instant::now();
         gradient.reset().unwrap();
-        training::accumulate(&model.decoder, &batch, &mut gradient, &|| false).unwrap();
+        let activations = settings.activations;
+        let passed =
+            training::accumulate_in_place(&model.decoder, &batch, &mut gradient, activations, &|| false).unwrap();
+        held = passed.tape.iter().map(|entry| entry.bytes).sum();
         let middle = Instant::now();
-        let report = optimizer
-            .step(&mut model.decoder, &gradient, &AdamWOptions::default())
-            .unwrap();
+        let options = settings.options(optimizer.steps() + 1);
+        let report = optimizer.step(&mut model.decoder, &gradient, &options).unwrap();
         let (gradient_time, update_time) = ((middle - start).as_secs_f64(), middle.elapsed().as_secs_f64());
         println!(
             "step {} loss {:.4} gradient {gradient_time:.3} s, update {update_time:.3} s",
@@ -74,9 +84,10 @@ fn main() {
         updates.push(update_time);
     }
     println!(
-        "median gradient {:.3} s, update {:.3} s, peak {:.0} MB",
+        "median gradient {:.3} s, update {:.3} s, activations {:.0} MB, peak {:.0} MB",
         median(&mut gradients),
         median(&mut updates),
+        held as f64 / 1048576.0,
         memory("VmHWM:")
     );
 }

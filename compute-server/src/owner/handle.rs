@@ -179,6 +179,7 @@ impl ModelHandle {
             },
             accumulated: Default::default(),
             log: new.log,
+            tape: Vec::new(),
             overlays: HashMap::new(),
             generations: Default::default(),
             training: Default::default(),

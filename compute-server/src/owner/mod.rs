@@ -18,6 +18,7 @@ mod sequence;
 mod settings;
 mod staging;
 mod state;
+mod tape;
 mod training;
 mod writing;
 

@@ -2,15 +2,17 @@
 
 use candle_compute_proto::v1;
 use candle_models::config::TRAINING_FIELDS;
-use candle_models::training::AdamWOptions;
+use candle_models::training::{self, ActivationSettings, AdamWOptions};
 use serde_json::{Map, Value};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 
-/// Settings that the model's configuration gives; absent ones take PyTorch's defaults.
+/// Settings that the model's configuration gives; absent ones take their defaults, which are PyTorch's.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct TrainingSettings {
+    /// As they were given.
     values: Map<String, Value>,
+    read: training::TrainingSettings,
 }
 
 /// Values that one step gives.
@@ -24,21 +26,12 @@ impl TrainingSettings {
     pub(crate) fn take(config: &mut Map<String, Value>) -> Result<Self> {
         let mut values = Map::new();
         for &name in TRAINING_FIELDS {
-            match config.remove(name) {
-                None | Some(Value::Null) => {}
-                Some(value) if value.is_number() => {
-                    values.insert(name.to_owned(), value);
-                }
-                Some(value) => {
-                    return Err(Error::invalid(format!(
-                        "the configuration's {name} is {value}; it must be a number"
-                    )));
-                }
+            if let Some(value) = config.remove(name).filter(|value| !value.is_null()) {
+                values.insert(name.to_owned(), value);
             }
         }
-        let settings = Self { values };
-        settings.options(&AdamWOverrides::default())?;
-        Ok(settings)
+        let read = training::TrainingSettings::read(&values)?;
+        Ok(Self { values, read })
     }
 
     /// The settings as fields of a configuration.
@@ -46,26 +39,25 @@ impl TrainingSettings {
         &self.values
     }
 
-    /// The options of a step.
+    /// What of a forward pass is kept.
+    pub(super) fn activations(&self) -> ActivationSettings {
+        self.read.activations
+    }
+
+    /// The options of step number `step`. What the step itself gives wins, over the schedule too.
     ///
     /// # Errors
     /// `InvalidArgument` for a value out of range.
-    pub(crate) fn options(&self, step: &AdamWOverrides) -> Result<AdamWOptions> {
-        let configured = |name: &str| self.values.get(name).and_then(Value::as_f64);
-        let default = AdamWOptions::default();
+    pub(crate) fn options(&self, step: u64, overrides: &AdamWOverrides) -> Result<AdamWOptions> {
+        let configured = self.read.options(step);
         let options = AdamWOptions {
-            learning_rate: step
-                .learning_rate
-                .or(configured("learning_rate"))
-                .unwrap_or(default.learning_rate),
-            beta1: step.beta1.or(configured("beta1")).unwrap_or(default.beta1),
-            beta2: step.beta2.or(configured("beta2")).unwrap_or(default.beta2),
-            epsilon: step.epsilon.or(configured("epsilon")).unwrap_or(default.epsilon),
-            weight_decay: step
-                .weight_decay
-                .or(configured("weight_decay"))
-                .unwrap_or(default.weight_decay),
-            max_grad_norm: step.max_grad_norm.or(configured("max_grad_norm")),
+            learning_rate: overrides.learning_rate.unwrap_or(configured.learning_rate),
+            beta1: overrides.beta1.unwrap_or(configured.beta1),
+            beta2: overrides.beta2.unwrap_or(configured.beta2),
+            epsilon: overrides.epsilon.unwrap_or(configured.epsilon),
+            weight_decay: overrides.weight_decay.unwrap_or(configured.weight_decay),
+            max_grad_norm: overrides.max_grad_norm.or(configured.max_grad_norm),
+            decay_norms_and_biases: configured.decay_norms_and_biases,
         };
         options.validate()?;
         Ok(options)
@@ -88,31 +80,45 @@ pub(super) fn to_proto(options: &AdamWOptions) -> v1::AdamWOptions {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_step_overrides_the_configuration_which_overrides_the_defaults() {
-        let Value::Object(mut config) = serde_json::json!({"layers": 2, "learning_rate": 0.5, "beta1": 0.8}) else {
+    fn take(config: Value) -> Result<(TrainingSettings, Map<String, Value>)> {
+        let Value::Object(mut config) = config else {
             unreachable!()
         };
-        let settings = TrainingSettings::take(&mut config).unwrap();
-        assert_eq!(config.len(), 1);
+        Ok((TrainingSettings::take(&mut config)?, config))
+    }
+
+    #[test]
+    fn a_step_overrides_the_configuration_which_overrides_the_defaults() {
+        let (settings, rest) = take(serde_json::json!({"layers": 2, "learning_rate": 0.5, "beta1": 0.8})).unwrap();
+        assert_eq!(rest.len(), 1);
         let step = AdamWOverrides {
             beta1: Some(0.7),
             ..Default::default()
         };
-        let options = settings.options(&step).unwrap();
+        let options = settings.options(1, &step).unwrap();
         assert_eq!((options.learning_rate, options.beta1, options.beta2), (0.5, 0.7, 0.999));
     }
 
     #[test]
-    fn values_that_are_no_numbers_or_out_of_range_are_refused() {
+    fn a_steps_own_learning_rate_wins_over_the_schedule() {
+        let (settings, _) = take(serde_json::json!({"learning_rate": 0.5, "warmup_steps": 5})).unwrap();
+        let step = AdamWOverrides::default();
+        assert_eq!(settings.options(1, &step).unwrap().learning_rate, 0.1);
+        let step = AdamWOverrides {
+            learning_rate: Some(0.25),
+            ..step
+        };
+        assert_eq!(settings.options(1, &step).unwrap().learning_rate, 0.25);
+    }
+
+    #[test]
+    fn bad_values_are_refused() {
         for config in [
             serde_json::json!({"beta1": "x"}),
             serde_json::json!({"learning_rate": -1}),
+            serde_json::json!({"recompute": "some"}),
         ] {
-            let Value::Object(mut config) = config else {
-                unreachable!()
-            };
-            assert!(TrainingSettings::take(&mut config).is_err());
+            assert!(take(config).is_err());
         }
     }
 }

@@ -35,7 +35,8 @@ impl Owner {
     pub(crate) fn stage_step(&mut self, ticket: &Ticket, overrides: &AdamWOverrides) -> Result<v1::OptimizerStep> {
         self.check_usable(ticket)?;
         let view = View::Transaction(Arc::clone(&ticket.transaction));
-        let options = self.settings(&view).options(overrides)?;
+        let step = self.step_number(&View::Committed) + 1;
+        let options = self.settings(&view).options(step, overrides)?;
         let started = SystemTime::now();
         let consumed = self.consumed(ticket);
         let parts = self.visible_parts(&view);
@@ -76,7 +77,7 @@ impl Owner {
         let loss = gradient.and_then(|gradient| gradient.loss());
         let report = v1::OptimizerStep {
             model: self.shared.name.clone(),
-            step: self.step_number(&View::Committed) + 1,
+            step,
             loss: loss.unwrap_or(f64::NAN),
             grad_norm,
             options: Some(to_proto(&options)),

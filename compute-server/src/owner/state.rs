@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_compute_proto::v1;
-use candle_models::training::{AdamW, checkpoint};
+use candle_models::training::{AdamW, TapeEntry, checkpoint};
 use candle_models::{Decoder, Model};
 use serde_json::Value;
 
@@ -35,6 +35,8 @@ pub(crate) struct Owner {
     pub(super) versions: Versions,
     pub(super) accumulated: Accumulated,
     pub(super) log: Vec<v1::OptimizerStep>,
+    /// What the last forward pass of training recorded.
+    pub(super) tape: Vec<TapeEntry>,
     pub(super) overlays: HashMap<TransactionId, Overlay>,
     pub(super) generations: Generations,
     pub(super) training: Training,

@@ -291,6 +291,11 @@ impl Owner {
                 self.shared.name
             )));
         }
+        let activations = match &job.request.target {
+            Target::Return(view) => self.settings(view),
+            Target::Stage(ticket) => self.settings(&View::Transaction(Arc::clone(&ticket.transaction))),
+        }
+        .activations();
         let decoder = match &job.request.target {
             Target::Return(view) => self.visible_decoder(view)?,
             Target::Stage(ticket) => self.visible_decoder(&View::Transaction(Arc::clone(&ticket.transaction)))?,
@@ -300,12 +305,12 @@ impl Owner {
         let start = Instant::now();
         let rest = &job.request.sequences[job.losses.len()..];
         let batch = &rest[..micro_batch(rest)];
-        job.losses.extend(training::accumulate_in_place(
-            decoder,
-            batch,
-            &mut job.part.gradient,
-            &cancelled,
-        )?);
+        let passed = training::accumulate_in_place(decoder, batch, &mut job.part.gradient, activations, &cancelled)?;
+        job.losses.extend(passed.losses);
+        // Without targets nothing was run.
+        if !passed.tape.is_empty() {
+            self.tape = passed.tape;
+        }
         job.part.duration_ms += start.elapsed().as_secs_f64() * 1e3;
         request.set_progress(job.losses.len() as u64, job.request.sequences.len() as u64);
         Ok(())

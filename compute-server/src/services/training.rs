@@ -228,6 +228,19 @@ impl TrainingService for Service {
         }
         Ok(Response::new(v1::ListStepsResponse { steps }))
     }
+
+    async fn list_tape(&self, request: Request<v1::ListTapeRequest>) -> Result<Response<v1::ListTapeResponse>, Status> {
+        let request = request.into_inner();
+        let reader = Reader::open(&self.app, request.transaction.as_ref())?;
+        let mut entries = Vec::new();
+        for model in models(&reader, &request.models) {
+            match model.call(|owner| Ok(owner.tape())).await {
+                Err(Error::Unloaded(_)) => {}
+                rows => entries.extend(rows?),
+            }
+        }
+        Ok(Response::new(v1::ListTapeResponse { entries }))
+    }
 }
 
 impl Service {

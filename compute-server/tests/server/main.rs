@@ -9,4 +9,5 @@ mod operations;
 mod parameters;
 mod support;
 mod tensors;
+mod training_settings;
 mod transactions;

@@ -93,26 +93,31 @@ pub(super) fn echo(columns: &[Column]) -> Row {
     vec![Value::Echo; columns.len()]
 }
 
-/// The columns of a chunk; what was not sent is NULL.
-pub(super) fn row(model: &str, chunk: TensorChunk, without_data: bool) -> Vec<Value> {
-    let dtype = match chunk.dtype() {
+/// A shape as an array.
+pub(super) fn shape(sizes: &[u64]) -> Value {
+    let size = |size: &u64| i64::try_from(*size).unwrap_or(i64::MAX);
+    Value::Ints(sizes.iter().map(size).collect())
+}
+
+/// The name of an element type.
+pub(super) fn dtype(dtype: DataType) -> Value {
+    match dtype {
         DataType::Unspecified => Value::Null,
         DataType::F32 => "f32".into(),
         DataType::F16 => "f16".into(),
         DataType::Bf16 => "bf16".into(),
         DataType::I32 => "i32".into(),
-    };
+    }
+}
+
+/// The columns of a chunk; what was not sent is NULL.
+pub(super) fn row(model: &str, chunk: TensorChunk, without_data: bool) -> Vec<Value> {
+    let dtype = dtype(chunk.dtype());
     vec![
         model.into(),
         chunk.name.into(),
         chunk.chunk.into(),
-        Value::Ints(
-            chunk
-                .shape
-                .iter()
-                .map(|size| i64::try_from(*size).unwrap_or(i64::MAX))
-                .collect(),
-        ),
+        shape(&chunk.shape),
         dtype,
         Value::count(chunk.elements),
         if without_data {

@@ -1,7 +1,7 @@
 //! Forward and backward over the sequences of a statement.
 
 use super::packed::Packed;
-use super::{Gradient, TrainingSequence};
+use super::{ActivationSettings, Gradient, TapeEntry, TrainingSequence};
 use crate::decoder::{Decoder, Layout};
 use crate::error::{Error, Result};
 use crate::ops::attention::AttentionShape;
@@ -16,6 +16,15 @@ pub struct SequenceLoss {
     pub token_count: u32,
 }
 
+/// What a call of [`accumulate_in_place`] did.
+#[derive(Clone, Debug, Default)]
+pub struct PassReport {
+    /// One entry a sequence.
+    pub losses: Vec<SequenceLoss>,
+    /// What the last forward pass recorded; empty when no sequence had a target.
+    pub tape: Vec<TapeEntry>,
+}
+
 /// One pass over packed sequences: what forward and backward both need.
 pub(super) struct Pass<'a> {
     pub(super) decoder: &'a Decoder,
@@ -27,10 +36,11 @@ pub(super) struct Pass<'a> {
     /// Their negatives.
     pub(super) opposite_angles: Option<RotaryAngles>,
     pub(super) gradient: &'a Gradient,
+    pub(super) activations: ActivationSettings,
     pub(super) cancelled: &'a dyn Fn() -> bool,
 }
 
-/// Adds the gradient of sequences to `gradient`. They are packed into passes of bounded size; the result is the same, to
+/// Adds the gradient of sequences to `gradient`, with the default [`ActivationSettings`]. They are packed into passes of bounded size; the result is the same, to
 /// rounding, as for one call a sequence, and bit for bit the same for the same calls.
 ///
 /// All or nothing: after an error the gradient is as it was. `cancelled` is asked before every segment.
@@ -50,18 +60,18 @@ pub fn accumulate(
     // Into a gradient that has something, a failed pass must not leave its half.
     if !gradient.is_empty() {
         let mut fresh = Gradient::new(decoder);
-        let losses = accumulate_into(decoder, sequences, &mut fresh, cancelled)?;
+        let report = accumulate_in_place(decoder, sequences, &mut fresh, Default::default(), cancelled)?;
         gradient.merge(fresh)?;
-        return Ok(losses);
+        return Ok(report.losses);
     }
-    let result = accumulate_into(decoder, sequences, gradient, cancelled);
+    let result = accumulate_in_place(decoder, sequences, gradient, Default::default(), cancelled);
     if result.is_err() {
         gradient.clear();
     }
-    result
+    Ok(result?.losses)
 }
 
-/// As [`accumulate`], always in place: no second gradient is needed for one that has something already, but after an
+/// As [`accumulate`], keeping activations as `activations` says, and always in place: no second gradient is needed for one that has something already, but after an
 /// error `gradient` is of no more use.
 ///
 /// # Errors
@@ -70,29 +80,23 @@ pub fn accumulate_in_place(
     decoder: &Decoder,
     sequences: &[TrainingSequence],
     gradient: &mut Gradient,
+    activations: ActivationSettings,
     cancelled: &dyn Fn() -> bool,
-) -> Result<Vec<SequenceLoss>> {
+) -> Result<PassReport> {
     if gradient.parameter_count() != decoder.parameters().len() {
         return Err(Error::InvalidArgument("the gradient is of another model".into()));
     }
-    accumulate_into(decoder, sequences, gradient, cancelled)
-}
-
-/// [`accumulate`] without the promise that errors change nothing.
-fn accumulate_into(
-    decoder: &Decoder,
-    sequences: &[TrainingSequence],
-    gradient: &mut Gradient,
-    cancelled: &dyn Fn() -> bool,
-) -> Result<Vec<SequenceLoss>> {
     let counts = sequences.iter().map(TrainingSequence::target_count);
     let mut losses: Vec<_> = counts
         .map(|token_count| SequenceLoss { loss: 0.0, token_count })
         .collect();
+    let mut tape = vec![];
     for batch in Packed::split(sequences) {
         gradient.allocate()?;
-        let pass = Pass::new(decoder, &batch, gradient, cancelled)?;
-        let rows = pass.backward(pass.forward()?)?;
+        let pass = Pass::new(decoder, &batch, gradient, activations, cancelled)?;
+        let recorded = pass.forward()?;
+        tape = pass.list(&recorded);
+        let rows = pass.backward(recorded)?;
         for (sequence, row) in batch.sequence_of_rows().zip(&rows) {
             losses[batch.members[sequence]].loss += f64::from(*row);
         }
@@ -104,7 +108,7 @@ fn accumulate_into(
     }
     let tokens = losses.iter().map(|loss| u64::from(loss.token_count)).sum();
     gradient.count(tokens, sequences.len() as u64, weighted);
-    Ok(losses)
+    Ok(PassReport { losses, tape })
 }
 
 impl<'a> Pass<'a> {
@@ -112,6 +116,7 @@ impl<'a> Pass<'a> {
         decoder: &'a Decoder,
         batch: &'a Packed,
         gradient: &'a Gradient,
+        activations: ActivationSettings,
         cancelled: &'a dyn Fn() -> bool,
     ) -> Result<Self> {
         let frequencies = decoder.inverse_frequencies();
@@ -124,6 +129,7 @@ impl<'a> Pass<'a> {
             opposite_angles: RotaryAngles::new(&opposite, &batch.positions, decoder.device())?,
             batch,
             gradient,
+            activations,
             cancelled,
         })
     }

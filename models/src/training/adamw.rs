@@ -172,7 +172,11 @@ impl AdamW {
             if !info.trainable {
                 continue;
             }
-            let step = if options.decays(info.role) { &decaying } else { &constant };
+            let step = if options.decays(info.role) {
+                &decaying
+            } else {
+                &constant
+            };
             let parameter = decoder.weight(ParameterId(index)).as_f32()?;
             update_one(parameter, sum, moments, step)?;
         }

@@ -1,8 +1,8 @@
 //! The backward pass: segments in reverse, every parameter's gradient added up in place as soon as it is known.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
-use super::tape::{LayerTape, Tape};
+use super::tape::{Kept, LayerTape, Tape};
 use super::{Pass, check_cancelled};
 use crate::decoder::{Layer, NormParameters, ParameterId, Projection};
 use crate::error::Result;
@@ -18,14 +18,33 @@ impl Pass<'_> {
         check_cancelled(self.cancelled)?;
         let (losses, mut gradient) = self.backward_head(&output)?;
         drop(output);
-        for layer in self.layout.layers.iter().rev() {
-            check_cancelled(self.cancelled)?;
-            // One tape a layer was pushed by the forward pass.
-            let Some(tape) = layers.pop() else { break };
-            gradient = self.backward_layer(layer, tape, gradient)?;
+        while !layers.is_empty() {
+            let end = layers.len();
+            let mut tapes = self.last_tapes(&mut layers)?;
+            for layer in self.layout.layers[layers.len()..end].iter().rev() {
+                check_cancelled(self.cancelled)?;
+                // The last tapes are those of the layers that are no longer in the list.
+                let Some(tape) = tapes.pop() else { break };
+                gradient = self.backward_layer(layer, tape, gradient)?;
+            }
         }
         self.backward_embedding(&gradient)?;
         Ok(losses)
+    }
+
+    /// Takes the last layer, and those before it that are needed to run it again, off the list: their tapes in f32.
+    fn last_tapes(&self, layers: &mut Vec<Kept>) -> Result<Vec<LayerTape>> {
+        let end = layers.len();
+        while let Some(kept) = layers.pop() {
+            match kept {
+                Kept::Everything(tape) => return Ok(vec![tape.converted(DType::F32)?]),
+                Kept::Input(input) => {
+                    return self.replay(&self.layout.layers[layers.len()..end], input.to_dtype(DType::F32)?);
+                }
+                Kept::Nothing => {}
+            }
+        }
+        Ok(vec![])
     }
 
     /// Final norm, head and cross-entropy of the rows that have targets: their losses, and the gradient of the last

@@ -14,17 +14,34 @@ impl Pass<'_> {
     pub(super) fn forward(&self) -> Result<Tape> {
         let mut x = self.decoder.embed(&self.batch.tokens, &self.batch.positions)?;
         let mut layers = Vec::with_capacity(self.layout.layers.len());
-        for layer in &self.layout.layers {
+        for (index, layer) in self.layout.layers.iter().enumerate() {
             check_cancelled(self.cancelled)?;
-            let (output, tape) = self.forward_layer(layer, x)?;
-            layers.push(tape);
-            x = output;
+            let tape = self.record_layer(layer, x)?;
+            x = self.layer_output(layer, &tape)?;
+            layers.push(tape.keep(index, self.activations)?);
         }
         Ok(Tape { layers, output: x })
     }
 
-    /// One layer: `x` `[tokens, width]` to the same shape.
-    fn forward_layer(&self, layer: &Layer, input: Tensor) -> Result<(Tensor, LayerTape)> {
+    /// Runs layers again on the first one's input `[tokens, width]`: the tapes of all of them. The last one's output is
+    /// not computed.
+    pub(super) fn replay(&self, layers: &[Layer], input: Tensor) -> Result<Vec<LayerTape>> {
+        let mut tapes: Vec<LayerTape> = Vec::with_capacity(layers.len());
+        let mut input = Some(input);
+        for (index, layer) in layers.iter().enumerate() {
+            check_cancelled(self.cancelled)?;
+            let x = match (input.take(), tapes.last()) {
+                (None, Some(before)) => self.layer_output(&layers[index - 1], before)?,
+                (Some(x), _) => x,
+                (None, None) => break,
+            };
+            tapes.push(self.record_layer(layer, x)?);
+        }
+        Ok(tapes)
+    }
+
+    /// One layer on `input` `[tokens, width]` as far as its backward needs it.
+    fn record_layer(&self, layer: &Layer, input: Tensor) -> Result<LayerTape> {
         let normed = self.decoder.normalize(&input, &layer.attention_norm)?;
         let [query, key, value] = &layer.query_key_value;
         let query = self.rotate(self.linear(query, &normed)?)?;
@@ -42,20 +59,21 @@ impl Pass<'_> {
             .map(|gate| self.linear(gate, &normed))
             .transpose()?;
         let up = self.linear(&layer.feed_forward.up, &normed)?;
-        drop(normed);
-        let inner = self.activate(gate.as_ref(), &up)?;
+        Ok(LayerTape {
+            input,
+            attention,
+            middle,
+            gate,
+            up,
+        })
+    }
+
+    /// The rest of a layer: its output, `[tokens, width]`.
+    fn layer_output(&self, layer: &Layer, tape: &LayerTape) -> Result<Tensor> {
+        let inner = self.activate(tape.gate.as_ref(), &tape.up)?;
         let output = self.linear(&layer.feed_forward.down, &inner)?;
-        add_in_place(&output, &middle)?;
-        Ok((
-            output,
-            LayerTape {
-                input,
-                attention,
-                middle,
-                gate,
-                up,
-            },
-        ))
+        add_in_place(&output, &tape.middle)?;
+        Ok(output)
     }
 
     /// The feed-forward network's activation, gated or not: `[tokens, feed_forward_width]`.

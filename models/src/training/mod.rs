@@ -13,6 +13,7 @@ pub mod checkpoint;
 mod forward;
 mod gradient;
 mod layout;
+mod listing;
 mod options;
 mod packed;
 mod schedule;
@@ -24,10 +25,11 @@ use accumulate::{Pass, check_cancelled};
 
 pub(crate) use layout::change_range;
 
-pub use accumulate::{SequenceLoss, accumulate, accumulate_in_place};
+pub use accumulate::{PassReport, SequenceLoss, accumulate, accumulate_in_place};
 pub use activations::{ActivationSettings, Compression, Recompute};
 pub use adamw::{AdamW, StepReport};
 pub use gradient::Gradient;
+pub use listing::{ActivationStorage, TapeEntry};
 pub use options::AdamWOptions;
 pub use schedule::{Schedule, ScheduleKind};
 pub use sequence::{IGNORED_TARGET, TrainingSequence};

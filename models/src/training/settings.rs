@@ -148,8 +148,10 @@ mod tests {
 
     #[test]
     fn fields_are_read() {
-        let settings = read(json!({"learning_rate": 0.5, "schedule": "linear", "warmup_steps": 2, "schedule_steps": 4,
-            "min_learning_rate": 0.1, "decay_norms_and_biases": false, "recompute": 3, "compress_activations": "bf16"}))
+        let settings = read(
+            json!({"learning_rate": 0.5, "schedule": "linear", "warmup_steps": 2, "schedule_steps": 4,
+            "min_learning_rate": 0.1, "decay_norms_and_biases": false, "recompute": 3, "compress_activations": "bf16"}),
+        )
         .unwrap();
         assert_eq!(settings.options(1).learning_rate, 0.25);
         assert_eq!(settings.options(3).learning_rate, 0.5);
@@ -167,9 +169,15 @@ mod tests {
     #[test]
     fn bad_values_are_refused_with_the_choices() {
         for (settings, expected) in [
-            (json!({"schedule": "step"}), ["`schedule`", "\"constant\", \"linear\", \"cosine\""]),
+            (
+                json!({"schedule": "step"}),
+                ["`schedule`", "\"constant\", \"linear\", \"cosine\""],
+            ),
             (json!({"schedule": 3}), ["`schedule`", "`3`"]),
-            (json!({"schedule": "cosine"}), ["`schedule_steps`", "0 for schedule cosine"]),
+            (
+                json!({"schedule": "cosine"}),
+                ["`schedule_steps`", "0 for schedule cosine"],
+            ),
             (
                 json!({"schedule": "linear", "schedule_steps": 5, "warmup_steps": 5}),
                 ["`schedule_steps`", "more than warmup_steps"],
@@ -181,12 +189,18 @@ mod tests {
                 json!({"min_learning_rate": 0.2, "learning_rate": 0.1}),
                 ["`min_learning_rate`", "above learning_rate"],
             ),
-            (json!({"decay_norms_and_biases": 1}), ["`decay_norms_and_biases`", "true or false"]),
+            (
+                json!({"decay_norms_and_biases": 1}),
+                ["`decay_norms_and_biases`", "true or false"],
+            ),
             (json!({"recompute": "all"}), ["`recompute`", "\"none\", \"blocks\""]),
             (json!({"recompute": 0}), ["`recompute`", "at least 1"]),
             (json!({"recompute": -2}), ["`recompute`", "at least 1"]),
             (json!({"recompute": true}), ["`recompute`", "at least 1"]),
-            (json!({"compress_activations": "f16"}), ["`compress_activations`", "\"none\", \"bf16\""]),
+            (
+                json!({"compress_activations": "f16"}),
+                ["`compress_activations`", "\"none\", \"bf16\""],
+            ),
             (json!({"learning_rate": "fast"}), ["`learning_rate`", "number"]),
             (json!({"beta1": 1}), ["beta1 is 1", "below 1"]),
         ] {

@@ -1,6 +1,7 @@
 //! Training against PyTorch, against finite differences, and against itself (batched, resumed, damaged).
 #![allow(clippy::unwrap_used)]
 
+mod activations;
 mod batching;
 mod checkpoints;
 

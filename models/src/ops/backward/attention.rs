@@ -1,6 +1,6 @@
 //! Causal attention over packed sequences, forward with what backward needs, and backward.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_kernels_cpu as kernels;
 
 use super::composed;
@@ -11,15 +11,28 @@ use crate::ops::storage::{CpuSlice, is_cpu};
 /// What backward needs of attention.
 pub(crate) struct AttentionTape {
     /// Rotated queries, `[tokens, heads * head_dim]`.
-    query: Tensor,
+    pub(crate) query: Tensor,
     /// Rotated keys, `[tokens, key_value_heads * head_dim]`.
-    key: Tensor,
+    pub(crate) key: Tensor,
     /// Values, `[tokens, key_value_heads * head_dim]`.
-    value: Tensor,
+    pub(crate) value: Tensor,
     /// The attention's output, `[tokens, heads * head_dim]`.
     pub(crate) output: Tensor,
     /// Logarithms of the softmax' denominators, `[tokens, heads]`; empty on devices without kernels of our own.
-    log_sum_exp: Vec<f32>,
+    pub(crate) log_sum_exp: Vec<f32>,
+}
+
+impl AttentionTape {
+    /// The same with tensors of another type.
+    pub(crate) fn converted(self, dtype: DType) -> Result<Self> {
+        Ok(Self {
+            query: self.query.to_dtype(dtype)?,
+            key: self.key.to_dtype(dtype)?,
+            value: self.value.to_dtype(dtype)?,
+            output: self.output.to_dtype(dtype)?,
+            log_sum_exp: self.log_sum_exp,
+        })
+    }
 }
 
 /// Attends within each sequence, which has the rows from `bounds[i]` to `bounds[i + 1]`.

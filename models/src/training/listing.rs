@@ -1,0 +1,171 @@
+//! A tape as a list: one entry for each operation of the forward pass.
+
+use candle_core::{DType, Tensor};
+
+use super::Pass;
+use super::tape::{Kept, LayerTape, Tape};
+
+/// One operation that a forward pass recorded. What it reads is told by places in the list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TapeEntry {
+    /// The part of the model: `embedding`, `block 0`, …, `head`.
+    pub segment: String,
+    /// What was computed: `attention_norm`, `query` (with its rotation), `attention_output` (with the residual), ….
+    pub operation: &'static str,
+    /// Places of the entries whose results it reads, from 0.
+    pub inputs: Vec<usize>,
+    /// Shape of the result.
+    pub shape: Vec<usize>,
+    /// Type in which the result is held: `f32`, `bf16`.
+    pub dtype: &'static str,
+    /// Bytes held for the backward pass; 0 for a result that is computed again.
+    pub bytes: u64,
+    /// Where backward takes the result from.
+    pub storage: ActivationStorage,
+}
+
+/// Where the backward pass takes an activation from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ActivationStorage {
+    /// It was kept as it is.
+    Kept,
+    /// It is computed again.
+    Recomputed,
+    /// It was kept in a smaller type.
+    Compressed,
+}
+
+impl ActivationStorage {
+    /// Its name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kept => "kept",
+            Self::Recomputed => "recomputed",
+            Self::Compressed => "compressed",
+        }
+    }
+}
+
+impl Pass<'_> {
+    /// The operations of the forward pass that made `tape`, and of the head that follows it.
+    pub(super) fn list(&self, tape: &Tape) -> Vec<TapeEntry> {
+        let mut list = Listing::default();
+        let stream = [self.batch.tokens.len(), self.decoder.config().width];
+        list.segment = "embedding".into();
+        let mut input = list.add("embedding", &[], &stream, layer_input(tape, 0));
+        for (index, kept) in tape.layers.iter().enumerate() {
+            list.segment = format!("block {index}");
+            let whole = match kept {
+                Kept::Everything(tape) => Some(tape),
+                Kept::Input(_) | Kept::Nothing => None,
+            };
+            let middle = self.list_attention(&mut list, input, whole);
+            let inner = self.list_feed_forward(&mut list, middle, whole);
+            input = list.add("down", &[inner, middle], &stream, layer_input(tape, index + 1));
+        }
+        self.list_head(&mut list, input);
+        list.entries
+    }
+
+    /// The attention half of a layer; the place of its result.
+    fn list_attention(&self, list: &mut Listing, input: usize, tape: Option<&LayerTape>) -> usize {
+        let config = self.decoder.config();
+        let tokens = self.batch.tokens.len();
+        let (stream, heads) = ([tokens, config.width], [tokens, config.heads * config.head_dim]);
+        let key_value = [tokens, config.key_value_heads * config.head_dim];
+        let attention = tape.map(|tape| &tape.attention);
+        let norm = list.add("attention_norm", &[input], &stream, None);
+        let query = list.add("query", &[norm], &heads, attention.map(|tape| &tape.query));
+        let key = list.add("key", &[norm], &key_value, attention.map(|tape| &tape.key));
+        let value = list.add("value", &[norm], &key_value, attention.map(|tape| &tape.value));
+        // They stay f32: there are few, and backward's probabilities hang on them. Other devices keep none.
+        if attention.is_none_or(|tape| !tape.log_sum_exp.is_empty()) {
+            let held = attention.map(|_| DType::F32);
+            list.add_as("log_sum_exp", &[query, key], &[tokens, config.heads], held);
+        }
+        let output = list.add(
+            "attention",
+            &[query, key, value],
+            &heads,
+            attention.map(|tape| &tape.output),
+        );
+        list.add(
+            "attention_output",
+            &[output, input],
+            &stream,
+            tape.map(|tape| &tape.middle),
+        )
+    }
+
+    /// The feed-forward half of a layer up to the activation; the place of its result.
+    fn list_feed_forward(&self, list: &mut Listing, input: usize, tape: Option<&LayerTape>) -> usize {
+        let config = self.decoder.config();
+        let tokens = self.batch.tokens.len();
+        let inner = [tokens, config.feed_forward_width];
+        let norm = list.add("feed_forward_norm", &[input], &[tokens, config.width], None);
+        let mut factors = vec![];
+        if config.gated {
+            let gate = tape.and_then(|tape| tape.gate.as_ref());
+            factors.push(list.add("gate", &[norm], &inner, gate));
+        }
+        factors.push(list.add("up", &[norm], &inner, tape.map(|tape| &tape.up)));
+        list.add("activation", &factors, &inner, None)
+    }
+
+    /// The head, whose backward follows at once; logits exist in blocks only and are not listed.
+    fn list_head(&self, list: &mut Listing, mut input: usize) {
+        let (rows, width) = (self.batch.rows.len(), self.decoder.config().width);
+        list.segment = "head".into();
+        let mut add =
+            |operation, input: usize, shape: &[usize]| list.add_as(operation, &[input], shape, Some(DType::F32));
+        if rows != self.batch.tokens.len() {
+            input = add("rows_with_targets", input, &[rows, width]);
+        }
+        let norm = add("final_norm", input, &[rows, width]);
+        add("cross_entropy", norm, &[rows]);
+    }
+}
+
+/// What is kept of the input of layer `index`, or of the last layer's output.
+fn layer_input(tape: &Tape, index: usize) -> Option<&Tensor> {
+    match tape.layers.get(index) {
+        None => Some(&tape.output),
+        Some(Kept::Everything(layer)) => Some(&layer.input),
+        Some(Kept::Input(input)) => Some(input),
+        Some(Kept::Nothing) => None,
+    }
+}
+
+/// A list that is being made.
+#[derive(Default)]
+struct Listing {
+    segment: String,
+    entries: Vec<TapeEntry>,
+}
+
+impl Listing {
+    /// Adds an operation whose result is `held`, or else computed again. Returns its place.
+    fn add(&mut self, operation: &'static str, inputs: &[usize], shape: &[usize], held: Option<&Tensor>) -> usize {
+        self.add_as(operation, inputs, shape, held.map(Tensor::dtype))
+    }
+
+    /// Adds an operation whose result is held in the type `held`, or else computed again. Returns its place.
+    fn add_as(&mut self, operation: &'static str, inputs: &[usize], shape: &[usize], held: Option<DType>) -> usize {
+        let elements: usize = shape.iter().product();
+        self.entries.push(TapeEntry {
+            segment: self.segment.clone(),
+            operation,
+            inputs: inputs.into(),
+            shape: shape.into(),
+            dtype: held.unwrap_or(DType::F32).as_str(),
+            bytes: held.map_or(0, |dtype| (elements * dtype.size_in_bytes()) as u64),
+            storage: match held {
+                None => ActivationStorage::Recomputed,
+                Some(DType::F32) => ActivationStorage::Kept,
+                Some(_) => ActivationStorage::Compressed,
+            },
+        });
+        self.entries.len() - 1
+    }
+}
