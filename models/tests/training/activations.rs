@@ -84,7 +84,7 @@ fn compressed_gradients_are_pytorchs_to_the_rounding() {
                 let (absolute, relative) = difference(&actual, &expected);
                 // The gradient of GPT-2's key bias is 0 but for rounding, so it has no relative error.
                 assert!(
-                    absolute < 1e-5 || relative < 1e-2,
+                    absolute < 1e-5 || relative < 2e-2,
                     "{name} {}: {absolute:e} {relative:e}",
                     parameter.name
                 );
