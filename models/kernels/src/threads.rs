@@ -277,16 +277,20 @@ impl Shared {
     }
 }
 
+/// Tests that change the number of threads take turns.
+#[cfg(test)]
+pub(crate) fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    lock(&TURN)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Tests that change the number of threads take turns.
-    static TURN: Mutex<()> = Mutex::new(());
-
     #[test]
     fn every_task_runs_once() {
-        let _turn = lock(&TURN);
+        let _turn = turn();
         for threads in [1, 2, 5] {
             set(threads);
             for tasks in [0, 1, 2, 7, 100] {
@@ -304,7 +308,7 @@ mod tests {
 
     #[test]
     fn concurrent_and_nested_regions_are_correct() {
-        let _turn = lock(&TURN);
+        let _turn = turn();
         set(3);
         let total = AtomicUsize::new(0);
         std::thread::scope(|scope| {
@@ -326,7 +330,7 @@ mod tests {
 
     #[test]
     fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
-        let _turn = lock(&TURN);
+        let _turn = turn();
         set(2);
         for _ in 0..20 {
             let result = catch_unwind(|| parallel_for(16, |task| assert_ne!(task, 9, "task nine")));
@@ -342,7 +346,7 @@ mod tests {
 
     #[test]
     fn sleeping_workers_are_woken() {
-        let _turn = lock(&TURN);
+        let _turn = turn();
         set(2);
         for _ in 0..20 {
             // Each task waits for the other one, so that the region ends only where two threads take part.

@@ -56,6 +56,19 @@ impl Avx2 {
         }
     }
 
+    /// Eight lanes rounded to bfloat16, as 32-bit integers.
+    #[inline(always)]
+    fn bf16_bits(self, eight: __m256) -> __m256i {
+        intrinsic! {
+            let bits = _mm256_castps_si256(eight);
+            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+            let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+            let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
+            let is_nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(eight, eight));
+            _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, is_nan))
+        }
+    }
+
     /// The low and the high eight bytes as unsigned 32-bit integers.
     #[inline(always)]
     fn widen_u8(self, from: &[u8; LANES]) -> [__m256i; 2] {
@@ -191,6 +204,24 @@ impl Simd for Avx2 {
                 _mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)),
                 _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)),
             ]
+        }
+    }
+
+    #[inline(always)]
+    fn store_f16_bytes(self, value: Pair, to: &mut [u8; 32]) {
+        intrinsic! {
+            _mm_storeu_si128(to.as_mut_ptr().cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value[0]));
+            _mm_storeu_si128(to.as_mut_ptr().add(16).cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value[1]));
+        }
+    }
+
+    #[inline(always)]
+    fn store_bf16_bytes(self, value: Pair, to: &mut [u8; 32]) {
+        let [low, high] = [self.bf16_bits(value[0]), self.bf16_bits(value[1])];
+        intrinsic! {
+            // Packing works within halves of registers: the middle quarters change places afterwards.
+            let packed = _mm256_permute4x64_epi64::<0xD8>(_mm256_packus_epi32(low, high));
+            _mm256_storeu_si256(to.as_mut_ptr().cast(), packed);
         }
     }
 

@@ -163,6 +163,35 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn transpose(self, vectors: [__m512; LANES]) -> [__m512; LANES] {
+        intrinsic! {
+            // Within each unit of four lanes first: fours[4q + i] holds in unit u the lanes 4u + i of rows 4q..4q + 4.
+            let mut fours = [_mm512_setzero_ps(); LANES];
+            for q in 0..4 {
+                let [a, b, c, d] = [vectors[4 * q], vectors[4 * q + 1], vectors[4 * q + 2], vectors[4 * q + 3]];
+                let (ab_low, ab_high) = (_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+                let (cd_low, cd_high) = (_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+                fours[4 * q] = _mm512_shuffle_ps::<0x44>(ab_low, cd_low);
+                fours[4 * q + 1] = _mm512_shuffle_ps::<0xEE>(ab_low, cd_low);
+                fours[4 * q + 2] = _mm512_shuffle_ps::<0x44>(ab_high, cd_high);
+                fours[4 * q + 3] = _mm512_shuffle_ps::<0xEE>(ab_high, cd_high);
+            }
+            // Then the units: row 4u + i of the result takes unit u of fours[i], fours[4 + i], fours[8 + i], fours[12 + i].
+            let mut rows = [_mm512_setzero_ps(); LANES];
+            for i in 0..4 {
+                let [a, b, c, d] = [fours[i], fours[4 + i], fours[8 + i], fours[12 + i]];
+                let (ab_even, ab_odd) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xDD>(a, b));
+                let (cd_even, cd_odd) = (_mm512_shuffle_f32x4::<0x88>(c, d), _mm512_shuffle_f32x4::<0xDD>(c, d));
+                rows[i] = _mm512_shuffle_f32x4::<0x88>(ab_even, cd_even);
+                rows[8 + i] = _mm512_shuffle_f32x4::<0xDD>(ab_even, cd_even);
+                rows[4 + i] = _mm512_shuffle_f32x4::<0x88>(ab_odd, cd_odd);
+                rows[12 + i] = _mm512_shuffle_f32x4::<0xDD>(ab_odd, cd_odd);
+            }
+            rows
+        }
+    }
+
+    #[inline(always)]
     fn load_f32_bytes(self, from: &[u8; 64]) -> __m512 {
         intrinsic!(_mm512_loadu_ps(from.as_ptr().cast()))
     }
@@ -177,6 +206,28 @@ impl Simd for Avx512 {
         intrinsic! {
             let words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.as_ptr().cast()));
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words))
+        }
+    }
+
+    #[inline(always)]
+    fn store_f16_bytes(self, value: __m512, to: &mut [u8; 32]) {
+        intrinsic!(_mm256_storeu_si256(
+            to.as_mut_ptr().cast(),
+            _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value)
+        ));
+    }
+
+    #[inline(always)]
+    fn store_bf16_bytes(self, value: __m512, to: &mut [u8; 32]) {
+        intrinsic! {
+            // The processors' own conversion takes denormal numbers for zero; this one does not.
+            let bits = _mm512_castps_si512(value);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+            let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x0040_0000));
+            let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(value, value);
+            let upper = _mm512_srli_epi32::<16>(_mm512_mask_blend_epi32(is_nan, rounded, quiet));
+            _mm256_storeu_si256(to.as_mut_ptr().cast(), _mm512_cvtepi32_epi16(upper));
         }
     }
 

@@ -50,6 +50,11 @@ pub(crate) trait Simd: Copy {
     fn load_f16_bytes(self, from: &[u8; 32]) -> Self::F32;
     /// Lanes from little-endian bfloat16 at any alignment.
     fn load_bf16_bytes(self, from: &[u8; 32]) -> Self::F32;
+    /// Lanes rounded to IEEE half precision, little-endian at any alignment: nearest, ties to even; too large values
+    /// become infinite, NaN stays NaN.
+    fn store_f16_bytes(self, value: Self::F32, to: &mut [u8; 32]);
+    /// Lanes rounded to bfloat16 in the same way.
+    fn store_bf16_bytes(self, value: Self::F32, to: &mut [u8; 32]);
     /// Lanes from unsigned bytes.
     fn load_u8(self, from: &[u8; LANES]) -> Self::F32;
     /// Lanes from signed bytes in two's complement.
@@ -83,6 +88,24 @@ pub(crate) trait Simd: Copy {
             *sum = self.reduce_add(vector);
         }
         sums
+    }
+
+    /// The transposed square: lane `j` of vector `i` becomes lane `i` of vector `j`.
+    #[inline(always)]
+    fn transpose(self, vectors: [Self::F32; LANES]) -> [Self::F32; LANES] {
+        let mut rows = [[0.0; LANES]; LANES];
+        for (row, vector) in rows.iter_mut().zip(vectors) {
+            self.store(vector, row);
+        }
+        std::array::from_fn(
+            #[inline(always)]
+            |j| {
+                self.load(&std::array::from_fn(
+                    #[inline(always)]
+                    |i| rows[i][j],
+                ))
+            },
+        )
     }
 
     /// Up to sixteen lanes from memory, zeros in the others.

@@ -198,6 +198,20 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
+    fn store_f16_bytes(self, value: Quad, to: &mut [u8; 32]) {
+        let mut lanes = [0.0; LANES];
+        self.store(value, &mut lanes);
+        Portable.store_f16_bytes(lanes, to);
+    }
+
+    #[inline(always)]
+    fn store_bf16_bytes(self, value: Quad, to: &mut [u8; 32]) {
+        let mut lanes = [0.0; LANES];
+        self.store(value, &mut lanes);
+        Portable.store_bf16_bytes(lanes, to);
+    }
+
+    #[inline(always)]
     fn load_u8(self, from: &[u8; LANES]) -> Quad {
         self.widen_u8(intrinsic!(vld1q_u8(from.as_ptr())))
     }

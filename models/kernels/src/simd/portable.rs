@@ -135,6 +135,20 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn store_f16_bytes(self, value: Lanes, to: &mut [u8; 32]) {
+        for (value, to) in value.into_iter().zip(to.as_chunks_mut().0) {
+            *to = f16::from_f32(value).to_le_bytes();
+        }
+    }
+
+    #[inline(always)]
+    fn store_bf16_bytes(self, value: Lanes, to: &mut [u8; 32]) {
+        for (value, to) in value.into_iter().zip(to.as_chunks_mut().0) {
+            *to = bf16::from_f32(value).to_le_bytes();
+        }
+    }
+
+    #[inline(always)]
     fn load_u8(self, from: &[u8; LANES]) -> Lanes {
         from.map(f32::from)
     }

@@ -1,0 +1,50 @@
+//! General matrix products for training: f32, bf16 and f16 operands in either order, f32 sums and results.
+//!
+//! The blocks of both operands that are multiplied next are packed into panels that lie as the innermost loop reads them
+//! (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008), once for all threads; elements
+//! of other types are converted on that way.
+
+mod blocks;
+mod dense;
+mod matrix;
+mod pack;
+mod tile;
+
+pub use matrix::MatrixRef;
+
+use crate::simd::{Level, level};
+
+/// `out = a * b`, or `out += a * b` where `accumulate`. `a` is `[m, k]`, `b` `[k, n]`, `out` row-major `[m, n]`.
+///
+/// For backward passes: `dx = dy * W` and `dW += dy^T * x` with `W` `[out, in]`. Sums are in single precision, in an order that
+/// depends on the shape but not on the number of threads: a row may differ in its last bits between batches of different
+/// sizes.
+///
+/// # Panics
+/// Where the shapes do not fit each other.
+pub fn matmul(a: MatrixRef<'_>, b: MatrixRef<'_>, accumulate: bool, out: &mut [f32]) {
+    matmul_with(level(), a, b, accumulate, out);
+}
+
+/// [`matmul`] at a given level.
+pub(crate) fn matmul_with(level: Level, a: MatrixRef<'_>, b: MatrixRef<'_>, accumulate: bool, out: &mut [f32]) {
+    let (m, k, n) = (a.rows, a.columns, b.columns);
+    assert_eq!(k, b.rows, "[{m}, {k}] times [{}, {n}]", b.rows);
+    assert_eq!(out.len(), m * n, "output is not [{m}, {n}]");
+    if out.is_empty() {
+        return;
+    }
+    if k == 0 {
+        if !accumulate {
+            out.fill(0.0);
+        }
+        return;
+    }
+    match (a.dense(), b.dense()) {
+        (Some(a), Some(b)) => dense::product(a, b, accumulate, out),
+        _ => blocks::product(level, a, b, accumulate, out),
+    }
+}
+
+#[cfg(test)]
+mod tests;

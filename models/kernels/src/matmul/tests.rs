@@ -1,0 +1,122 @@
+use half::{bf16, f16};
+
+use super::*;
+use crate::simd::available;
+use crate::test_util::{assert_close, random};
+use crate::threads;
+
+/// The products of `a` `[m, k]` and `b` `[k, n]` in double precision.
+fn oracle(a: &[f32], b: &[f32], [m, k, n]: [usize; 3]) -> Vec<f32> {
+    let product = |i: usize| {
+        (0..k)
+            .map(|l| f64::from(a[i / n * k + l]) * f64::from(b[l * n + i % n]))
+            .sum::<f64>()
+    };
+    (0..m * n).map(|i| product(i) as f32).collect()
+}
+
+fn stored_transposed<T: Copy>(x: &[T], rows: usize, columns: usize) -> Vec<T> {
+    (0..x.len()).map(|i| x[i % rows * columns + i / rows]).collect()
+}
+
+/// Both orders in memory of one matrix.
+fn orders<'a, T>(
+    [plain, transposed]: [&'a [T]; 2],
+    view: impl Fn(&'a [T], usize, usize) -> MatrixRef<'a>,
+    [rows, columns]: [usize; 2],
+) -> [MatrixRef<'a>; 2] {
+    [view(plain, rows, columns), view(transposed, columns, rows).transpose()]
+}
+
+const SHAPES: [[usize; 3]; 6] = [
+    [1, 1, 1],
+    [7, 33, 5],
+    [65, 7, 130],
+    [130, 401, 49],
+    [3, 0, 2],
+    [9, 800, 17],
+];
+
+#[test]
+fn products_of_all_orders_agree_with_the_definition_at_every_level() {
+    for shape @ [m, k, n] in SHAPES {
+        let (a, b, start) = (random(m * k, 1), random(k * n, 2), random(m * n, 3));
+        let want = oracle(&a, &b, shape);
+        let added: Vec<f32> = want.iter().zip(&start).map(|(want, start)| want + start).collect();
+        let (a_turned, b_turned) = (stored_transposed(&a, m, k), stored_transposed(&b, k, n));
+        for level in available() {
+            for a in orders([&a, &a_turned], MatrixRef::new, [m, k]) {
+                for b in orders([&b, &b_turned], MatrixRef::new, [k, n]) {
+                    if k > 0 {
+                        let mut out = start.clone();
+                        blocks::product(level, a, b, true, &mut out);
+                        assert_close(&out, &added, 2e-5);
+                    }
+                    let mut out = start.clone();
+                    matmul_with(level, a, b, false, &mut out);
+                    assert_close(&out, &want, 2e-5);
+                    let mut out = start.clone();
+                    matmul_with(level, a, b, true, &mut out);
+                    assert_close(&out, &added, 2e-5);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn half_operands_are_those_of_their_widened_values() {
+    for shape @ [m, k, n] in SHAPES {
+        let a: Vec<bf16> = random(m * k, 1).into_iter().map(bf16::from_f32).collect();
+        let b: Vec<f16> = random(k * n, 2).into_iter().map(f16::from_f32).collect();
+        let wide_a: Vec<f32> = a.iter().map(|value| value.to_f32()).collect();
+        let wide_b: Vec<f32> = b.iter().map(|value| value.to_f32()).collect();
+        let want = oracle(&wide_a, &wide_b, shape);
+        let (a_turned, b_turned) = (stored_transposed(&a, m, k), stored_transposed(&b, k, n));
+        for level in available() {
+            for a in orders([&a, &a_turned], MatrixRef::bf16, [m, k]) {
+                for b in orders([&b, &b_turned], MatrixRef::f16, [k, n]) {
+                    let mut out = vec![f32::NAN; m * n];
+                    matmul_with(level, a, b, false, &mut out);
+                    assert_close(&out, &want, 2e-5);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn results_do_not_depend_on_the_number_of_threads() {
+    let [m, k, n] = [300, 500, 900];
+    let (a, b) = (random(m * k, 1), random(k * n, 2));
+    let half: Vec<bf16> = b.iter().copied().map(bf16::from_f32).collect();
+    let product = || {
+        let (mut out, mut of_half) = (vec![0.0; m * n], vec![0.0; m * n]);
+        matmul(MatrixRef::new(&a, m, k), MatrixRef::new(&b, k, n), false, &mut out);
+        matmul(
+            MatrixRef::new(&a, m, k),
+            MatrixRef::bf16(&half, k, n),
+            false,
+            &mut of_half,
+        );
+        [out, of_half]
+    };
+    let _turn = threads::turn();
+    threads::set(1);
+    let one = product();
+    threads::set(3);
+    let three = product();
+    threads::set(0);
+    assert_eq!(one, three);
+}
+
+#[test]
+#[should_panic(expected = "[2, 3] times [2, 2]")]
+fn unfitting_shapes_are_named() {
+    matmul(
+        MatrixRef::new(&[0.0; 6], 2, 3),
+        MatrixRef::new(&[0.0; 4], 2, 2),
+        false,
+        &mut [0.0; 4],
+    );
+}
