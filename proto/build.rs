@@ -5,12 +5,13 @@ use std::path::PathBuf;
 
 use prost::Message as _;
 
-const PROTOS: [&str; 7] = [
+const PROTOS: [&str; 8] = [
     "candle/compute/v1/tensor.proto",
     "candle/compute/v1/transactions.proto",
     "candle/compute/v1/models.proto",
     "candle/compute/v1/inference.proto",
     "candle/compute/v1/training.proto",
+    "candle/compute/v1/adapters.proto",
     "candle/compute/v1/checkpoints.proto",
     "candle/compute/v1/telemetry.proto",
 ];

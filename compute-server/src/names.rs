@@ -5,6 +5,42 @@ use crate::error::{Error, Result};
 /// Most characters of a name.
 pub(crate) const MAX_NAME_CHARACTERS: usize = 200;
 
+/// What a model is known by, or an adapter of one.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct ModelKey {
+    /// The model's name.
+    pub(crate) model: String,
+    /// The adapter's name; none for the model itself.
+    pub(crate) adapter: Option<String>,
+}
+
+impl ModelKey {
+    /// The key of a request, in which no adapter is an empty name.
+    pub(crate) fn new(model: &str, adapter: &str) -> Self {
+        Self {
+            model: model.to_owned(),
+            adapter: (!adapter.is_empty()).then(|| adapter.to_owned()),
+        }
+    }
+
+    /// The kind of thing that it names.
+    pub(crate) fn kind(&self) -> &'static str {
+        match self.adapter {
+            None => "model",
+            Some(_) => "adapter",
+        }
+    }
+}
+
+impl std::fmt::Display for ModelKey {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.adapter {
+            None => formatter.write_str(&self.model),
+            Some(adapter) => write!(formatter, "{adapter}\" of model \"{}", self.model),
+        }
+    }
+}
+
 /// Accepts a name of 1 to 200 characters without control characters.
 ///
 /// # Errors

@@ -11,6 +11,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use candle_compute_proto::MAX_MESSAGE_BYTES;
+use candle_compute_proto::v1::adapters_service_client::AdaptersServiceClient;
 use candle_compute_proto::v1::checkpoints_service_client::CheckpointsServiceClient;
 use candle_compute_proto::v1::inference_service_client::InferenceServiceClient;
 use candle_compute_proto::v1::models_service_client::ModelsServiceClient;
@@ -57,6 +58,7 @@ macro_rules! services {
 }
 services!(
     models: ModelsServiceClient,
+    adapters: AdaptersServiceClient,
     inference: InferenceServiceClient,
     training: TrainingServiceClient,
     checkpoints: CheckpointsServiceClient,

@@ -17,6 +17,7 @@ use crate::values::{Kind, Value};
 /// Every foreign table that IMPORT FOREIGN SCHEMA makes.
 pub(crate) const RELATIONS: &[&dyn Relation] = &[
     &relations::Models,
+    &relations::Adapters,
     &relations::Generations,
     &relations::GenerationTokens,
     &relations::Tokens,
@@ -74,6 +75,16 @@ pub(crate) const fn input(name: &'static str, kind: Kind) -> Column {
         kind,
         role: Role::Input,
         insertable: false,
+    }
+}
+
+/// A column that only WHERE gives, and INSERT.
+pub(crate) const fn choice(name: &'static str, kind: Kind) -> Column {
+    Column {
+        name,
+        kind,
+        role: Role::Input,
+        insertable: true,
     }
 }
 

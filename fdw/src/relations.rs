@@ -1,5 +1,6 @@
 //! The foreign tables, one file each.
 
+pub(crate) mod adapters;
 mod batches;
 mod checkpoints;
 mod devices;
@@ -16,6 +17,7 @@ mod tensors;
 mod token_scores;
 mod tokens;
 
+pub(crate) use adapters::Adapters;
 pub(crate) use batches::Batches;
 pub(crate) use checkpoints::Checkpoints;
 pub(crate) use devices::Devices;

@@ -4,6 +4,7 @@
 //! configuration; its [`Decoder`] runs forward over cached sequences and its weights can be trained.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod adapters;
 pub mod chat_template;
 pub mod completion;
 pub mod config;
@@ -21,7 +22,7 @@ pub use candle_core::{DType, Device, Tensor};
 pub use chat_template::{ChatMessage, ChatTemplate};
 pub use completion::{CompletionText, Progress};
 pub use config::DecoderConfig;
-pub use decoder::{Decoder, KeyValueCache, ParameterId, ParameterInfo, SequenceStep, Weight};
+pub use decoder::{Decoder, KeyValueCache, ParameterId, ParameterInfo, SequenceStep, Weight, WeightType};
 pub use error::{Error, Result};
 pub use model::{LoadOptions, Model};
 pub use sampling::{Sampled, Sampler, SamplingOptions};

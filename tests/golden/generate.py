@@ -113,7 +113,8 @@ def golden(model, vocabulary):
     loss.backward()
     out["batch.loss"] = loss.detach().reshape(1)
     out["batch.losses"], out["batch.counts"] = torch.tensor(losses), torch.tensor(counts)
-    for name, parameter in model.named_parameters():
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in trained.items():
         out[f"gradient.{name}"] = parameter.grad.clone()
 
     optimizer = torch.optim.AdamW(
@@ -129,7 +130,7 @@ def golden(model, vocabulary):
         optimizer.step()
     out["steps.losses"], out["steps.norms"] = torch.tensor(step_losses), torch.tensor(step_norms)
     out["steps.options"] = torch.tensor([LEARNING_RATE, BETA1, BETA2, EPSILON, WEIGHT_DECAY, MAX_NORM], dtype=torch.float64)
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained.items():
         out[f"final.{name}"] = parameter.detach().clone()
     return out
 

@@ -1,17 +1,20 @@
 //! What the rest of the server holds of a model: facts that never change, and the way to its thread.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use candle_compute_proto::v1;
+use candle_models::adapters::LoraConfig;
 use candle_models::config::TRAINING_FIELDS;
 use candle_models::training::AdamW;
 use candle_models::{ChatTemplate, DecoderConfig, Model, ParameterInfo, Tokenizer};
 use serde_json::{Map, Value};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
+use super::base::{Base, Followed};
 use super::reading::ChunkReader;
 use super::settings::TrainingSettings;
 use super::state::{Owner, Versions};
@@ -20,14 +23,17 @@ use crate::app::ModelSlot;
 use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::memory::{MemoryBudget, Reservation};
+use crate::names::ModelKey;
 
 /// A piece of work for the thread. Long work puts itself into a queue of the owner and returns.
 pub(super) type Work = Box<dyn FnOnce(&mut Owner) + Send>;
 
 /// A model that is about to get its thread.
 pub(crate) struct NewModel {
-    /// Its name.
+    /// Its name; of an adapter, its model's.
     pub(crate) name: String,
+    /// Name of an adapter, and the model that it belongs to.
+    pub(crate) adapter: Option<(String, ModelHandle)>,
     /// Where it came from; empty for a model made from nothing.
     pub(crate) source: String,
     /// Seed of its initial weights, if it was made from nothing.
@@ -59,6 +65,10 @@ pub(crate) struct Description {
     pub(super) memory_bytes: u64,
     /// Optimizer steps taken.
     pub(super) step: u64,
+    /// Whether an adapter has been merged into its model.
+    pub(super) merged: bool,
+    /// Whether the view has other weights than the committed ones.
+    pub(super) changes_weights: bool,
 }
 
 /// A model. Cloning is cheap; the thread ends when it was told to, or when no handle is left.
@@ -73,8 +83,12 @@ pub(crate) struct ModelHandle {
 /// What handles and thread share.
 pub(crate) struct Shared {
     id: u64,
-    /// The name.
+    /// The name; of an adapter, its model's.
     pub(crate) name: String,
+    /// Of an adapter: its name, and the number of the loaded model that it belongs to.
+    adapter: Option<(String, u64)>,
+    /// What adapters share of it.
+    pub(crate) base: Arc<Base>,
     source: String,
     seed: Option<i64>,
     device: String,
@@ -84,6 +98,10 @@ pub(crate) struct Shared {
     pub(crate) decoder_config: DecoderConfig,
     /// Parameters in the order of the decoder.
     pub(crate) parameters: Vec<ParameterInfo>,
+    /// Which of them are its own: all, or an adapter's.
+    pub(crate) own_parameters: Range<usize>,
+    /// Of an adapter: what it is made of.
+    lora: Option<LoraConfig>,
     parameter_count: u64,
     /// The tokenizer, if the model has one.
     pub(crate) tokenizer: Option<Arc<Tokenizer>>,
@@ -147,15 +165,21 @@ impl ModelHandle {
         let model = new.model;
         let mut config = model.config.as_object().cloned().unwrap_or_default();
         TRAINING_FIELDS.iter().for_each(|&field| drop(config.remove(field)));
+        let adapter = new.adapter;
+        let adapter_name = adapter.as_ref().map(|(name, model)| (name.clone(), model.shared.id));
         let shared = Arc::new(Shared {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             name: new.name,
+            adapter: adapter_name,
+            base: Arc::new(Base::new(&model.decoder, &new.settings)),
             source: new.source,
             seed: new.seed,
             device: new.device,
             config,
             decoder_config: model.decoder.config().clone(),
             parameters: model.decoder.parameters().to_vec(),
+            own_parameters: model.decoder.own_parameters(),
+            lora: model.decoder.lora_config().cloned(),
             parameter_count: model.decoder.parameter_count(),
             tokenizer: model.tokenizer.clone(),
             chat_template: model.chat_template.clone(),
@@ -173,6 +197,7 @@ impl ModelHandle {
             trainable: None,
             optimizer: new.optimizer,
             settings: new.settings,
+            followed: adapter.map(|(_, model)| Followed::new(Arc::clone(&model.shared.base))),
             versions: Versions {
                 weights: 0,
                 gradient: 0,
@@ -210,6 +235,25 @@ impl ModelHandle {
     /// The name.
     pub(crate) fn name(&self) -> &str {
         &self.shared.name
+    }
+
+    /// What it is known by.
+    pub(crate) fn key(&self) -> ModelKey {
+        ModelKey {
+            model: self.shared.name.clone(),
+            adapter: self.shared.adapter.as_ref().map(|(name, _)| name.clone()),
+        }
+    }
+
+    /// Whether it is an adapter of the loaded model `model`.
+    pub(crate) fn is_adapter_of(&self, model: &Self) -> bool {
+        let adapter = self.shared.adapter.as_ref();
+        adapter.is_some_and(|(_, id)| *id == model.shared.id)
+    }
+
+    /// Whether `view` sees other weights than everybody.
+    pub(crate) fn changes_weights(&self, view: &View) -> bool {
+        self.shared.lock().get(view).is_some_and(|seen| seen.changes_weights)
     }
 
     /// Whether both are the same loaded model, not merely of the same name.
@@ -298,6 +342,34 @@ impl ModelHandle {
             step: description.map_or(0, |d| d.step),
             created_at: Some(shared.created_at.into()),
         }
+    }
+}
+
+impl ModelHandle {
+    /// The row of `adapters` that `view` sees, without status; none for what is no adapter.
+    pub(crate) fn describe_adapter(&self, view: &View) -> Option<v1::Adapter> {
+        let shared = &self.shared;
+        let ((name, _), lora) = (shared.adapter.as_ref()?, shared.lora.as_ref()?);
+        let row = self.describe(view);
+        let descriptions = shared.lock();
+        let merged = |view| descriptions.get(view).map(|description| description.merged);
+        Some(v1::Adapter {
+            model: shared.name.clone(),
+            name: name.clone(),
+            rank: u32::try_from(lora.rank).unwrap_or(u32::MAX),
+            alpha: lora.alpha,
+            target_modules: lora.target_modules.names(shared.decoder_config.architecture),
+            dropout: lora.dropout,
+            use_rslora: lora.rank_stabilized,
+            source: row.source,
+            seed: row.seed,
+            merged: merged(view).or_else(|| merged(&View::Committed)).unwrap_or(false),
+            parameters: row.parameters,
+            memory_bytes: row.memory_bytes,
+            step: row.step,
+            status: String::new(),
+            created_at: row.created_at,
+        })
     }
 }
 

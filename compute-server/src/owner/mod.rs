@@ -5,6 +5,8 @@
 //! sequence, run one micro-batch of training. Nothing in it ever waits for a client.
 
 mod accumulated;
+mod adapter;
+mod base;
 mod generation;
 mod handle;
 mod log_row;

@@ -7,6 +7,7 @@ use candle_models::Model;
 use candle_models::training::{AdamW, AdamWOptions, Gradient};
 
 use super::accumulated::Part;
+use super::adapter::StagedMerge;
 use super::settings::TrainingSettings;
 use super::writing::StagedWrite;
 use crate::memory::Reservation;
@@ -67,6 +68,10 @@ pub(super) enum Operation {
         /// Whether they do.
         trainable: bool,
     },
+    /// An adapter's product is to be added to the weights of the model.
+    Merge(StagedMerge),
+    /// The adapter adds nothing any more: its product is added to the weights of its model.
+    Merged,
     /// A gradient that a cancelled batch left incomplete: the subtransaction can only be rolled back.
     Spoilt,
 }
@@ -107,7 +112,7 @@ impl Operation {
     pub(super) fn changes_state(&self) -> bool {
         match self {
             Self::Step(step) => !step.report.skipped,
-            Self::Write(_) | Self::Train { .. } => true,
+            Self::Write(_) | Self::Train { .. } | Self::Merge(_) | Self::Merged => true,
             Self::Batch(_) | Self::Zero(_) | Self::Configure(_) | Self::Spoilt => false,
         }
     }
@@ -135,7 +140,13 @@ impl Overlay {
     /// Whether the weights are others than the committed ones.
     pub(super) fn changes_weights(&self) -> bool {
         let writes = |staged: &Staged| matches!(staged.operation, Operation::Write(_));
-        self.is_stepped() || self.operations.iter().any(writes)
+        self.is_recomputed() || self.operations.iter().any(writes)
+    }
+
+    /// Whether weights change otherwise than by the elements that were written: only a copy can show them.
+    pub(super) fn is_recomputed(&self) -> bool {
+        let merges = |staged: &Staged| matches!(staged.operation, Operation::Merge(_) | Operation::Merged);
+        self.is_stepped() || self.operations.iter().any(merges)
     }
 
     /// The staged changes of weights, optimizer, and what is trained.
@@ -166,6 +177,8 @@ impl Overlay {
             | Operation::Configure(_)
             | Operation::Write(_)
             | Operation::Train { .. }
+            | Operation::Merge(_)
+            | Operation::Merged
             | Operation::Spoilt => None,
         })
     }

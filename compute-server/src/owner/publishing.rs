@@ -22,9 +22,8 @@ impl Owner {
         self.check_usable(&ticket)
     }
 
-    /// Makes what a transaction staged the state that everybody sees. Called right after a successful
-    /// [`prepare`](Self::prepare), with no other publish in between.
-    pub(crate) fn apply(&mut self, id: &TransactionId) -> Result<()> {
+    /// [`apply`](Self::apply), while no adapter uses the weights.
+    pub(super) fn apply_staged(&mut self, id: &TransactionId) -> Result<()> {
         let Some(overlay) = self.overlays.remove(id) else {
             return Ok(());
         };
@@ -51,7 +50,10 @@ impl Owner {
                     self.apply_step(*step, &parts, adopted)?;
                 }
                 Operation::Configure(settings) => self.settings = settings,
-                operation @ (Operation::Write(_) | Operation::Train { .. }) => {
+                operation @ (Operation::Write(_)
+                | Operation::Train { .. }
+                | Operation::Merge(_)
+                | Operation::Merged) => {
                     if !adopted {
                         self.apply_write(&operation)?;
                     }
@@ -76,6 +78,8 @@ impl Owner {
         self.optimizer = optimizer;
         self.trainable = None;
         self.memory = state.memory;
+        // It was copied before, maybe over weights of the base that have changed in this very publish.
+        self.forget_base();
         true
     }
 

@@ -133,7 +133,9 @@ impl ChunkReader {
 
 impl Owner {
     /// Adds a stream of parameters or gradients.
-    pub(super) fn add_reader(&mut self, reader: ChunkReader) {
+    pub(super) fn add_reader(&mut self, mut reader: ChunkReader) {
+        // Of an adapter its own parameters alone.
+        reader.next.0 = self.model.decoder.own_parameters().start;
         self.readers.push(reader);
     }
 
@@ -219,12 +221,12 @@ impl Owner {
         let Source::Parameters(selection) = &reader.source else {
             return Ok(());
         };
-        // Writes that are staged without a step are read as they are: no copy of the model is needed for them.
-        let stepped = self.overlay(&reader.view).is_some_and(Overlay::is_stepped);
-        if stepped {
+        // Writes that are staged without a step or a merge are read as they are: no copy of the model is needed for them.
+        let recomputed = self.overlay(&reader.view).is_some_and(Overlay::is_recomputed);
+        if recomputed {
             self.decoder(&reader.view)?;
         }
-        let decoder = match stepped {
+        let decoder = match recomputed {
             true => self.present_decoder(&reader.view),
             false => &self.model.decoder,
         };

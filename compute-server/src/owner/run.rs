@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TryRecvError;
 
 use super::handle::{Description, Work};
+use super::overlay::Overlay;
 use super::state::Owner;
 use super::{TransactionId, View};
 use crate::error::Error;
@@ -26,14 +27,14 @@ impl Owner {
         let shared = Arc::clone(&self.shared);
         let ended = std::panic::catch_unwind(AssertUnwindSafe(|| {
             while !shared.is_unloaded() {
-                match self.take_work(&mut inbox) {
+                match self.on_base(|owner| owner.take_work(&mut inbox)) {
                     Inbox::Closed => return,
                     Inbox::Open => {}
                 }
                 if shared.is_unloaded() {
                     break;
                 }
-                if !self.turn() && inbox.is_empty() {
+                if !self.on_base(Self::turn) && inbox.is_empty() {
                     // Nothing tells when another model gives memory back that a queued generation waits for.
                     let waits_for_memory = self.generations.is_waiting();
                     let next = runtime.block_on(async {
@@ -44,7 +45,7 @@ impl Owner {
                         }
                     });
                     match next {
-                        Some(Some(work)) => work(&mut self),
+                        Some(Some(work)) => self.on_base(work),
                         Some(None) => {}
                         None => return,
                     }
@@ -118,6 +119,8 @@ impl Owner {
             dtype: self.model.decoder.dtype().to_owned(),
             memory_bytes: self.memory.bytes() + gradients + trainable,
             step: self.step_number(view),
+            merged: self.is_merged(view),
+            changes_weights: self.overlay(view).is_some_and(Overlay::changes_weights),
         }
     }
 }

@@ -35,6 +35,7 @@ impl Owner {
     pub(crate) fn stage_step(&mut self, ticket: &Ticket, overrides: &AdamWOverrides) -> Result<v1::OptimizerStep> {
         self.check_usable(ticket)?;
         let view = View::Transaction(Arc::clone(&ticket.transaction));
+        self.check_not_merged(&view)?;
         let step = self.step_number(&View::Committed) + 1;
         let options = self.settings(&view).options(step, overrides)?;
         let started = SystemTime::now();

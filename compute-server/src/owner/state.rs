@@ -10,6 +10,7 @@ use candle_models::{Decoder, Model};
 use serde_json::Value;
 
 use super::accumulated::Accumulated;
+use super::base::Followed;
 use super::generation::Generations;
 use super::handle::Shared;
 use super::log_row;
@@ -32,6 +33,8 @@ pub(crate) struct Owner {
     pub(super) trainable: Option<(Decoder, Reservation)>,
     pub(super) optimizer: AdamW,
     pub(super) settings: TrainingSettings,
+    /// Of an adapter: the model that it belongs to.
+    pub(super) followed: Option<Followed>,
     pub(super) versions: Versions,
     pub(super) accumulated: Accumulated,
     pub(super) log: Vec<v1::OptimizerStep>,

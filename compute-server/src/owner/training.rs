@@ -139,6 +139,11 @@ impl Owner {
 
     /// Checks a request and gives the gradient that it adds to.
     fn begin_training(&mut self, request: &TrainingRequest) -> Result<(Part, bool)> {
+        let view = match &request.target {
+            Target::Return(view) => view.clone(),
+            Target::Stage(ticket) => View::Transaction(Arc::clone(&ticket.transaction)),
+        };
+        self.check_not_merged(&view)?;
         self.make_trainable()?;
         let ticket = match &request.target {
             Target::Stage(ticket) => ticket,
@@ -235,6 +240,7 @@ impl Owner {
     /// Expands weights that are not f32, beside those that generations use: a rolled back batch leaves no trace.
     pub(super) fn make_trainable(&mut self) -> Result<()> {
         if self.trainable.is_some()
+            || self.model.decoder.is_adapted()
             || self
                 .model
                 .decoder

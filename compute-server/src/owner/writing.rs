@@ -33,6 +33,8 @@ impl Operation {
                 let name = decoder.parameters()[write.parameter].name.clone();
                 decoder.write_parameter(&name, write.start, &write.values)?;
             }
+            Self::Merge(merge) => merge.delta.apply(decoder)?,
+            Self::Merged => decoder.set_merged(),
             Self::Train { parameter, trainable } => decoder.set_trainable(ParameterId(*parameter), *trainable),
             _ => {}
         }
@@ -56,9 +58,11 @@ impl Owner {
                 .as_ref()
                 .ok_or_else(|| Error::invalid("a message has no chunk"))?;
             let infos = self.parameter_infos(&view);
-            let parameter = infos
+            let own = self.model.decoder.own_parameters();
+            let parameter = infos[own.clone()]
                 .iter()
                 .position(|info| info.name == chunk.name)
+                .map(|index| own.start + index)
                 .ok_or_else(|| unknown_parameter(&self.shared.name, &chunk.name))?;
             if !chunk.data.is_empty() || write.trainable.is_none() {
                 operations.push(Operation::Write(self.staged_write(
@@ -122,7 +126,7 @@ impl Owner {
 
     /// The elements of a chunk that `view` has staged, unless a step of its own has changed them since.
     pub(super) fn staged_chunk(&self, view: &View, parameter: usize, chunk: usize) -> Option<&[f32]> {
-        let overlay = self.overlay(view).filter(|overlay| !overlay.is_stepped())?;
+        let overlay = self.overlay(view).filter(|overlay| !overlay.is_recomputed())?;
         overlay
             .operations
             .iter()

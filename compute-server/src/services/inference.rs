@@ -27,7 +27,7 @@ impl InferenceService for Service {
         let arrived = Instant::now();
         let request = request.into_inner();
         let reader = Reader::open(&self.app, request.transaction.as_ref())?;
-        let model = reader.model(&request.model)?;
+        let model = reader.find(&request.model, &request.adapter)?;
         let tokenizer = tokenizer(&model)?;
         let tokens = prompt_tokens(&model, &tokenizer, request.input)?;
         let max_tokens = self.max_tokens(&model, tokens.len(), request.max_tokens)?;
@@ -85,7 +85,7 @@ impl InferenceService for Service {
     async fn score(&self, request: Request<v1::ScoreRequest>) -> Result<Response<v1::ScoreResponse>, Status> {
         let request = request.into_inner();
         let reader = Reader::open(&self.app, request.transaction.as_ref())?;
-        let model = reader.model(&request.model)?;
+        let model = reader.find(&request.model, &request.adapter)?;
         let ids = match request.source {
             Some(v1::score_request::Source::Input(text)) => tokenizer(&model)?.encode(&text).map_err(Error::from)?,
             Some(v1::score_request::Source::Tokens(ids)) => {
@@ -123,7 +123,7 @@ impl InferenceService for Service {
     async fn forward(&self, request: Request<v1::ForwardRequest>) -> Result<Response<Self::ForwardStream>, Status> {
         let request = request.into_inner();
         let reader = Reader::open(&self.app, request.transaction.as_ref())?;
-        let model = reader.model(&request.model)?;
+        let model = reader.find(&request.model, &request.adapter)?;
         let ids = token_ids(&request.token_ids, model.facts().decoder_config.vocabulary)?;
         self.check_sequence(&model, &ids)?;
         let guard = self.app.requests.begin("forward", model.name());

@@ -104,6 +104,7 @@ pub(super) fn load(app: &Arc<App>, loading: Loading) -> Result<NewModel> {
     model.config = Value::Object(fields);
     Ok(NewModel {
         name: request.name,
+        adapter: None,
         source: request.source,
         seed: matches!(source, Located::Nothing).then_some(request.seed.unwrap_or(0)),
         device: if request.device.is_empty() {

@@ -1,5 +1,6 @@
 //! The gRPC services, one a file. Each translates messages to calls and back; the work is done elsewhere.
 
+mod adapters;
 mod checkpoints;
 mod inference;
 mod load;
@@ -11,6 +12,7 @@ mod transactions;
 use std::pin::Pin;
 use std::sync::Arc;
 
+use candle_compute_proto::v1::adapters_service_server::AdaptersServiceServer;
 use candle_compute_proto::v1::checkpoints_service_server::CheckpointsServiceServer;
 use candle_compute_proto::v1::inference_service_server::InferenceServiceServer;
 use candle_compute_proto::v1::models_service_server::ModelsServiceServer;
@@ -35,10 +37,11 @@ pub(crate) struct Service {
 }
 
 /// Names of the services, for health reporting.
-pub(crate) const SERVICES: [&str; 6] = [
+pub(crate) const SERVICES: [&str; 7] = [
     "candle.compute.v1.ModelsService",
     "candle.compute.v1.InferenceService",
     "candle.compute.v1.TrainingService",
+    "candle.compute.v1.AdaptersService",
     "candle.compute.v1.CheckpointsService",
     "candle.compute.v1.TransactionsService",
     "candle.compute.v1.TelemetryService",
@@ -51,6 +54,7 @@ pub(crate) fn routes(app: &Arc<App>) -> Routes {
     Routes::new(ModelsServiceServer::new(service.clone()).max_decoding_message_size(limit))
         .add_service(InferenceServiceServer::new(service.clone()).max_decoding_message_size(limit))
         .add_service(TrainingServiceServer::new(service.clone()).max_decoding_message_size(limit))
+        .add_service(AdaptersServiceServer::new(service.clone()).max_decoding_message_size(limit))
         .add_service(CheckpointsServiceServer::new(service.clone()).max_decoding_message_size(limit))
         .add_service(TransactionsServiceServer::new(service.clone()).max_decoding_message_size(limit))
         .add_service(TelemetryServiceServer::new(service).max_decoding_message_size(limit))

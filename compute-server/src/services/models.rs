@@ -11,7 +11,7 @@ use super::load::{self, Loading};
 use super::{Service, connection};
 use crate::devices;
 use crate::error::{Error, Result};
-use crate::names;
+use crate::names::{self, ModelKey};
 use crate::owner::{ChunkReader, ModelHandle, OutputStream, Selection, Step, TrainingSettings};
 use crate::requests::Phase;
 use crate::tokenizers::TokenizerStore;
@@ -36,7 +36,7 @@ impl ModelsService for Service {
         let device = devices::open(device)?;
         let config = load::parse_config(&request.config_json)?;
         let scope = Scope::open(&self.app, request.transaction.as_ref(), connection)?;
-        if scope.find_model(&request.name).is_some() {
+        if scope.named(&ModelKey::new(&request.name, "")).is_some() {
             return Err(Error::NameTaken {
                 kind: "model",
                 name: request.name,
@@ -118,6 +118,13 @@ impl ModelsService for Service {
         let request = request.into_inner();
         let scope = Scope::open(&self.app, request.transaction.as_ref(), connection)?;
         let model = scope.model(&request.name)?;
+        let adapters = scope.reader().map(Reader::adapters).unwrap_or_default();
+        for (adapter, _) in adapters
+            .into_iter()
+            .filter(|(adapter, _)| adapter.is_adapter_of(&model))
+        {
+            scope.push(WriteKind::DropModel(adapter))?;
+        }
         scope.push(WriteKind::DropModel(model))?;
         scope.close().await?;
         Ok(Response::new(v1::UnloadModelResponse {}))
@@ -131,9 +138,10 @@ impl ModelsService for Service {
             transaction,
             model,
             selection,
+            adapter,
         } = request.into_inner();
         let reader = Reader::open(&self.app, transaction.as_ref())?;
-        let handle = reader.model(&model)?;
+        let handle = reader.find(&model, &adapter)?;
         let (output, stream) =
             OutputStream::channel(&handle, |message: v1::ReadGradientsResponse| match message.chunk {
                 Some(chunk) => Step::Next(v1::ReadParametersResponse { chunk: Some(chunk) }),

@@ -9,6 +9,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::{ResponseStream, Service, connection};
 use crate::chunks;
 use crate::error::{Error, Result};
+use crate::names::ModelKey;
 use crate::owner::{
     ChunkReader, GradientChunk, ModelHandle, OutputStream, Selection, SourceWeight, Step, Target, TrainingRequest,
     unknown_parameter,
@@ -36,9 +37,10 @@ impl TrainingService for Service {
             transaction,
             model,
             sequences,
+            adapter,
         } = request.into_inner();
         let scope = Scope::open(&self.app, transaction.as_ref(), connection)?;
-        let handle = scope.model(&model)?;
+        let handle = scope.find(&model, &adapter)?;
         let target = Target::Stage(scope.ticket());
         let work = self.training_request(&handle, sequences, target)?;
         let trained = scope.train(&handle, work).await?;
@@ -54,7 +56,7 @@ impl TrainingService for Service {
         let request = request.into_inner();
         let reader = Reader::open(&self.app, request.transaction.as_ref())?;
         let mut sequences = Vec::new();
-        for model in models(&reader, &request.models) {
+        for model in models(&reader, &request.models, &request.adapter) {
             let view = reader.view();
             match model.call(move |owner| Ok(owner.sequences(&view))).await {
                 Err(Error::Unloaded(_)) => {}
@@ -70,9 +72,10 @@ impl TrainingService for Service {
             model,
             sequences,
             selection,
+            adapter,
         } = request.into_inner();
         let reader = Reader::open(&self.app, transaction.as_ref())?;
-        let handle = reader.model(&model)?;
+        let handle = reader.find(&model, &adapter)?;
         let work = self.training_request(&handle, sequences, Target::Return(reader.view()))?;
         let trained = handle
             .start_work(move |owner, reply| owner.submit_training(work, reply))
@@ -83,9 +86,9 @@ impl TrainingService for Service {
             .ok_or_else(|| Error::Internal("a gradient was lost".to_owned()))?;
         let stream = GradientStream {
             first: Some(v1::BackwardResponse { losses, chunk: None }),
+            next: (handle.facts().own_parameters.start, 0),
             handle,
             selection: Selection::new(selection),
-            next: (0, 0),
         };
         let messages = std::iter::from_fn({
             let mut stream = stream;
@@ -102,9 +105,10 @@ impl TrainingService for Service {
             transaction,
             model,
             selection,
+            adapter,
         } = request.into_inner();
         let reader = Reader::open(&self.app, transaction.as_ref())?;
-        let handle = reader.model(&model)?;
+        let handle = reader.find(&model, &adapter)?;
         let (output, stream) = OutputStream::channel(&handle, |message: v1::ReadGradientsResponse| {
             if message.chunk.is_some() {
                 Step::Next(message)
@@ -125,7 +129,7 @@ impl TrainingService for Service {
         let mut messages = request.into_inner();
         let first = first_message(&mut messages).await?;
         let scope = Scope::open(&self.app, first.transaction.as_ref(), connection)?;
-        let handle = scope.model(&first.model)?;
+        let handle = scope.find(&first.model, &first.adapter)?;
         let guard = self.app.requests.begin("merge", &first.model);
         let set = first.set_id;
         let mut held = self.app.memory.reserve(RECEIVED, 0)?;
@@ -158,7 +162,7 @@ impl TrainingService for Service {
         let mut messages = request.into_inner();
         let first = first_message(&mut messages).await?;
         let scope = Scope::open(&self.app, first.transaction.as_ref(), connection)?;
-        let handle = scope.model(&first.model)?;
+        let handle = scope.find(&first.model, &first.adapter)?;
         let mut held = self.app.memory.reserve(RECEIVED, 0)?;
         let mut writes = Vec::new();
         let mut next = Some(first);
@@ -187,7 +191,7 @@ impl TrainingService for Service {
         let connection = connection(&request);
         let request = request.into_inner();
         let scope = Scope::open(&self.app, request.transaction.as_ref(), connection)?;
-        let model = scope.model(&request.model)?;
+        let model = scope.find(&request.model, &request.adapter)?;
         scope.change(&model, |owner, ticket| owner.stage_zero(ticket)).await?;
         scope.close().await?;
         Ok(Response::new(v1::ZeroGradientsResponse {}))
@@ -199,9 +203,10 @@ impl TrainingService for Service {
             transaction,
             model,
             options,
+            adapter,
         } = request.into_inner();
         let scope = Scope::open(&self.app, transaction.as_ref(), connection)?;
-        let handle = scope.model(&model)?;
+        let handle = scope.find(&model, &adapter)?;
         let guard = self.app.requests.begin("step", &model);
         let options = options.unwrap_or_default();
         let step = scope
@@ -219,7 +224,7 @@ impl TrainingService for Service {
         let request = request.into_inner();
         let reader = Reader::open(&self.app, request.transaction.as_ref())?;
         let mut steps = Vec::new();
-        for model in models(&reader, &request.models) {
+        for model in models(&reader, &request.models, &request.adapter) {
             let view = reader.view();
             match model.call(move |owner| Ok(owner.log(&view))).await {
                 Err(Error::Unloaded(_)) => {}
@@ -233,7 +238,7 @@ impl TrainingService for Service {
         let request = request.into_inner();
         let reader = Reader::open(&self.app, request.transaction.as_ref())?;
         let mut entries = Vec::new();
-        for model in models(&reader, &request.models) {
+        for model in models(&reader, &request.models, "") {
             match model.call(|owner| Ok(owner.tape())).await {
                 Err(Error::Unloaded(_)) => {}
                 rows => entries.extend(rows?),
@@ -322,11 +327,17 @@ fn gradient_chunk(model: &ModelHandle, message: &v1::MergeGradientsRequest) -> R
     })
 }
 
-/// The models of a request: those named, or all.
-fn models(reader: &Reader, names: &[String]) -> Vec<ModelHandle> {
-    let models = reader.models().into_iter().map(|(model, _)| model);
-    models
+/// The models of a request: those named, or all; or of those the adapters called `adapter`, unless that is empty.
+fn models(reader: &Reader, names: &[String], adapter: &str) -> Vec<ModelHandle> {
+    let all = match adapter {
+        "" => reader.models(),
+        _ => reader.adapters(),
+    };
+    let adapter = ModelKey::new("", adapter).adapter;
+    all.into_iter()
+        .map(|(model, _)| model)
         .filter(|model| names.is_empty() || names.iter().any(|name| name == model.name()))
+        .filter(|model| model.key().adapter == adapter)
         .collect()
 }
 

@@ -9,6 +9,7 @@ use super::transaction::{Transaction, Write, WriteKind};
 use crate::app::App;
 use crate::checkpoints::{self, Key, StagedCheckpoint};
 use crate::error::{Error, Result};
+use crate::names::ModelKey;
 use crate::owner::ModelHandle;
 
 /// Longest wait for the memory of unloaded models: they finish the token or micro-batch that they are at first.
@@ -69,26 +70,31 @@ impl App {
 
     /// Checks that every write can be made visible.
     async fn validate(&self, transaction: &Transaction, writes: &[Write]) -> Result<()> {
-        let mut models: HashMap<String, Option<ModelHandle>> = HashMap::new();
+        let mut models: HashMap<ModelKey, Option<ModelHandle>> = HashMap::new();
         let mut checkpoints: HashMap<Key, bool> = HashMap::new();
         for write in writes {
             match &write.kind {
                 WriteKind::CreateModel(model) => {
-                    let present = models
-                        .entry(model.name().to_owned())
-                        .or_insert_with(|| self.registry.find(model.name()));
-                    if present.is_some() {
+                    let key = model.key();
+                    let mut present = |key: &ModelKey| {
+                        let found = models.entry(key.clone());
+                        found.or_insert_with(|| self.registry.find(key)).clone()
+                    };
+                    if present(&key).is_some() {
                         return Err(Error::NameTaken {
-                            kind: "model",
-                            name: model.name().to_owned(),
+                            kind: key.kind(),
+                            name: key.to_string(),
                         });
                     }
-                    *present = Some(model.clone());
+                    let base = present(&ModelKey::new(model.name(), ""));
+                    if key.adapter.is_some() && !base.is_some_and(|base| model.is_adapter_of(&base)) {
+                        return Err(dropped_by_another(model));
+                    }
+                    models.insert(key, Some(model.clone()));
                 }
                 WriteKind::DropModel(model) => {
-                    let present = models
-                        .entry(model.name().to_owned())
-                        .or_insert_with(|| self.registry.find(model.name()));
+                    let key = model.key();
+                    let present = models.entry(key.clone()).or_insert_with(|| self.registry.find(&key));
                     if !present.as_ref().is_some_and(|present| present.is(model)) {
                         return Err(dropped_by_another(model));
                     }
@@ -118,9 +124,8 @@ impl App {
             }
         }
         for model in changed_models(writes) {
-            let present = models
-                .entry(model.name().to_owned())
-                .or_insert_with(|| self.registry.find(model.name()));
+            let key = model.key();
+            let present = models.entry(key.clone()).or_insert_with(|| self.registry.find(&key));
             if !present.as_ref().is_some_and(|present| present.is(&model)) {
                 // Changed, and dropped later in the same transaction: nothing of the change remains.
                 if !dropped_here(writes, &model) {
@@ -169,6 +174,13 @@ impl App {
                 WriteKind::DropModel(model) => {
                     self.registry.remove(&model);
                     model.unload();
+                    // Adapters that others have made since this transaction looked.
+                    for adapter in self.registry.list() {
+                        if adapter.is_adapter_of(&model) {
+                            self.registry.remove(&adapter);
+                            adapter.unload();
+                        }
+                    }
                 }
                 _ => {}
             }

@@ -8,6 +8,7 @@ use candle_compute_proto::v1;
 use super::transaction::{Connection, Transaction, WriteKind};
 use crate::app::App;
 use crate::error::{Error, Result};
+use crate::names::ModelKey;
 use crate::owner::{ModelHandle, Owner, Ticket, Trained, TrainingRequest, View};
 
 /// A call that reads: what everybody sees, and what its transaction staged.
@@ -47,26 +48,45 @@ impl Reader {
     /// # Errors
     /// `NotFound`.
     pub(crate) fn model(&self, name: &str) -> Result<ModelHandle> {
-        visible(&self.app, self.transaction.as_deref(), name).ok_or_else(|| Error::no_model(name))
+        self.find(name, "")
+    }
+
+    /// The model called `model`, or the adapter `adapter` of it unless that is empty.
+    ///
+    /// # Errors
+    /// `NotFound`; `Precondition` for an adapter of a model whose weights the transaction has changed.
+    pub(crate) fn find(&self, model: &str, adapter: &str) -> Result<ModelHandle> {
+        find(&self.app, self.transaction.as_deref(), &self.view(), model, adapter)
     }
 
     /// All models that are seen, by name, with whether only this transaction sees them.
     pub(crate) fn models(&self) -> Vec<(ModelHandle, bool)> {
-        let mut models: std::collections::BTreeMap<String, (ModelHandle, bool)> = self
+        let all = self.models_and_adapters().into_iter();
+        all.filter(|(model, _)| model.key().adapter.is_none()).collect()
+    }
+
+    /// The adapters that are seen, by model and name, with whether only this transaction sees them.
+    pub(crate) fn adapters(&self) -> Vec<(ModelHandle, bool)> {
+        let all = self.models_and_adapters().into_iter();
+        all.filter(|(model, _)| model.key().adapter.is_some()).collect()
+    }
+
+    fn models_and_adapters(&self) -> Vec<(ModelHandle, bool)> {
+        let mut models: std::collections::BTreeMap<ModelKey, (ModelHandle, bool)> = self
             .app
             .registry
             .list()
             .into_iter()
-            .map(|model| (model.name().to_owned(), (model, false)))
+            .map(|model| (model.key(), (model, false)))
             .collect();
         if let Some(transaction) = &self.transaction {
             for write in &transaction.lock().writes {
                 match &write.kind {
                     WriteKind::CreateModel(model) => {
-                        models.insert(model.name().to_owned(), (model.clone(), true));
+                        models.insert(model.key(), (model.clone(), true));
                     }
                     WriteKind::DropModel(model) => {
-                        models.remove(model.name());
+                        models.remove(&model.key());
                     }
                     _ => {}
                 }
@@ -190,12 +210,17 @@ impl Scope {
     /// # Errors
     /// `NotFound`.
     pub(crate) fn model(&self, name: &str) -> Result<ModelHandle> {
-        self.find_model(name).ok_or_else(|| Error::no_model(name))
+        self.find(name, "")
     }
 
-    /// The model called `name`, if there is one.
-    pub(crate) fn find_model(&self, name: &str) -> Option<ModelHandle> {
-        visible(&self.app, Some(&self.transaction), name)
+    /// As [`Reader::find`].
+    pub(crate) fn find(&self, model: &str, adapter: &str) -> Result<ModelHandle> {
+        find(&self.app, Some(&self.transaction), &self.view(), model, adapter)
+    }
+
+    /// The model or adapter called `key`, if there is one.
+    pub(crate) fn named(&self, key: &ModelKey) -> Option<ModelHandle> {
+        visible(&self.app, Some(&self.transaction), key)
     }
 
     /// What the transaction sees.
@@ -281,10 +306,33 @@ impl Drop for Scope {
     }
 }
 
-fn visible(app: &App, transaction: Option<&Transaction>, name: &str) -> Option<ModelHandle> {
-    let published = app.registry.find(name);
+fn visible(app: &App, transaction: Option<&Transaction>, key: &ModelKey) -> Option<ModelHandle> {
+    let published = app.registry.find(key);
     match transaction {
-        Some(transaction) => transaction.model(name, published),
+        Some(transaction) => transaction.model(key, published),
         None => published,
     }
+}
+
+/// The model, or an adapter of it, whose weights are those that everybody sees: its thread knows no others.
+fn find(app: &App, transaction: Option<&Transaction>, view: &View, model: &str, adapter: &str) -> Result<ModelHandle> {
+    let base = visible(app, transaction, &ModelKey::new(model, "")).ok_or_else(|| Error::no_model(model))?;
+    if adapter.is_empty() {
+        return Ok(base);
+    }
+    let key = ModelKey::new(model, adapter);
+    let found = visible(app, transaction, &key).filter(|found| found.is_adapter_of(&base));
+    let found = found.ok_or_else(|| Error::NotFound {
+        kind: "adapter",
+        name: key.to_string(),
+    })?;
+    if base.changes_weights(view) {
+        return Err(Error::Precondition {
+            message: format!(
+                "the weights of model \"{model}\" were changed in this transaction; its adapters do not see that"
+            ),
+            hint: "Commit first, then use the adapter.",
+        });
+    }
+    Ok(found)
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::checkpoints::{Key, StagedCheckpoint};
 use crate::error::{Error, Result};
+use crate::names::ModelKey;
 use crate::owner::{ModelHandle, TransactionId};
 
 /// Number of a client's connection.
@@ -146,14 +147,14 @@ impl Transaction {
         state.phase == Phase::Open && state.users == 0 && state.last_used.elapsed() > timeout
     }
 
-    /// What the transaction makes of the name `name`, which `published` has outside of it.
-    pub(super) fn model(&self, name: &str, published: Option<ModelHandle>) -> Option<ModelHandle> {
+    /// What the transaction makes of the name `key`, which `published` has outside of it.
+    pub(super) fn model(&self, key: &ModelKey, published: Option<ModelHandle>) -> Option<ModelHandle> {
         self.lock()
             .writes
             .iter()
             .fold(published, |found, write| match &write.kind {
-                WriteKind::CreateModel(model) if model.name() == name => Some(model.clone()),
-                WriteKind::DropModel(model) if model.name() == name => None,
+                WriteKind::CreateModel(model) if model.key() == *key => Some(model.clone()),
+                WriteKind::DropModel(model) if model.key() == *key => None,
                 _ => found,
             })
     }

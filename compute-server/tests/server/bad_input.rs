@@ -260,6 +260,7 @@ async fn training_input_that_is_wrong_changes_nothing() {
             transaction: None,
             model: "m".into(),
             sequences,
+            adapter: String::new(),
         };
         assert_status(
             client.training.clone().accumulate_batches(request).await,
@@ -273,6 +274,7 @@ async fn training_input_that_is_wrong_changes_nothing() {
         transaction: None,
         model: "m".into(),
         sequences: vec![targets(&[-100, -100, -100])],
+        adapter: String::new(),
     };
     let losses = client
         .training
@@ -291,6 +293,7 @@ async fn training_input_that_is_wrong_changes_nothing() {
             learning_rate: Some(f64::NAN),
             ..Default::default()
         }),
+        adapter: String::new(),
     };
     client.batch("m", None, &[&[1, 2, 3]]).await.unwrap();
     assert_status(client.training.clone().step(bad).await, Code::InvalidArgument, "22023");

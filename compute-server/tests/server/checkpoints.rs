@@ -63,6 +63,7 @@ async fn a_published_checkpoint_survives_kill_9_and_training_goes_on_exactly() {
     let request = ListStepsRequest {
         transaction: None,
         models: vec!["r".into()],
+        adapter: String::new(),
     };
     let log = client.training.clone().list_steps(request).await.unwrap().into_inner();
     let steps: Vec<u64> = log.steps.iter().map(|row| row.step).collect();

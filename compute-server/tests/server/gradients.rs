@@ -25,6 +25,7 @@ impl Client {
             tokens: message.tokens,
             micro_batches: message.micro_batches,
             loss: message.loss,
+            adapter: String::new(),
         };
         messages.into_iter().map(merge).collect()
     }
@@ -168,6 +169,7 @@ async fn merged_gradients_are_rolled_back_and_make_steps_without_batches() {
     let zero = ZeroGradientsRequest {
         transaction: None,
         model: "m".into(),
+        adapter: String::new(),
     };
     client.training.clone().zero_gradients(zero).await.unwrap();
     client.merge(within("t"), &exported).await.unwrap();
@@ -209,6 +211,7 @@ async fn quantised_weights_take_merged_gradients() {
     let zero = ZeroGradientsRequest {
         transaction: None,
         model: "m".into(),
+        adapter: String::new(),
     };
     client.training.clone().zero_gradients(zero).await.unwrap();
     client.merge(None, &exported).await.unwrap();

@@ -20,6 +20,7 @@ impl Client {
             model: "m".into(),
             chunk: Some(chunk),
             trainable,
+            adapter: String::new(),
         };
         self.training
             .clone()
@@ -45,6 +46,7 @@ impl Client {
                 names: vec![name.into()],
                 ..Default::default()
             }),
+            adapter: String::new(),
         };
         let stream = self.models.clone().read_parameters(request).await.unwrap().into_inner();
         collect(stream).await.unwrap().remove(0).chunk.unwrap()
@@ -56,6 +58,7 @@ impl Client {
             transaction,
             model: "m".into(),
             source: Some(score_request::Source::Tokens(TokenIds { ids: vec![5, 6, 7, 8] })),
+            adapter: String::new(),
         };
         let scored = self.inference.clone().score(request).await.unwrap().into_inner();
         scored.tokens.iter().filter_map(|token| token.logprob).collect()

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use candle_compute_proto::v1::adapters_service_client::AdaptersServiceClient;
 use candle_compute_proto::v1::checkpoints_service_client::CheckpointsServiceClient;
 use candle_compute_proto::v1::inference_service_client::InferenceServiceClient;
 use candle_compute_proto::v1::models_service_client::ModelsServiceClient;
@@ -119,6 +120,7 @@ pub fn command(data: &Path) -> Command {
 pub struct Client {
     pub channel: Channel,
     pub models: ModelsServiceClient<Channel>,
+    pub adapters: AdaptersServiceClient<Channel>,
     pub inference: InferenceServiceClient<Channel>,
     pub training: TrainingServiceClient<Channel>,
     pub checkpoints: CheckpointsServiceClient<Channel>,
@@ -137,6 +139,7 @@ impl Client {
             .unwrap();
         Self {
             models: ModelsServiceClient::new(channel.clone()),
+            adapters: AdaptersServiceClient::new(channel.clone()),
             inference: InferenceServiceClient::new(channel.clone()),
             training: TrainingServiceClient::new(channel.clone()),
             checkpoints: CheckpointsServiceClient::new(channel.clone()),
@@ -237,6 +240,7 @@ impl Client {
             transaction,
             model: model.into(),
             sequences,
+            adapter: String::new(),
         };
         Ok(self
             .training
@@ -256,6 +260,7 @@ impl Client {
             transaction,
             model: model.into(),
             options,
+            adapter: String::new(),
         };
         Ok(self.training.clone().step(request).await?.into_inner().step.unwrap())
     }
@@ -264,6 +269,7 @@ impl Client {
         let request = ListBatchesRequest {
             transaction,
             models: vec![model.into()],
+            adapter: String::new(),
         };
         self.training
             .clone()
@@ -329,10 +335,21 @@ impl Client {
 
     /// All parameters of a model as one run of bytes.
     pub async fn parameters(&self, model: &str, transaction: Option<TransactionContext>) -> Result<Vec<u8>, Status> {
+        self.parameters_of(model, "", transaction).await
+    }
+
+    /// All parameters of an adapter of a model, or of the model, as one run of bytes.
+    pub async fn parameters_of(
+        &self,
+        model: &str,
+        adapter: &str,
+        transaction: Option<TransactionContext>,
+    ) -> Result<Vec<u8>, Status> {
         let request = ReadParametersRequest {
             transaction,
             model: model.into(),
             selection: None,
+            adapter: adapter.into(),
         };
         let stream = self.models.clone().read_parameters(request).await?.into_inner();
         let chunks = collect(stream).await?;

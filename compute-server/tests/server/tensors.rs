@@ -18,6 +18,7 @@ impl Client {
             transaction: None,
             model: model.into(),
             selection: None,
+            adapter: String::new(),
         };
         let chunks = collect(
             self.training
@@ -58,6 +59,7 @@ async fn parameters_come_in_chunks_that_can_be_chosen() {
             transaction: None,
             model: "m".into(),
             selection: Some(selection),
+            adapter: String::new(),
         };
         let mut models = client.models.clone();
         async move {
@@ -125,6 +127,7 @@ async fn backward_gives_the_gradient_that_a_batch_accumulates() {
         model: "m".into(),
         sequences: vec![sequence],
         selection: None,
+        adapter: String::new(),
     };
     let messages = collect(client.training.clone().backward(request).await.unwrap().into_inner())
         .await
@@ -150,6 +153,7 @@ async fn forward_streams_the_logits_that_score_is_made_of() {
         transaction: None,
         model: "m".into(),
         token_ids: ids.clone(),
+        adapter: String::new(),
     };
     let messages = collect(client.inference.clone().forward(request).await.unwrap().into_inner())
         .await
@@ -169,6 +173,7 @@ async fn forward_streams_the_logits_that_score_is_made_of() {
         transaction: None,
         model: "m".into(),
         source: Some(score_request::Source::Tokens(TokenIds { ids: ids.clone() })),
+        adapter: String::new(),
     };
     let scored = client
         .inference
@@ -189,6 +194,7 @@ async fn forward_streams_the_logits_that_score_is_made_of() {
         transaction: None,
         model: "m".into(),
         token_ids: vec![1; 101],
+        adapter: String::new(),
     };
     assert_status(
         client.inference.clone().forward(refused).await,

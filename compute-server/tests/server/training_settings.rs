@@ -27,6 +27,7 @@ async fn step(client: &Client, learning_rate: Option<f64>) -> f64 {
             learning_rate,
             ..Default::default()
         }),
+        adapter: String::new(),
     };
     let response = client.training.clone().step(request).await.unwrap().into_inner();
     response.step.unwrap().options.unwrap().learning_rate.unwrap()

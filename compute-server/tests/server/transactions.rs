@@ -161,6 +161,7 @@ async fn gradients_are_zeroed_and_settings_changed_in_transactions() {
     let zero = ZeroGradientsRequest {
         transaction: within("t"),
         model: "m".into(),
+        adapter: String::new(),
     };
     client.training.clone().zero_gradients(zero).await.unwrap();
     let update = UpdateModelRequest {
@@ -250,6 +251,7 @@ async fn a_lost_transaction_is_not_published_silently() {
         let request = ListBatchesRequest {
             transaction: within("t"),
             models: vec![],
+            adapter: String::new(),
         };
         let mut training = client.training.clone();
         // While the transaction is just ending, this is an error.

@@ -8,6 +8,7 @@ use pgrx::prelude::*;
 use super::server::client;
 use crate::client::{Client, read, wait};
 use crate::error::{Error, OrReport, Result};
+use crate::relations::adapters;
 use crate::transaction;
 
 /// Completes a prompt. NULL for an option means its default; NULL for the model or the prompt gives NULL.
@@ -24,6 +25,7 @@ fn generate(
     repetition_penalty: default!(Option<f32>, "NULL"),
     seed: default!(Option<i64>, "NULL"),
     stop: default!(Option<Vec<Option<String>>>, "NULL"),
+    adapter: default!(Option<&str>, "NULL"),
 ) -> Option<String> {
     let (model, prompt) = (model?, prompt?);
     let complete = || -> Result<String> {
@@ -43,6 +45,7 @@ fn generate(
             }),
             stop: stop.unwrap_or_default().into_iter().flatten().collect(),
             stream_tokens: false,
+            adapter: adapters::checked(adapter)?,
         };
         wait(run(client, request))
     };

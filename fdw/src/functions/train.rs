@@ -72,6 +72,7 @@ fn train_step(
             transaction: Some(context.clone()),
             model: model.to_string(),
             sequences: tokens.chunks(length).map(sequence).collect(),
+            adapter: String::new(),
         };
         wait(write!(client, training.accumulate_batches(batch)))?;
         let request = StepRequest {
@@ -81,6 +82,7 @@ fn train_step(
                 learning_rate,
                 ..AdamWOptions::default()
             }),
+            adapter: String::new(),
         };
         let taken = wait(write!(client, training.step(request)))?
             .step

@@ -4,7 +4,10 @@ use candle_compute_proto::v1::{AccumulateBatchesRequest, ListBatchesRequest, Seq
 
 use crate::client::{read, write};
 use crate::error::{Error, Result};
-use crate::relation::{Call, Column, Inputs, Relation, Row, Rows, Work, Writer, Writes, key, missing, output, stored};
+use crate::relation::{
+    Call, Column, Inputs, Relation, Row, Rows, Work, Writer, Writes, choice, key, missing, output, stored,
+};
+use crate::relations::adapters;
 use crate::values::{Kind, Value};
 
 /// One row per training sequence accumulated since the last step.
@@ -17,6 +20,7 @@ const COLUMNS: &[Column] = &[
     stored("loss_weight", Kind::Real),
     output("loss", Kind::Double),
     output("token_count", Kind::Int),
+    choice("adapter", Kind::Text),
 ];
 
 impl Relation for Batches {
@@ -33,6 +37,7 @@ impl Relation for Batches {
             let request = ListBatchesRequest {
                 transaction: call.transaction,
                 models: call.inputs.wanted("model"),
+                adapter: adapters::named(&call.inputs)?,
             };
             for entry in read!(call.client, training.list_batches(request)).await?.sequences {
                 let sequence = entry.sequence.unwrap_or_default();
@@ -59,25 +64,33 @@ impl Relation for Batches {
         Box::pin(async move {
             let mut rows = Vec::with_capacity(inputs.len());
             let mut pending = inputs.into_iter().peekable();
-            // Runs of rows of one model travel together, in the order of the statement.
+            // Runs of rows of one model or adapter travel together, in the order of the statement.
             while let Some(first) = pending.next() {
-                let model = first.required("model")?;
+                let target = [first.required("model")?, adapters::named(&first)?];
+                let same =
+                    |next: &Inputs| ["model", "adapter"].map(|column| next.text(column).unwrap_or_default()) == target;
                 let mut sequences = vec![sequence(&first)?];
-                while let Some(next) = pending.next_if(|next| next.text("model").as_ref() == Some(&model)) {
+                while let Some(next) = pending.next_if(same) {
                     sequences.push(sequence(&next)?);
                 }
-                accumulate(&writer, model, sequences, &mut rows).await?;
+                accumulate(&writer, &target, sequences, &mut rows).await?;
             }
             Ok(rows)
         })
     }
 }
 
-async fn accumulate(writer: &Writer, model: String, sequences: Vec<Sequence>, rows: &mut Vec<Row>) -> Result<()> {
+async fn accumulate(
+    writer: &Writer,
+    [model, adapter]: &[String; 2],
+    sequences: Vec<Sequence>,
+    rows: &mut Vec<Row>,
+) -> Result<()> {
     let request = AccumulateBatchesRequest {
         transaction: writer.transaction.clone(),
         model: model.clone(),
         sequences: sequences.clone(),
+        adapter: adapter.clone(),
     };
     let losses = write!(writer.client, training.accumulate_batches(request))
         .await?
@@ -119,5 +132,6 @@ fn row(model: String, sequence: Sequence, loss: SequenceLoss) -> Row {
         sequence.loss_weight.into(),
         loss.loss.into(),
         loss.token_count.into(),
+        Value::Echo,
     ]
 }

@@ -8,7 +8,7 @@ use crate::values::{Kind, Value};
 /// One row per token; who stops reading stops the generation.
 pub(crate) struct GenerationTokens;
 
-const COLUMNS: &[Column] = &concat::<_, _, 15>(
+const COLUMNS: &[Column] = &concat::<_, _, 16>(
     sampling::COLUMNS,
     [
         output("position", Kind::Int),

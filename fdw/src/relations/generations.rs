@@ -9,7 +9,7 @@ use crate::values::{Kind, Value};
 /// One row per set of inputs.
 pub(crate) struct Generations;
 
-const COLUMNS: &[Column] = &concat::<_, _, 18>(
+const COLUMNS: &[Column] = &concat::<_, _, 19>(
     sampling::COLUMNS,
     [
         output("completion", Kind::Text),

@@ -10,20 +10,21 @@ use pgrx::PgSqlErrorCode;
 use crate::client::{Client, read, write};
 use crate::error::{Error, Result};
 use crate::relation::{
-    Call, Column, Estimate, Inputs, Relation, Row, Rows, Work, Writer, Writes, concat, missing, stored,
+    Call, Column, Estimate, Inputs, Relation, Row, Rows, Work, Writer, Writes, choice, concat, missing, stored,
 };
-use crate::relations::tensors;
+use crate::relations::{adapters, tensors};
 use crate::values::{Kind, Value};
 
 /// One row per chunk of a parameter's gradient.
 pub(crate) struct Gradients;
 
-const COLUMNS: &[Column] = &concat::<_, _, 11>(
+const COLUMNS: &[Column] = &concat::<_, _, 12>(
     tensors::COLUMNS,
     [
         stored("tokens", Kind::BigInt),
         stored("micro_batches", Kind::BigInt),
         stored("loss", Kind::Double),
+        choice("adapter", Kind::Text),
     ],
 );
 
@@ -51,11 +52,13 @@ impl Relation for Gradients {
     fn select(&self, call: Call, rows: Rows) -> Work<()> {
         Box::pin(async move {
             let selection = tensors::selection(&call);
+            let adapter = adapters::named(&call.inputs)?;
             for model in tensors::models(&call).await? {
                 let request = ReadGradientsRequest {
                     transaction: call.transaction.clone(),
                     model: model.clone(),
                     selection: Some(selection.clone()),
+                    adapter: adapter.clone(),
                 };
                 let mut stream = read!(call.client, training.read_gradients(request)).await?;
                 while let Some(message) = call.client.next(&mut stream).await? {
@@ -65,6 +68,7 @@ impl Relation for Gradients {
                         Value::count(message.tokens),
                         Value::count(message.micro_batches),
                         message.loss.into(),
+                        Value::Echo,
                     ]);
                     if !rows.row(row).await {
                         return Ok(());
@@ -94,12 +98,14 @@ impl Relation for Gradients {
         Box::pin(async move {
             let count = inputs.len();
             let mut pending = inputs.iter().peekable();
-            // Runs of rows of one model travel together, in the order of the statement.
+            // Runs of rows of one model or adapter travel together, in the order of the statement.
             while let Some(first) = pending.next() {
-                let model = first.required("model")?;
-                let mut messages = vec![merge(&writer, &model, first)?];
-                while let Some(next) = pending.next_if(|next| next.text("model").as_ref() == Some(&model)) {
-                    messages.push(merge(&writer, &model, next)?);
+                let target = [first.required("model")?, adapters::named(first)?];
+                let same =
+                    |next: &&Inputs| ["model", "adapter"].map(|column| next.text(column).unwrap_or_default()) == target;
+                let mut messages = vec![merge(&writer, &target, first)?];
+                while let Some(next) = pending.next_if(same) {
+                    messages.push(merge(&writer, &target, next)?);
                 }
                 write!(writer.client, training.merge_gradients(tokio_stream::iter(messages))).await?;
             }
@@ -109,14 +115,16 @@ impl Relation for Gradients {
 
     fn delete_together(&self, writer: Writer, rows: Vec<Inputs>) -> Work<()> {
         Box::pin(async move {
-            let mut models: BTreeMap<String, BTreeSet<(String, u32)>> = BTreeMap::new();
+            let mut models: BTreeMap<[String; 2], BTreeSet<(String, u32)>> = BTreeMap::new();
             for row in &rows {
                 let chunk = tensors::named_chunk(row)?;
-                let chunks = models.entry(row.required("model")?).or_default();
+                let chunks = models
+                    .entry([row.required("model")?, adapters::named(row)?])
+                    .or_default();
                 chunks.insert((chunk.name, chunk.chunk));
             }
-            for (model, chunks) in models {
-                let present = count_chunks(&writer.client, writer.transaction.clone(), &model).await?;
+            for ([model, adapter], chunks) in models {
+                let present = count_chunks(&writer.client, writer.transaction.clone(), &model, &adapter).await?;
                 if chunks.len() < present {
                     let code = PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED;
                     let message = format!("only a part of the gradient of model \"{model}\" would be deleted");
@@ -127,6 +135,7 @@ impl Relation for Gradients {
                 let request = ZeroGradientsRequest {
                     transaction: writer.transaction.clone(),
                     model,
+                    adapter,
                 };
                 write!(writer.client, training.zero_gradients(request)).await?;
             }
@@ -135,23 +144,29 @@ impl Relation for Gradients {
     }
 }
 
-fn merge(writer: &Writer, model: &str, row: &Inputs) -> Result<MergeGradientsRequest> {
+fn merge(writer: &Writer, [model, adapter]: &[String; 2], row: &Inputs) -> Result<MergeGradientsRequest> {
     let count = |name: &str, value: i64| {
         u64::try_from(value).map_err(|_| Error::bad_value(format!("{name} must not be negative, but is {value}")))
     };
     Ok(MergeGradientsRequest {
         transaction: writer.transaction.clone(),
-        model: model.to_string(),
+        model: model.clone(),
         set_id: writer.statement,
         chunk: Some(tensors::chunk(row)?),
         tokens: count("tokens", row.integer("tokens").ok_or_else(|| missing("tokens"))?)?,
         micro_batches: count("micro_batches", row.integer("micro_batches").unwrap_or(1))?,
         loss: row.number("loss"),
+        adapter: adapter.clone(),
     })
 }
 
 /// How many chunks a model's gradient has.
-async fn count_chunks(client: &Client, transaction: Option<TransactionContext>, model: &str) -> Result<usize> {
+async fn count_chunks(
+    client: &Client,
+    transaction: Option<TransactionContext>,
+    model: &str,
+    adapter: &str,
+) -> Result<usize> {
     let request = ReadGradientsRequest {
         transaction,
         model: model.to_string(),
@@ -159,6 +174,7 @@ async fn count_chunks(client: &Client, transaction: Option<TransactionContext>, 
             without_data: true,
             ..TensorSelection::default()
         }),
+        adapter: adapter.to_string(),
     };
     let mut stream = read!(client, training.read_gradients(request)).await?;
     let mut count = 0;

@@ -4,7 +4,8 @@ use candle_compute_proto::v1::{AdamWOptions, ListStepsRequest, OptimizerStep, St
 
 use crate::client::{read, write};
 use crate::error::Error;
-use crate::relation::{Call, Column, Inputs, Relation, Row, Rows, Work, Writer, Writes, key, output, stored};
+use crate::relation::{Call, Column, Inputs, Relation, Row, Rows, Work, Writer, Writes, choice, key, output, stored};
+use crate::relations::adapters;
 use crate::values::{Kind, Value};
 
 /// One row per step taken.
@@ -26,6 +27,7 @@ const COLUMNS: &[Column] = &[
     output("tokens", Kind::BigInt),
     output("duration_ms", Kind::Double),
     output("created_at", Kind::Timestamp),
+    choice("adapter", Kind::Text),
 ];
 
 impl Relation for OptimizerSteps {
@@ -42,6 +44,7 @@ impl Relation for OptimizerSteps {
             let request = ListStepsRequest {
                 transaction: call.transaction,
                 models: call.inputs.wanted("model"),
+                adapter: adapters::named(&call.inputs)?,
             };
             for step in read!(call.client, training.list_steps(request)).await?.steps {
                 if !rows.row(row(step)).await {
@@ -74,6 +77,7 @@ impl Relation for OptimizerSteps {
                         weight_decay: inputs.number("weight_decay"),
                         max_grad_norm: inputs.number("max_grad_norm"),
                     }),
+                    adapter: adapters::named(&inputs)?,
                 };
                 let taken = write!(writer.client, training.step(request)).await?;
                 rows.push(row(taken.step.ok_or_else(|| Error::protocol("step"))?));
@@ -101,5 +105,6 @@ fn row(step: OptimizerStep) -> Row {
         Value::count(step.tokens),
         step.duration_ms.into(),
         Value::time(step.created_at),
+        Value::Echo,
     ]
 }

@@ -6,15 +6,18 @@ use candle_compute_proto::v1::{ReadParametersRequest, WriteParametersRequest};
 use crate::client::{read, write};
 use crate::error::Error;
 use crate::relation::{
-    Assignments, Call, Column, Estimate, Inputs, Relation, Rows, Work, Writer, Writes, concat, missing, output,
+    Assignments, Call, Column, Estimate, Inputs, Relation, Rows, Work, Writer, Writes, choice, concat, missing, output,
 };
-use crate::relations::tensors;
-use crate::values::Kind;
+use crate::relations::{adapters, tensors};
+use crate::values::{Kind, Value};
 
 /// One row per chunk of a parameter.
 pub(crate) struct Parameters;
 
-const COLUMNS: &[Column] = &concat::<_, _, 9>(tensors::COLUMNS, [output("trainable", Kind::Boolean)]);
+const COLUMNS: &[Column] = &concat::<_, _, 10>(
+    tensors::COLUMNS,
+    [output("trainable", Kind::Boolean), choice("adapter", Kind::Text)],
+);
 
 impl Relation for Parameters {
     fn name(&self) -> &'static str {
@@ -40,18 +43,20 @@ impl Relation for Parameters {
     fn select(&self, call: Call, rows: Rows) -> Work<()> {
         Box::pin(async move {
             let selection = tensors::selection(&call);
+            let adapter = adapters::named(&call.inputs)?;
             for model in tensors::models(&call).await? {
                 let request = ReadParametersRequest {
                     transaction: call.transaction.clone(),
                     model: model.clone(),
                     selection: Some(selection.clone()),
+                    adapter: adapter.clone(),
                 };
                 let mut stream = read!(call.client, models.read_parameters(request)).await?;
                 while let Some(message) = call.client.next(&mut stream).await? {
                     let chunk = message.chunk.ok_or_else(|| Error::protocol("chunk"))?;
                     let trainable = chunk.trainable;
                     let mut row = tensors::row(&model, chunk, selection.without_data);
-                    row.push(trainable.into());
+                    row.extend([trainable.into(), Value::Echo]);
                     if !rows.row(row).await {
                         return Ok(());
                     }
@@ -90,6 +95,7 @@ impl Relation for Parameters {
                 model: row.required("model")?,
                 chunk: Some(chunk),
                 trainable,
+                adapter: adapters::named(&row)?,
             };
             write!(writer.client, training.write_parameters(tokio_stream::once(request))).await?;
             Ok(())

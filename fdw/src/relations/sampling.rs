@@ -6,13 +6,14 @@ use serde_json::Value as Json;
 
 use crate::error::{Error, Result};
 use crate::relation::{Call, Column, Inputs, input};
+use crate::relations::adapters;
 use crate::values::Kind;
 
 /// Of each group one has to be given.
 pub(super) const REQUIRED: &[&[&str]] = &[&["model"], &["prompt", "messages"]];
 
 /// Number of input columns.
-pub(super) const INPUTS: usize = 11;
+pub(super) const INPUTS: usize = 12;
 
 /// The input columns, the first columns of both tables.
 pub(super) const COLUMNS: [Column; INPUTS] = [
@@ -27,6 +28,7 @@ pub(super) const COLUMNS: [Column; INPUTS] = [
     input("repetition_penalty", Kind::Real),
     input("seed", Kind::BigInt),
     input("stop", Kind::TextArray),
+    input("adapter", Kind::Text),
 ];
 
 /// The request for one set of inputs.
@@ -47,6 +49,7 @@ pub(super) fn request(call: &Call, stream_tokens: bool) -> Result<GenerateReques
         }),
         stop: inputs.texts("stop"),
         stream_tokens,
+        adapter: adapters::named(inputs)?,
     })
 }
 

@@ -1,6 +1,6 @@
 //! What `parameters` and `gradients` share: the selection of chunks and the columns of a chunk.
 
-use candle_compute_proto::v1::{DataType, ListModelsRequest, TensorChunk, TensorSelection};
+use candle_compute_proto::v1::{DataType, ListAdaptersRequest, ListModelsRequest, TensorChunk, TensorSelection};
 
 use crate::client::read;
 use crate::error::{Error, Result};
@@ -24,12 +24,21 @@ pub(super) const COLUMNS: [Column; COLUMN_COUNT] = [
 ];
 
 /// Columns that name a chunk.
-pub(super) const IDENTITY: &[&str] = &["model", "parameter", "chunk"];
+pub(super) const IDENTITY: &[&str] = &["model", "parameter", "chunk", "adapter"];
 
-/// The model asked for, else all of them.
+/// The model asked for, else all of them; or all that have the adapter asked for.
 pub(super) async fn models(call: &Call) -> Result<Vec<String>> {
     if let Some(model) = call.inputs.text("model") {
         return Ok(vec![model]);
+    }
+    if call.inputs.get("adapter").is_some() {
+        let request = ListAdaptersRequest {
+            transaction: call.transaction.clone(),
+            models: Vec::new(),
+            names: call.inputs.wanted("adapter"),
+        };
+        let adapters = read!(call.client, adapters.list_adapters(request)).await?.adapters;
+        return Ok(adapters.into_iter().map(|adapter| adapter.model).collect());
     }
     let request = ListModelsRequest {
         transaction: call.transaction.clone(),

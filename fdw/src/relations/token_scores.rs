@@ -6,6 +6,7 @@ use candle_compute_proto::v1::{ScoreRequest, TokenIds};
 use crate::client::read;
 use crate::error::Error;
 use crate::relation::{Call, Column, Estimate, Relation, Rows, Work, input, output};
+use crate::relations::adapters;
 use crate::values::{Kind, Value};
 
 /// One row per token of the input.
@@ -19,6 +20,7 @@ const COLUMNS: &[Column] = &[
     output("token_id", Kind::Int),
     output("token", Kind::Text),
     output("logprob", Kind::Real),
+    input("adapter", Kind::Text),
 ];
 
 impl Relation for TokenScores {
@@ -52,6 +54,7 @@ impl Relation for TokenScores {
                 transaction: call.transaction.clone(),
                 model: call.inputs.required("model")?,
                 source: Some(source),
+                adapter: adapters::named(&call.inputs)?,
             };
             let tokens = read!(call.client, inference.score(request)).await?.tokens;
             for (position, token) in (0_i64..).zip(tokens) {
@@ -61,6 +64,7 @@ impl Relation for TokenScores {
                     token.token_id.into(),
                     Value::text_or_null(token.text),
                     token.logprob.into(),
+                    Value::Echo,
                 ]);
                 if !rows.row(row).await {
                     break;

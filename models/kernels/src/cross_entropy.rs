@@ -25,7 +25,7 @@ pub struct HeadGradients<'a> {
 }
 
 /// Tokens of a block of logits.
-fn block_tokens(vocabulary: usize) -> usize {
+pub(crate) fn block_tokens(vocabulary: usize) -> usize {
     (BLOCK_LOGITS / vocabulary.max(1)).clamp(16, 1024)
 }
 
@@ -145,7 +145,7 @@ pub fn log_probabilities(hidden: &[f32], weights: Weights<'_>, targets: &[i64], 
     out.iter_mut().for_each(|loss| *loss = 0.0 - *loss);
 }
 
-fn check_targets(targets: &[i64], vocabulary: usize) {
+pub(crate) fn check_targets(targets: &[i64], vocabulary: usize) {
     let valid = |target: i64| target == IGNORED || usize::try_from(target).is_ok_and(|target| target < vocabulary);
     if let Some(target) = targets.iter().find(|&&target| !valid(target)) {
         panic!("target {target} in a vocabulary of {vocabulary}");
@@ -153,13 +153,19 @@ fn check_targets(targets: &[i64], vocabulary: usize) {
 }
 
 #[derive(Clone, Copy)]
-struct Labels<'a> {
-    targets: &'a [i64],
-    token_weights: &'a [f32],
+pub(crate) struct Labels<'a> {
+    pub(crate) targets: &'a [i64],
+    pub(crate) token_weights: &'a [f32],
 }
 
 /// Losses of a block's rows of logits; with `differentiate` the logits become their gradients.
-fn softmax_rows(level: Level, logits: &mut [f32], labels: Labels<'_>, differentiate: bool, losses: &mut [f32]) {
+pub(crate) fn softmax_rows(
+    level: Level,
+    logits: &mut [f32],
+    labels: Labels<'_>,
+    differentiate: bool,
+    losses: &mut [f32],
+) {
     let rows = labels.targets.len();
     let vocabulary = logits.len() / rows;
     let step = (elementwise::STEP / vocabulary).max(1);

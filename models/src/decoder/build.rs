@@ -43,6 +43,7 @@ impl Decoder {
             weights,
             layout,
             inverse_frequencies,
+            adapted: None,
         })
     }
 

@@ -1,11 +1,11 @@
 //! The forward pass of inference: several cached sequences at once.
 
-use super::{Decoder, KeyValueCache, Layer, NormParameters, Projection};
+use super::{Decoder, KeyValueCache, Layer, LowRank, NormParameters, Projection};
 use crate::error::{Error, Result};
 use crate::ops::attention::{AttentionShape, CachedSequence, attend_cached};
 use crate::ops::backward::add_in_place;
 use crate::ops::rotary::RotaryAngles;
-use crate::ops::{activation, embedding, linear, norm, rotary};
+use crate::ops::{activation, embedding, linear, low_rank, norm, rotary};
 use candle_core::Tensor;
 
 /// What one sequence contributes to a forward pass.
@@ -187,7 +187,12 @@ impl Decoder {
 
     pub(crate) fn project(&self, input: &Tensor, projection: &Projection) -> Result<Tensor> {
         let bias = projection.bias.map(|bias| self.weight(bias).as_f32()).transpose()?;
-        linear::linear(input, self.weight(projection.weight), projection.rows.clone(), bias)
+        let output = linear::linear(input, self.weight(projection.weight), projection.rows.clone(), bias)?;
+        if let Some(LowRank { a, b, scale, .. }) = projection.low_rank {
+            let rows = projection.rows.clone();
+            low_rank::add_low_rank(&output, input, self.weight(a), self.weight(b), rows, scale)?;
+        }
+        Ok(output)
     }
 }
 

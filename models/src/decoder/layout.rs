@@ -24,6 +24,8 @@ pub enum ParameterRole {
     Bias,
     /// Weight of a norm, always f32.
     NormWeight,
+    /// A factor of an adapter's low-rank matrix, always f32.
+    LowRank,
 }
 
 impl ParameterRole {
@@ -75,6 +77,21 @@ pub struct Projection {
     pub bias: Option<ParameterId>,
     /// The rows used.
     pub rows: Range<usize>,
+    /// What an adapter adds to the matrix.
+    pub low_rank: Option<LowRank>,
+}
+
+/// What an adapter adds to a matrix `[out, in]`: `scale * B A` (LoRA, arXiv:2106.09685).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LowRank {
+    /// `A`, `[rank, in]`.
+    pub a: ParameterId,
+    /// `B`, `[out, rank]`.
+    pub b: ParameterId,
+    /// The factor of the product.
+    pub scale: f32,
+    /// Probability that training drops an element of the input of `A`.
+    pub dropout: f32,
 }
 
 /// A norm's parameters, each `[width]`.
@@ -110,6 +127,15 @@ pub struct Layer {
     pub feed_forward_norm: NormParameters,
     /// The feed-forward network.
     pub feed_forward: FeedForward,
+}
+
+impl Layer {
+    /// All projections of the layer, to be changed.
+    pub(super) fn projections_mut(&mut self) -> impl Iterator<Item = &mut Projection> {
+        let FeedForward { gate, up, down } = &mut self.feed_forward;
+        let attention = self.query_key_value.iter_mut().chain([&mut self.attention_output]);
+        attention.chain(gate.iter_mut()).chain([up, down])
+    }
 }
 
 /// Which parameters each part of the decoder uses.
@@ -156,6 +182,7 @@ pub(super) fn lay_out(config: &DecoderConfig) -> (Vec<ParameterInfo>, Layout) {
         weight: head,
         bias: None,
         rows: 0..vocabulary,
+        low_rank: None,
     };
     (
         list.parameters,
@@ -213,6 +240,7 @@ impl ParameterList<'_> {
             weight,
             bias,
             rows: 0..outputs,
+            low_rank: None,
         }
     }
 

@@ -1,5 +1,6 @@
 //! The one decoder: every family is this code with another [`DecoderConfig`](crate::DecoderConfig).
 
+mod adapted;
 mod build;
 mod cache;
 mod forward;
@@ -13,9 +14,13 @@ mod score;
 mod structure;
 mod weight;
 
+use adapted::Adapted;
+pub(crate) use adapted::Factors;
 pub use cache::KeyValueCache;
 pub use forward::SequenceStep;
-pub use layout::{FeedForward, Layer, Layout, NormParameters, ParameterId, ParameterInfo, ParameterRole, Projection};
+pub use layout::{
+    FeedForward, Layer, Layout, LowRank, NormParameters, ParameterId, ParameterInfo, ParameterRole, Projection,
+};
 pub use load::load_decoder;
 pub use memory::check_memory;
 pub use names::ignored_tensor;

@@ -1,6 +1,6 @@
 //! The decoder's state: its configuration, its weights, and what is known of each.
 
-use super::{KeyValueCache, Layout, ParameterId, ParameterInfo, Weight, WeightType};
+use super::{Adapted, KeyValueCache, Layout, ParameterId, ParameterInfo, Weight, WeightType};
 use crate::config::{DecoderConfig, Position};
 use crate::error::{Error, Result};
 use candle_core::Device;
@@ -19,6 +19,8 @@ pub struct Decoder {
     pub(super) layout: Layout,
     /// Angle per position of each pair of a head's elements, `[head_dim / 2]`; empty for learned positions.
     pub(super) inverse_frequencies: Vec<f32>,
+    /// Set where low-rank matrices of an adapter were put over another decoder's weights.
+    pub(super) adapted: Option<Adapted>,
 }
 
 impl Decoder {
@@ -57,10 +59,11 @@ impl Decoder {
         &mut self.weights[id.0]
     }
 
-    /// The number of the parameter of that name. Fails with [`Error::NotFound`].
+    /// The number of its own parameter of that name. Fails with [`Error::NotFound`].
     pub fn parameter_id(&self, name: &str) -> Result<ParameterId> {
-        let index = self.parameters.iter().position(|info| info.name == name);
-        index.map(ParameterId).ok_or_else(|| {
+        let own = self.own_parameters();
+        let index = self.parameters[own.clone()].iter().position(|info| info.name == name);
+        index.map(|index| ParameterId(own.start + index)).ok_or_else(|| {
             let shown: String = name.chars().take(200).collect();
             Error::NotFound(format!("the model has no parameter `{shown}`"))
         })
@@ -71,14 +74,15 @@ impl Decoder {
         self.parameters[id.0].trainable = trainable;
     }
 
-    /// Number of parameters, tied ones counted once.
+    /// Number of elements of its own parameters, tied ones counted once.
     pub fn parameter_count(&self) -> u64 {
-        self.parameters.iter().map(|info| info.elements() as u64).sum()
+        let own = &self.parameters[self.own_parameters()];
+        own.iter().map(|info| info.elements() as u64).sum()
     }
 
-    /// Bytes of all weights.
+    /// Bytes of its own weights.
     pub fn memory_bytes(&self) -> u64 {
-        self.weights.iter().map(Weight::bytes).sum()
+        self.weights[self.own_parameters()].iter().map(Weight::bytes).sum()
     }
 
     /// The type that most of the weights are held in: `f32`, `q4_1`.
@@ -101,21 +105,29 @@ impl Decoder {
         KeyValueCache::new(&self.config, &self.device)
     }
 
-    /// A decoder with the same weights whose storage is its own.
+    /// A decoder with the same weights. The storage of its own parameters is not shared.
     pub fn deep_copy(&self) -> Result<Self> {
+        let own = self.own_parameters().start;
+        let (shared, weights) = self.weights.split_at(own);
+        let copies = weights.iter().map(Weight::deep_copy);
         Ok(Self {
             config: self.config.clone(),
             device: self.device.clone(),
             parameters: self.parameters.clone(),
-            weights: self.weights.iter().map(Weight::deep_copy).collect::<Result<_>>()?,
+            weights: shared.iter().cloned().map(Ok).chain(copies).collect::<Result<_>>()?,
             layout: self.layout.clone(),
             inverse_frequencies: self.inverse_frequencies.clone(),
+            adapted: self.adapted.clone(),
         })
     }
 
     /// Expands every weight to f32, which training needs. Fails with [`Error::ResourceExhausted`] when the memory is
-    /// too small for it, and leaves the decoder as it was.
+    /// too small for it, and leaves the decoder as it was. Of an adapted decoder nothing is expanded: only what is f32
+    /// already is trained.
     pub fn make_trainable(&mut self) -> Result<()> {
+        if self.is_adapted() {
+            return Ok(());
+        }
         let held_otherwise = |weight: &&Weight| weight.kind() != WeightType::F32;
         let growth: u64 = self
             .weights

@@ -13,4 +13,5 @@ mod values;
 pub(crate) use files::{read_json, read_text};
 pub use gguf::{GgufMetadata, GgufModel, open_gguf};
 pub use hugging_face::{HuggingFaceModel, open_hugging_face};
+pub(crate) use safetensors::SafetensorsFile;
 pub use source::{Orientation, StoredTensor, TensorData, TensorSource, TextAssets};

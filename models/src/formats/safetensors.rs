@@ -20,9 +20,9 @@ const MAX_DIMENSIONS: usize = 8;
 
 /// A tensor as the header describes it.
 #[derive(Debug, Clone)]
-pub(super) struct Entry {
+pub(crate) struct Entry {
     dtype: String,
-    pub(super) shape: Vec<usize>,
+    pub(crate) shape: Vec<usize>,
     range: ByteRange,
 }
 
@@ -47,16 +47,16 @@ impl Entry {
 
 /// An open safetensors file.
 #[derive(Debug)]
-pub(super) struct SafetensorsFile {
+pub(crate) struct SafetensorsFile {
     pub(super) path: PathBuf,
     file: File,
-    pub(super) entries: BTreeMap<String, Entry>,
+    pub(crate) entries: BTreeMap<String, Entry>,
 }
 
 impl SafetensorsFile {
     /// Opens a file and checks its header: no range outside the file, none overlapping another, none that contradicts
     /// shape and dtype.
-    pub(super) fn open(path: &Path) -> Result<Self> {
+    pub(crate) fn open(path: &Path) -> Result<Self> {
         let (file, file_length) = open(path)?;
         let mut prefix = [0; 8];
         file.read_exact_at(&mut prefix, 0)
@@ -91,7 +91,7 @@ impl SafetensorsFile {
     }
 
     /// Reads one tensor.
-    pub(super) fn load(&self, name: &str) -> Result<Tensor> {
+    pub(crate) fn load(&self, name: &str) -> Result<Tensor> {
         let missing = || Error::NotFound(format!("there is no tensor {name} in {}", self.path.display()));
         let entry = self.entries.get(name).ok_or_else(missing)?;
         let dtype = entry.float_dtype(&self.path, name)?;

@@ -7,6 +7,7 @@ pub(crate) mod backward;
 pub mod embedding;
 pub mod linear;
 pub mod log_probability;
+pub mod low_rank;
 pub mod norm;
 pub mod rotary;
 pub mod storage;

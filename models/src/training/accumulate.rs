@@ -86,6 +86,11 @@ pub fn accumulate_in_place(
     if gradient.parameter_count() != decoder.parameters().len() {
         return Err(Error::InvalidArgument("the gradient is of another model".into()));
     }
+    if decoder.lora_config().is_some_and(|adapter| adapter.dropout > 0.0) {
+        return Err(Error::Unsupported(
+            "training an adapter with dropout is not supported; make it with dropout 0".into(),
+        ));
+    }
     let counts = sequences.iter().map(TrainingSequence::target_count);
     let mut losses: Vec<_> = counts
         .map(|token_count| SequenceLoss { loss: 0.0, token_count })

@@ -4,10 +4,11 @@ use candle_core::{DType, Tensor};
 
 use super::tape::{Kept, LayerTape, Tape};
 use super::{Pass, check_cancelled};
-use crate::decoder::{Layer, NormParameters, ParameterId, Projection};
+use crate::decoder::{Layer, LowRank, NormParameters, ParameterId, Projection, Weight, WeightType};
 use crate::error::Result;
 use crate::ops::backward::{
-    self, Matrix, NormWeights, attention_backward, cross_entropy_head, embedding_backward, gather_rows, linear_backward,
+    self, LowRankFactors, Matrix, NormWeights, attention_backward, cross_entropy_head, embedding_backward, frozen_head,
+    frozen_linear_backward, gather_rows, linear_backward, low_rank_backward,
 };
 use crate::ops::rotary;
 
@@ -60,13 +61,21 @@ impl Pass<'_> {
         let norm = self.norm(&self.layout.final_norm)?;
         let normed = norm.forward(&x)?;
         let head = self.layout.head.weight;
-        let (losses, dnormed) = cross_entropy_head(
-            &normed.output,
-            self.weight_f32(head)?,
-            &batch.targets,
-            &batch.factors,
-            self.gradient_of(head),
-        )?;
+        let (losses, dnormed) = match self.gradient_of(head) {
+            None => frozen_head(
+                &normed.output,
+                self.decoder.weight(head),
+                &batch.targets,
+                &batch.factors,
+            )?,
+            Some(sum) => cross_entropy_head(
+                &normed.output,
+                self.weight_f32(head)?,
+                &batch.targets,
+                &batch.factors,
+                Some(sum),
+            )?,
+        };
         let zeros = x.zeros_like()?;
         norm.backward(&normed, &x, &dnormed, &zeros)?;
         if whole {
@@ -131,7 +140,35 @@ impl Pass<'_> {
 
     /// A projection: adds the gradients of its matrix and bias, and returns that of `x`, added to `dx` if given.
     fn backward_linear(&self, projection: &Projection, x: &Tensor, dy: &Tensor, dx: Option<Tensor>) -> Result<Tensor> {
-        linear_backward(&self.matrix(projection)?, x, dy, dx)
+        let dx = match self.frozen(projection.weight) {
+            Some(weight) => frozen_linear_backward(weight, projection.rows.clone(), dy, dx)?,
+            None => linear_backward(&self.matrix(projection)?, x, dy, dx)?,
+        };
+        if let Some(factors) = self.low_rank(projection)? {
+            low_rank_backward(&factors, x, dy, &dx)?;
+        }
+        Ok(dx)
+    }
+
+    /// A matrix of an adapter's base that is not held as f32 and is used as it is; none for others.
+    pub(super) fn frozen(&self, matrix: ParameterId) -> Option<&Weight> {
+        let weight = self.decoder.weight(matrix);
+        (self.decoder.is_adapted() && weight.kind() != WeightType::F32).then_some(weight)
+    }
+
+    /// What an adapter adds to a projection, and where the gradients of that are added up.
+    pub(super) fn low_rank(&self, projection: &Projection) -> Result<Option<LowRankFactors<'_>>> {
+        let Some(LowRank { a, b, scale, .. }) = projection.low_rank else {
+            return Ok(None);
+        };
+        Ok(Some(LowRankFactors {
+            a: self.weight_f32(a)?,
+            b: self.weight_f32(b)?,
+            rows: projection.rows.clone(),
+            scale,
+            da: self.gradient_of(a),
+            db: self.gradient_of(b),
+        }))
     }
 
     /// A projection's matrix, and where its gradients are added up.

@@ -6,8 +6,8 @@ use super::tape::{LayerTape, Tape};
 use super::{Pass, check_cancelled};
 use crate::decoder::{Layer, Projection};
 use crate::error::Result;
-use crate::ops::backward::{add_in_place, attention_forward, linear_forward};
-use crate::ops::{activation, rotary};
+use crate::ops::backward::{add_in_place, attention_forward, linear_forward, low_rank_forward};
+use crate::ops::{activation, linear, rotary};
 
 impl Pass<'_> {
     /// Runs the embedding and every layer.
@@ -85,10 +85,17 @@ impl Pass<'_> {
         }
     }
 
-    /// A projection with its bias: `x` `[tokens, in]` to `[tokens, out]`.
+    /// A projection with its bias and what an adapter adds: `x` `[tokens, in]` to `[tokens, out]`.
     fn linear(&self, projection: &Projection, x: &Tensor) -> Result<Tensor> {
         let bias = projection.bias.map(|bias| self.weight_f32(bias)).transpose()?;
-        linear_forward(&self.matrix(projection)?, bias, x)
+        let y = match self.frozen(projection.weight) {
+            Some(weight) => linear::linear(x, weight, projection.rows.clone(), bias)?,
+            None => linear_forward(&self.matrix(projection)?, bias, x)?,
+        };
+        if let Some(factors) = self.low_rank(projection)? {
+            low_rank_forward(&factors, x, &y)?;
+        }
+        Ok(y)
     }
 
     /// Rotates queries or keys by their positions; nothing where positions are learned.

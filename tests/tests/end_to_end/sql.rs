@@ -28,6 +28,7 @@ fn folder() -> &'static Path {
 }
 
 sql_tests!(
+    adapters,
     definitions,
     gradients,
     inference,
