@@ -109,6 +109,7 @@ fn dtype_name(dtype: v1::DataType) -> &'static str {
         v1::DataType::F16 => "f16",
         v1::DataType::Bf16 => "bf16",
         v1::DataType::I32 => "i32",
+        v1::DataType::Q8 => "q8",
     }
 }
 

@@ -54,7 +54,7 @@ pub struct Model {
 }
 
 /// Fields of a file's configuration that `models.config` may override; what they contradict in the weights is found
-/// when the tensors' shapes are checked.
+/// when the tensors' shapes are checked. Layers that are made to share take the parameters of the first of their group.
 const OVERRIDABLE: &[&str] = &[
     "context_length",
     "rope_theta",
@@ -62,6 +62,7 @@ const OVERRIDABLE: &[&str] = &[
     "norm_epsilon",
     "activation",
     "dropout",
+    "share",
     "attention_bias",
     "attention_output_bias",
     "feed_forward_bias",

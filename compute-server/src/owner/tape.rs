@@ -18,6 +18,7 @@ impl Owner {
             shape: entry.shape.iter().map(|&size| size as u64).collect(),
             dtype: match entry.dtype {
                 "bf16" => v1::DataType::Bf16,
+                "q8" => v1::DataType::Q8,
                 _ => v1::DataType::F32,
             }
             .into(),

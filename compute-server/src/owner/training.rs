@@ -310,7 +310,7 @@ impl Owner {
         job.begun = true;
         let start = Instant::now();
         let rest = &job.request.sequences[job.losses.len()..];
-        let batch = &rest[..micro_batch(rest)];
+        let batch = &rest[..training::leading_sequences(rest, MICRO_BATCH_TOKENS, activations.reuse)];
         let passed = training::accumulate_in_place(decoder, batch, &mut job.part.gradient, activations, &cancelled)?;
         job.losses.extend(passed.losses);
         // Without targets nothing was run.
@@ -388,14 +388,4 @@ impl Owner {
         };
         job.reply.send(Err(error));
     }
-}
-
-/// Number of leading sequences that make one micro-batch.
-fn micro_batch(sequences: &[TrainingSequence]) -> usize {
-    let mut tokens = 0;
-    let fits = sequences.iter().take_while(|sequence| {
-        tokens += sequence.tokens().len();
-        tokens <= MICRO_BATCH_TOKENS
-    });
-    fits.count().max(1)
 }

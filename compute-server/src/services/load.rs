@@ -144,7 +144,7 @@ fn weight_bytes(config: &DecoderConfig) -> u64 {
     let attention = 2 * width * head_dim * (size(config.heads) + size(config.key_value_heads));
     let feed_forward = if config.gated { 3 } else { 2 } * width * size(config.feed_forward_width);
     let embeddings = size(config.vocabulary) * width * if config.tied_head { 1 } else { 2 };
-    let parameters = size(config.layers) * (attention + feed_forward) + embeddings;
+    let parameters = size(config.groups) * (attention + feed_forward) + embeddings;
     u64::try_from(4 * parameters).unwrap_or(u64::MAX)
 }
 

@@ -116,6 +116,7 @@ pub(super) fn dtype(dtype: DataType) -> Value {
         DataType::F16 => "f16".into(),
         DataType::Bf16 => "bf16".into(),
         DataType::I32 => "i32".into(),
+        DataType::Q8 => "q8".into(),
     }
 }
 

@@ -17,6 +17,7 @@
 mod activation;
 mod adamw;
 mod attention;
+mod blocks;
 mod convert;
 mod cross_entropy;
 mod elementwise;
@@ -43,6 +44,7 @@ pub use adamw::{AdamWStep, adamw};
 pub use attention::{
     AttentionHeads, AttentionSaved, CachedSequence, attention_backward, attention_decode, attention_forward,
 };
+pub use blocks::{BLOCK_SIZE, dequantize_blocks, quantize_blocks};
 pub use convert::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 pub use cross_entropy::{HeadGradients, cross_entropy_head, log_probabilities};
 pub use elementwise::{add, add_assign, axpy, scale};

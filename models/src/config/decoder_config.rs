@@ -137,6 +137,9 @@ pub struct DecoderConfig {
     pub feed_forward_bias: bool,
     /// Whether the output head is the token embedding.
     pub tied_head: bool,
+    /// Number of groups of consecutive layers that have their parameters in common (ALBERT, arXiv:1909.11942); as many
+    /// as layers where none are shared.
+    pub groups: usize,
 }
 
 /// Above any model this code can serve; keeps every product of two sizes far from overflow.
@@ -155,12 +158,18 @@ impl DecoderConfig {
         self.key_value_heads * self.head_dim
     }
 
+    /// The first layer of the group that a layer belongs to. Groups differ by at most one layer in size.
+    pub fn first_of_group(&self, layer: usize) -> usize {
+        let group = layer * self.groups / self.layers;
+        (group * self.layers).div_ceil(self.groups)
+    }
+
     /// Factor on the attention scores, 1 / sqrt(head_dim).
     pub fn attention_scale(&self) -> f32 {
         1.0 / (self.head_dim as f32).sqrt()
     }
 
-    /// Number of parameters, tied ones counted once.
+    /// Number of parameters, tied and shared ones counted once.
     pub fn parameter_count(&self) -> u64 {
         let (width, inner) = (self.width as u64, self.feed_forward_width as u64);
         let (query, key_value) = (self.query_width() as u64, self.key_value_width() as u64);
@@ -176,7 +185,7 @@ impl DecoderConfig {
         let embedding = self.vocabulary as u64 * width;
         let positions = bias(self.position == Position::Learned, self.context_length as u64 * width);
         let head = bias(!self.tied_head, embedding);
-        embedding + positions + head + norm + self.layers as u64 * (2 * norm + attention + feed_forward)
+        embedding + positions + head + norm + self.groups as u64 * (2 * norm + attention + feed_forward)
     }
 
     /// Checks sizes and the relations between them. Fails with [`Error::InvalidConfig`] naming the field.
@@ -198,6 +207,10 @@ impl DecoderConfig {
                     format!("{size} is not between 1 and {max}"),
                 ));
             }
+        }
+        if self.groups == 0 || self.groups > self.layers {
+            let reason = format!("{} groups of {} layers", self.groups, self.layers);
+            return Err(Error::invalid_config("share", reason));
         }
         if !self.heads.is_multiple_of(self.key_value_heads) {
             return Err(Error::invalid_config(

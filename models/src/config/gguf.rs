@@ -100,9 +100,10 @@ fn heads_and_width(keys: &Keys<'_>) -> Result<(usize, usize, usize)> {
 
 fn gpt2(keys: &Keys<'_>, facts: &GgufTensorFacts) -> Result<DecoderConfig> {
     let (heads, width, head_dim) = heads_and_width(keys)?;
+    let layers = keys.required_size("block_count")?;
     Ok(DecoderConfig {
         architecture: Architecture::Gpt2,
-        layers: keys.required_size("block_count")?,
+        layers,
         width,
         heads,
         key_value_heads: heads,
@@ -119,6 +120,7 @@ fn gpt2(keys: &Keys<'_>, facts: &GgufTensorFacts) -> Result<DecoderConfig> {
         attention_output_bias: true,
         feed_forward_bias: true,
         tied_head: !facts.untied_head,
+        groups: layers,
     })
 }
 
@@ -136,9 +138,10 @@ fn llama(architecture: Architecture, keys: &Keys<'_>, facts: &GgufTensorFacts) -
     }
     let context_length = keys.required_size("context_length")?;
     let window = keys.size("attention.sliding_window")?.filter(|window| *window > 0);
+    let layers = keys.required_size("block_count")?;
     Ok(DecoderConfig {
         architecture,
-        layers: keys.required_size("block_count")?,
+        layers,
         width,
         heads,
         key_value_heads: keys.size("attention.head_count_kv")?.unwrap_or(heads),
@@ -155,6 +158,7 @@ fn llama(architecture: Architecture, keys: &Keys<'_>, facts: &GgufTensorFacts) -
         attention_output_bias: facts.attention_output_bias,
         feed_forward_bias: facts.feed_forward_bias,
         tied_head: !facts.untied_head,
+        groups: layers,
     })
 }
 

@@ -44,9 +44,10 @@ fn gpt2(fields: &Fields<'_>) -> Result<DecoderConfig> {
         Some(positions) => positions,
         None => fields.required_size("n_ctx")?,
     };
+    let layers = fields.required_size("n_layer")?;
     Ok(DecoderConfig {
         architecture: Architecture::Gpt2,
-        layers: fields.required_size("n_layer")?,
+        layers,
         width,
         heads,
         key_value_heads: heads,
@@ -66,6 +67,7 @@ fn gpt2(fields: &Fields<'_>) -> Result<DecoderConfig> {
         attention_output_bias: true,
         feed_forward_bias: true,
         tied_head: fields.flag("tie_word_embeddings")?.unwrap_or(true),
+        groups: layers,
     })
 }
 
@@ -96,9 +98,10 @@ fn llama(architecture: Architecture, fields: &Fields<'_>) -> Result<DecoderConfi
             (bias, bias)
         }
     };
+    let layers = fields.required_size("num_hidden_layers")?;
     Ok(DecoderConfig {
         architecture,
-        layers: fields.required_size("num_hidden_layers")?,
+        layers,
         width,
         heads,
         key_value_heads: fields.size("num_key_value_heads")?.unwrap_or(heads),
@@ -115,6 +118,7 @@ fn llama(architecture: Architecture, fields: &Fields<'_>) -> Result<DecoderConfi
         attention_output_bias: biases.1,
         feed_forward_bias: architecture == Architecture::Llama && fields.flag("mlp_bias")?.unwrap_or(false),
         tied_head: fields.flag("tie_word_embeddings")?.unwrap_or(false),
+        groups: layers,
     })
 }
 

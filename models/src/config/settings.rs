@@ -1,6 +1,6 @@
 //! `models.config`: the JSON object that describes a model made from nothing, and that shows any model's shape.
 
-use super::fields::Fields;
+use super::fields::{Fields, shortened};
 use super::hugging_face::rotary_scaling;
 use super::{Activation, Architecture, DecoderConfig, Norm, Position, RotaryConfig, RotaryScaling};
 use crate::error::{Error, Result};
@@ -26,6 +26,7 @@ const SHAPE_FIELDS: &[(&str, &[&str])] = &[
     ("attention_output_bias", &[]),
     ("feed_forward_bias", &["mlp_bias"]),
     ("tied_head", &["tie_word_embeddings"]),
+    ("share", &[]),
     ("dropout", &[]),
     ("tokenizer", &[]),
 ];
@@ -46,6 +47,7 @@ pub const TRAINING_FIELDS: &[&str] = &[
     "min_learning_rate",
     "recompute",
     "compress_activations",
+    "reuse_activations",
 ];
 
 /// Gives every field its own name in place of transformers', and drops nulls.
@@ -108,10 +110,11 @@ pub fn from_settings(settings: &Map<String, Value>, tokenizer_size: Option<usize
     if fields.number("dropout")?.is_some_and(|dropout| dropout != 0.0) {
         return Err(Error::invalid_config("dropout", "only 0 is supported"));
     }
-    let config = match architecture {
+    let mut config = match architecture {
         Architecture::Gpt2 => gpt2(&fields, tokenizer_size)?,
         architecture => llama(architecture, &fields, tokenizer_size)?,
     };
+    config.groups = groups(&fields, config.layers)?;
     config.validate()?;
     if let Some(size) = tokenizer_size.filter(|size| *size > config.vocabulary) {
         let reason = format!("{} is less than the tokenizer's {size} tokens", config.vocabulary);
@@ -235,6 +238,28 @@ impl Shape {
             attention_output_bias: true,
             feed_forward_bias: true,
             tied_head: true,
+            groups: self.layers,
+        }
+    }
+}
+
+/// How many groups of layers share their parameters: of `share`, "none" gives each layer its own, "all" gives all the
+/// same, and a number is that of the groups.
+fn groups(fields: &Fields<'_>, layers: usize) -> Result<usize> {
+    let Some(value) = fields.get("share") else {
+        return Ok(layers);
+    };
+    let number = value.as_u64().and_then(|number| usize::try_from(number).ok());
+    match (value.as_str(), number) {
+        (Some("none"), _) => Ok(layers),
+        (Some("all"), _) => Ok(1),
+        (None, Some(number)) if (1..=layers).contains(&number) => Ok(number),
+        _ => {
+            let reason = format!(
+                "`{}`; it must be \"none\", \"all\", or a number of groups from 1 to the {layers} layers",
+                shortened(value)
+            );
+            Err(Error::invalid_config("share", reason))
         }
     }
 }
@@ -258,6 +283,9 @@ pub fn to_settings(config: &DecoderConfig) -> Map<String, Value> {
     set("attention_output_bias", json!(config.attention_output_bias));
     set("feed_forward_bias", json!(config.feed_forward_bias));
     set("tied_head", json!(config.tied_head));
+    if config.groups < config.layers {
+        set("share", json!(config.groups));
+    }
     if let Position::Rotary(rotary) = &config.position {
         set("rope_theta", json!(rotary.theta));
         if let Some(scaling) = scaling_settings(&rotary.scaling) {
@@ -309,6 +337,11 @@ mod tests {
         settings["rope_scaling"] = json!({"rope_type": "factors", "factors": [1.0, 2.0, 3.5, 4.25]});
         let config = read(settings).unwrap();
         assert_eq!(from_settings(&to_settings(&config), None).unwrap(), config);
+        let mut settings = tiny("gpt2");
+        settings["share"] = json!("all");
+        let config = read(settings).unwrap();
+        assert_eq!(config.groups, 1);
+        assert_eq!(from_settings(&to_settings(&config), None).unwrap(), config);
     }
 
     #[test]
@@ -327,6 +360,9 @@ mod tests {
             ("width", json!("wide")),
             ("vocabulary", json!(1e18)),
             ("dropout", json!(0.1)),
+            ("share", json!(3)),
+            ("share", json!(0)),
+            ("share", json!("some")),
             ("learning_rate", json!("fast")),
             ("rope_theta", json!(10000)),
             ("n_layer", json!(2)),

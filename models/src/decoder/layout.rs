@@ -168,7 +168,15 @@ pub(super) fn lay_out(config: &DecoderConfig) -> (Vec<ParameterInfo>, Layout) {
         let positions = format!("{}.weight", names.position_embedding);
         list.push(positions, vec![config.context_length, width], ParameterRole::Positions)
     });
-    let layers = (0..config.layers).map(|layer| list.push_layer(layer)).collect();
+    let mut layers: Vec<Layer> = Vec::with_capacity(config.layers);
+    for layer in 0..config.layers {
+        let first = config.first_of_group(layer);
+        let parameters = match layers.get(first) {
+            Some(shared) => shared.clone(),
+            None => list.push_layer(layer),
+        };
+        layers.push(parameters);
+    }
     let final_norm = list.push_norm(names.final_norm);
     let head = match config.tied_head {
         true => token_embedding,
@@ -194,6 +202,23 @@ pub(super) fn lay_out(config: &DecoderConfig) -> (Vec<ParameterInfo>, Layout) {
             head,
         },
     )
+}
+
+/// The names that transformers, where no layers share, gives to parameters besides their own, each with the shared
+/// parameter.
+pub(super) fn shared_names(config: &DecoderConfig, parameters: &[ParameterInfo]) -> Vec<(String, ParameterId)> {
+    let layer_name = names(config.architecture).layer;
+    let sharing = (0..config.layers).map(|layer| (layer, config.first_of_group(layer)));
+    let mut shared = vec![];
+    for (layer, first) in sharing.filter(|(layer, first)| layer != first) {
+        let prefix = format!("{layer_name}.{first}.");
+        for (index, parameter) in parameters.iter().enumerate() {
+            if let Some(name) = parameter.name.strip_prefix(&prefix) {
+                shared.push((format!("{layer_name}.{layer}.{name}"), ParameterId(index)));
+            }
+        }
+    }
+    shared
 }
 
 struct ParameterList<'a> {
@@ -312,11 +337,55 @@ mod tests {
                 "feed_forward_bias": true}),
             json!({"architecture": "qwen2", "layers": 2, "width": 24, "heads": 6, "context_length": 10,
                 "vocabulary": 33}),
+            json!({"architecture": "llama", "layers": 5, "width": 24, "heads": 6, "context_length": 10,
+                "vocabulary": 33, "share": 2}),
         ] {
             let (config, parameters) = parameters(settings);
             let elements: usize = parameters.iter().map(ParameterInfo::elements).sum();
             assert_eq!(elements as u64, config.parameter_count());
         }
+    }
+
+    #[test]
+    fn layers_of_a_group_have_their_parameters_in_common() {
+        let shared = |share: Value| {
+            let (config, parameters) = parameters(json!({"architecture": "gpt2", "layers": 5, "width": 8, "heads": 2,
+                "context_length": 4, "vocabulary": 9, "share": share}));
+            let norms: Vec<_> = lay_out(&config)
+                .1
+                .layers
+                .iter()
+                .map(|layer| layer.attention_norm.weight)
+                .collect();
+            let names = shared_names(&config, &parameters);
+            let norm_names: Vec<_> = norms.iter().map(|id| parameters[id.0].name.clone()).collect();
+            let extra: Vec<_> = names
+                .iter()
+                .filter(|(name, _)| name.ends_with("ln_1.weight"))
+                .cloned()
+                .collect();
+            (
+                norm_names,
+                extra
+                    .into_iter()
+                    .map(|(name, id)| (name, parameters[id.0].name.clone()))
+                    .collect::<Vec<_>>(),
+            )
+        };
+        let name = |layer: usize| format!("transformer.h.{layer}.ln_1.weight");
+        let expected = |firsts: [usize; 5]| {
+            let extra = firsts.iter().enumerate().filter(|(layer, first)| layer != *first);
+            (
+                firsts.map(name).to_vec(),
+                extra
+                    .map(|(layer, first)| (name(layer), name(*first)))
+                    .collect::<Vec<_>>(),
+            )
+        };
+        assert_eq!(shared(json!("none")), expected([0, 1, 2, 3, 4]));
+        assert_eq!(shared(json!(4)), expected([0, 0, 2, 3, 4]));
+        assert_eq!(shared(json!(2)), expected([0, 0, 0, 3, 3]));
+        assert_eq!(shared(json!("all")), expected([0, 0, 0, 0, 0]));
     }
 
     #[test]

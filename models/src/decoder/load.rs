@@ -1,11 +1,13 @@
 //! A decoder from the tensors of a file. Names and shapes are checked before any tensor is read.
 
+use super::layout::shared_names;
 use super::names::ignored_tensor;
 use super::{Decoder, ParameterInfo, Weight, WeightType, check_memory};
 use crate::config::DecoderConfig;
 use crate::error::{Error, Result};
 use crate::formats::{Orientation, StoredTensor, TensorData, TensorSource};
 use candle_core::Device;
+use std::collections::HashSet;
 
 /// Tensors that may be there although no parameter is called so: a copy of the tied head, and the rotary factors of a
 /// GGUF file, which belong to the configuration.
@@ -54,9 +56,14 @@ fn check_stored(info: &ParameterInfo, source: &dyn TensorSource) -> Result<()> {
 }
 
 fn refuse_unknown(config: &DecoderConfig, parameters: &[ParameterInfo], source: &dyn TensorSource) -> Result<()> {
-    let known: std::collections::HashSet<&str> = parameters.iter().map(|info| info.name.as_str()).collect();
+    let known: HashSet<&str> = parameters.iter().map(|info| info.name.as_str()).collect();
+    let shared: HashSet<String> = shared_names(config, parameters)
+        .into_iter()
+        .map(|(name, _)| name)
+        .collect();
     let allowed = |name: &str| {
         known.contains(name)
+            || shared.contains(name)
             || ignored_tensor(name)
             || (name == TIED_HEAD && config.tied_head)
             || name == ROTARY_FACTORS

@@ -1,5 +1,6 @@
 //! The decoder's state: its configuration, its weights, and what is known of each.
 
+use super::layout::shared_names;
 use super::{Adapted, KeyValueCache, Layout, ParameterId, ParameterInfo, Weight, WeightType};
 use crate::config::{DecoderConfig, Position};
 use crate::error::{Error, Result};
@@ -37,6 +38,11 @@ impl Decoder {
     /// What is known of each parameter, in transformers' order; [`ParameterId`] is the index.
     pub fn parameters(&self) -> &[ParameterInfo] {
         &self.parameters
+    }
+
+    /// The names under which transformers expects a parameter besides its own, because several layers share it.
+    pub fn shared_names(&self) -> Vec<(String, ParameterId)> {
+        shared_names(&self.config, &self.parameters)
     }
 
     /// Which parameters each part of the decoder uses.

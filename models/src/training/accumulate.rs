@@ -40,8 +40,9 @@ pub(super) struct Pass<'a> {
     pub(super) cancelled: &'a dyn Fn() -> bool,
 }
 
-/// Adds the gradient of sequences to `gradient`, with the default [`ActivationSettings`]. They are packed into passes of bounded size; the result is the same, to
-/// rounding, as for one call a sequence, and bit for bit the same for the same calls.
+/// Adds the gradient of sequences to `gradient`, with the default [`ActivationSettings`]. They are packed into passes of
+/// bounded size; the result is the same, to rounding, as for one call a sequence, and bit for bit the same for the same
+/// calls.
 ///
 /// All or nothing: after an error the gradient is as it was. `cancelled` is asked before every segment.
 ///
@@ -71,8 +72,8 @@ pub fn accumulate(
     Ok(result?.losses)
 }
 
-/// As [`accumulate`], keeping activations as `activations` says, and always in place: no second gradient is needed for one that has something already, but after an
-/// error `gradient` is of no more use.
+/// As [`accumulate`], keeping activations as `activations` says, and always in place: no second gradient is needed for
+/// one that has something already, but after an error `gradient` is of no more use.
 ///
 /// # Errors
 /// As [`accumulate`].
@@ -96,14 +97,14 @@ pub fn accumulate_in_place(
         .map(|token_count| SequenceLoss { loss: 0.0, token_count })
         .collect();
     let mut tape = vec![];
-    for batch in Packed::split(sequences) {
+    for batch in Packed::split(sequences, activations.reuse) {
         gradient.allocate()?;
         let pass = Pass::new(decoder, &batch, gradient, activations, cancelled)?;
         let recorded = pass.forward()?;
         tape = pass.list(&recorded);
         let rows = pass.backward(recorded)?;
-        for (sequence, row) in batch.sequence_of_rows().zip(&rows) {
-            losses[batch.members[sequence]].loss += f64::from(*row);
+        for &(row, sequence) in &batch.credits {
+            losses[batch.members[sequence as usize]].loss += f64::from(rows[row as usize]);
         }
     }
     let mut weighted = 0.0;

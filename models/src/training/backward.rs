@@ -1,14 +1,15 @@
 //! The backward pass: segments in reverse, every parameter's gradient added up in place as soon as it is known.
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
+use super::forward::gather_groups;
 use super::tape::{Kept, LayerTape, Tape};
 use super::{Pass, check_cancelled};
 use crate::decoder::{Layer, LowRank, NormParameters, ParameterId, Projection, Weight, WeightType};
 use crate::error::Result;
 use crate::ops::backward::{
-    self, LowRankFactors, Matrix, NormWeights, attention_backward, cross_entropy_head, embedding_backward, frozen_head,
-    frozen_linear_backward, gather_rows, linear_backward, low_rank_backward,
+    self, AttentionTape, LowRankFactors, Matrix, NormWeights, attention_backward, cross_entropy_head,
+    embedding_backward, frozen_head, frozen_linear_backward, gather_rows, linear_backward, low_rank_backward,
 };
 use crate::ops::rotary;
 
@@ -38,9 +39,9 @@ impl Pass<'_> {
         let end = layers.len();
         while let Some(kept) = layers.pop() {
             match kept {
-                Kept::Everything(tape) => return Ok(vec![tape.converted(DType::F32)?]),
+                Kept::Everything(tape) => return Ok(vec![tape.restore()?]),
                 Kept::Input(input) => {
-                    return self.replay(&self.layout.layers[layers.len()..end], input.to_dtype(DType::F32)?);
+                    return self.replay(&self.layout.layers[layers.len()..end], input.restore(None)?);
                 }
                 Kept::Nothing => {}
             }
@@ -52,7 +53,7 @@ impl Pass<'_> {
     /// layer's output, `[tokens, width]`.
     fn backward_head(&self, output: &Tensor) -> Result<(Vec<f32>, Tensor)> {
         let batch = self.batch;
-        let whole = batch.rows.len() == batch.tokens.len();
+        let whole = batch.every_row_has_a_target();
         let x = if whole {
             output.clone()
         } else {
@@ -91,7 +92,7 @@ impl Pass<'_> {
         self.backward_feed_forward(layer, &tape, &gradient)?;
         let LayerTape { input, attention, .. } = tape;
         let dattention = self.backward_linear(&layer.attention_output, &attention.output, &gradient, None)?;
-        let (dquery, dkey, dvalue) = attention_backward(attention, &dattention, &self.batch.bounds, &self.heads)?;
+        let (dquery, dkey, dvalue) = self.backward_attention(attention, &dattention)?;
         drop(dattention);
         let dquery = self.rotate_back(dquery)?;
         let dkey = self.rotate_back(dkey)?;
@@ -103,6 +104,36 @@ impl Pass<'_> {
         let dnormed = self.backward_linear(value, &normed.output, &dvalue, Some(dnormed))?;
         norm.backward(&normed, &input, &dnormed, &gradient)?;
         Ok(gradient)
+    }
+
+    /// The gradients of queries, keys and values from that of the attention's output, all by rows.
+    fn backward_attention(&self, tape: AttentionTape, gradient: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
+        let bounds = &self.batch.bounds;
+        let (Some(attended), Some(first)) = (&self.batch.attended, self.batch.first_attended()) else {
+            return attention_backward(tape, gradient, bounds, &self.heads);
+        };
+        let spread = AttentionTape {
+            query: gather_rows(&tape.query, attended)?,
+            key: gather_rows(&tape.key, attended)?,
+            value: gather_rows(&tape.value, attended)?,
+            output: gather_rows(&tape.output, attended)?,
+            log_sum_exp: gather_groups(&tape.log_sum_exp, self.heads.heads, attended),
+        };
+        // Where a row attends in several sequences, its output was taken from the first.
+        let spread_gradient = spread.output.zeros_like()?;
+        embedding_backward(&first, gradient, &spread_gradient)?;
+        let (dquery, dkey, dvalue) = attention_backward(spread, &spread_gradient, bounds, &self.heads)?;
+        // Keys and values of a shared row have a part in every sequence.
+        let gathered = |dx: &Tensor, like: &Tensor| -> Result<Tensor> {
+            let sum = like.zeros_like()?;
+            embedding_backward(attended, dx, &sum)?;
+            Ok(sum)
+        };
+        Ok((
+            gather_rows(&dquery, &first)?,
+            gathered(&dkey, &tape.key)?,
+            gathered(&dvalue, &tape.value)?,
+        ))
     }
 
     /// The feed-forward half: `gradient` of the layer's output becomes that of the stream after attention, in place.

@@ -6,7 +6,9 @@ use super::tape::{LayerTape, Tape};
 use super::{Pass, check_cancelled};
 use crate::decoder::{Layer, Projection};
 use crate::error::Result;
-use crate::ops::backward::{add_in_place, attention_forward, linear_forward, low_rank_forward};
+use crate::ops::backward::{
+    AttentionTape, add_in_place, attention_forward, gather_rows, linear_forward, low_rank_forward,
+};
 use crate::ops::{activation, linear, rotary};
 
 impl Pass<'_> {
@@ -48,7 +50,7 @@ impl Pass<'_> {
         let key = self.rotate(self.linear(key, &normed)?)?;
         let value = self.linear(value, &normed)?;
         drop(normed);
-        let attention = attention_forward(query, key, value, &self.batch.bounds, &self.heads)?;
+        let attention = self.attend(query, key, value)?;
         let middle = self.linear(&layer.attention_output, &attention.output)?;
         add_in_place(&middle, &input)?;
         let normed = self.decoder.normalize(&middle, &layer.feed_forward_norm)?;
@@ -65,6 +67,27 @@ impl Pass<'_> {
             middle,
             gate,
             up,
+        })
+    }
+
+    /// Attention of every sequence over its own tokens.
+    fn attend(&self, query: Tensor, key: Tensor, value: Tensor) -> Result<AttentionTape> {
+        let bounds = &self.batch.bounds;
+        let (Some(attended), Some(first)) = (&self.batch.attended, self.batch.first_attended()) else {
+            return attention_forward(query, key, value, bounds, &self.heads);
+        };
+        let [spread_query, spread_key, spread_value] = [
+            gather_rows(&query, attended)?,
+            gather_rows(&key, attended)?,
+            gather_rows(&value, attended)?,
+        ];
+        let spread = attention_forward(spread_query, spread_key, spread_value, bounds, &self.heads)?;
+        Ok(AttentionTape {
+            query,
+            key,
+            value,
+            output: gather_rows(&spread.output, &first)?,
+            log_sum_exp: gather_groups(&spread.log_sum_exp, self.heads.heads, &first),
         })
     }
 
@@ -105,4 +128,13 @@ impl Pass<'_> {
             None => Ok(x),
         }
     }
+}
+
+/// The groups `ids` of `width` numbers each. Without numbers there are no groups.
+pub(super) fn gather_groups(numbers: &[f32], width: usize, ids: &[u32]) -> Vec<f32> {
+    if numbers.is_empty() {
+        return vec![];
+    }
+    let group = |id: &u32| &numbers[*id as usize * width..][..width];
+    ids.iter().flat_map(group).copied().collect()
 }

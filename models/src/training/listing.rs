@@ -1,8 +1,7 @@
 //! A tape as a list: one entry for each operation of the forward pass.
 
-use candle_core::{DType, Tensor};
-
 use super::Pass;
+use super::stored::Stored;
 use super::tape::{Kept, LayerTape, Tape};
 
 /// One operation that a forward pass recorded. What it reads is told by places in the list.
@@ -16,7 +15,7 @@ pub struct TapeEntry {
     pub inputs: Vec<usize>,
     /// Shape of the result.
     pub shape: Vec<usize>,
-    /// Type in which the result is held: `f32`, `bf16`.
+    /// Type in which the result is held: `f32`, `bf16`, `q8` (signed bytes in blocks of 64 with one f32 scale each).
     pub dtype: &'static str,
     /// Bytes held for the backward pass; 0 for a result that is computed again.
     pub bytes: u64,
@@ -53,7 +52,7 @@ impl Pass<'_> {
         let mut list = Listing::default();
         let stream = [self.batch.tokens.len(), self.decoder.config().width];
         list.segment = "embedding".into();
-        let mut input = list.add("embedding", &[], &stream, layer_input(tape, 0));
+        let mut input = list.add_as("embedding", &[], &stream, layer_input(tape, 0));
         for (index, kept) in tape.layers.iter().enumerate() {
             list.segment = format!("block {index}");
             let whole = match kept {
@@ -62,14 +61,14 @@ impl Pass<'_> {
             };
             let middle = self.list_attention(&mut list, input, whole);
             let inner = self.list_feed_forward(&mut list, middle, whole);
-            input = list.add("down", &[inner, middle], &stream, layer_input(tape, index + 1));
+            input = list.add_as("down", &[inner, middle], &stream, layer_input(tape, index + 1));
         }
         self.list_head(&mut list, input);
         list.entries
     }
 
     /// The attention half of a layer; the place of its result.
-    fn list_attention(&self, list: &mut Listing, input: usize, tape: Option<&LayerTape>) -> usize {
+    fn list_attention(&self, list: &mut Listing, input: usize, tape: Option<&LayerTape<Stored>>) -> usize {
         let config = self.decoder.config();
         let tokens = self.batch.tokens.len();
         let (stream, heads) = ([tokens, config.width], [tokens, config.heads * config.head_dim]);
@@ -81,7 +80,7 @@ impl Pass<'_> {
         let value = list.add("value", &[norm], &key_value, attention.map(|tape| &tape.value));
         // They stay f32: there are few, and backward's probabilities hang on them. Other devices keep none.
         if attention.is_none_or(|tape| !tape.log_sum_exp.is_empty()) {
-            let held = attention.map(|_| DType::F32);
+            let held = attention.map(|tape| Held::f32(tape.log_sum_exp.len()));
             list.add_as("log_sum_exp", &[query, key], &[tokens, config.heads], held);
         }
         let output = list.add(
@@ -99,7 +98,7 @@ impl Pass<'_> {
     }
 
     /// The feed-forward half of a layer up to the activation; the place of its result.
-    fn list_feed_forward(&self, list: &mut Listing, input: usize, tape: Option<&LayerTape>) -> usize {
+    fn list_feed_forward(&self, list: &mut Listing, input: usize, tape: Option<&LayerTape<Stored>>) -> usize {
         let config = self.decoder.config();
         let tokens = self.batch.tokens.len();
         let inner = [tokens, config.feed_forward_width];
@@ -117,9 +116,10 @@ impl Pass<'_> {
     fn list_head(&self, list: &mut Listing, mut input: usize) {
         let (rows, width) = (self.batch.rows.len(), self.decoder.config().width);
         list.segment = "head".into();
-        let mut add =
-            |operation, input: usize, shape: &[usize]| list.add_as(operation, &[input], shape, Some(DType::F32));
-        if rows != self.batch.tokens.len() {
+        let mut add = |operation, input: usize, shape: &[usize]| {
+            list.add_as(operation, &[input], shape, Some(Held::f32(shape.iter().product())))
+        };
+        if !self.batch.every_row_has_a_target() {
             input = add("rows_with_targets", input, &[rows, width]);
         }
         let norm = add("final_norm", input, &[rows, width]);
@@ -128,12 +128,40 @@ impl Pass<'_> {
 }
 
 /// What is kept of the input of layer `index`, or of the last layer's output.
-fn layer_input(tape: &Tape, index: usize) -> Option<&Tensor> {
+fn layer_input(tape: &Tape, index: usize) -> Option<Held> {
     match tape.layers.get(index) {
-        None => Some(&tape.output),
-        Some(Kept::Everything(layer)) => Some(&layer.input),
-        Some(Kept::Input(input)) => Some(input),
+        None => Some(Held::f32(tape.output.elem_count())),
+        Some(Kept::Everything(layer)) => Some(Held::stored(&layer.input)),
+        Some(Kept::Input(input)) => Some(Held::stored(input)),
         Some(Kept::Nothing) => None,
+    }
+}
+
+/// How a result is held.
+struct Held {
+    dtype: &'static str,
+    bytes: u64,
+    storage: ActivationStorage,
+}
+
+impl Held {
+    fn f32(elements: usize) -> Self {
+        Self {
+            dtype: "f32",
+            bytes: 4 * elements as u64,
+            storage: ActivationStorage::Kept,
+        }
+    }
+
+    fn stored(stored: &Stored) -> Self {
+        Self {
+            dtype: stored.dtype(),
+            bytes: stored.bytes(),
+            storage: match stored.is_compressed() {
+                true => ActivationStorage::Compressed,
+                false => ActivationStorage::Kept,
+            },
+        }
     }
 }
 
@@ -145,26 +173,27 @@ struct Listing {
 }
 
 impl Listing {
-    /// Adds an operation whose result is `held`, or else computed again. Returns its place.
-    fn add(&mut self, operation: &'static str, inputs: &[usize], shape: &[usize], held: Option<&Tensor>) -> usize {
-        self.add_as(operation, inputs, shape, held.map(Tensor::dtype))
+    /// Adds an operation whose result is `stored`, or else computed again. Returns its place.
+    fn add(&mut self, operation: &'static str, inputs: &[usize], shape: &[usize], stored: Option<&Stored>) -> usize {
+        self.add_as(operation, inputs, shape, stored.map(Held::stored))
     }
 
-    /// Adds an operation whose result is held in the type `held`, or else computed again. Returns its place.
-    fn add_as(&mut self, operation: &'static str, inputs: &[usize], shape: &[usize], held: Option<DType>) -> usize {
-        let elements: usize = shape.iter().product();
+    /// Adds an operation whose result is `held`, or else computed again. Returns its place.
+    fn add_as(&mut self, operation: &'static str, inputs: &[usize], shape: &[usize], held: Option<Held>) -> usize {
+        let again = Held {
+            dtype: "f32",
+            bytes: 0,
+            storage: ActivationStorage::Recomputed,
+        };
+        let Held { dtype, bytes, storage } = held.unwrap_or(again);
         self.entries.push(TapeEntry {
             segment: self.segment.clone(),
             operation,
             inputs: inputs.into(),
             shape: shape.into(),
-            dtype: held.unwrap_or(DType::F32).as_str(),
-            bytes: held.map_or(0, |dtype| (elements * dtype.size_in_bytes()) as u64),
-            storage: match held {
-                None => ActivationStorage::Recomputed,
-                Some(DType::F32) => ActivationStorage::Kept,
-                Some(_) => ActivationStorage::Compressed,
-            },
+            dtype,
+            bytes,
+            storage,
         });
         self.entries.len() - 1
     }

@@ -19,6 +19,7 @@ mod packed;
 mod schedule;
 mod sequence;
 mod settings;
+mod stored;
 mod tape;
 
 use accumulate::{Pass, check_cancelled};
@@ -31,6 +32,7 @@ pub use adamw::{AdamW, StepReport};
 pub use gradient::Gradient;
 pub use listing::{ActivationStorage, TapeEntry};
 pub use options::AdamWOptions;
+pub use packed::leading_sequences;
 pub use schedule::{Schedule, ScheduleKind};
 pub use sequence::{IGNORED_TARGET, TrainingSequence};
 pub use settings::TrainingSettings;

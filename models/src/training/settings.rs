@@ -37,6 +37,7 @@ impl TrainingSettings {
                     "compress_activations",
                     &Compression::ALL.map(|kind| (kind.name(), kind)),
                 )?,
+                reuse: fields.flag("reuse_activations")?.unwrap_or(false),
             },
         };
         settings.optimizer.validate()?;
@@ -198,8 +199,12 @@ mod tests {
             (json!({"recompute": -2}), ["`recompute`", "at least 1"]),
             (json!({"recompute": true}), ["`recompute`", "at least 1"]),
             (
+                json!({"reuse_activations": "yes"}),
+                ["`reuse_activations`", "true or false"],
+            ),
+            (
                 json!({"compress_activations": "f16"}),
-                ["`compress_activations`", "\"none\", \"bf16\""],
+                ["`compress_activations`", "\"none\", \"bf16\", \"q8\""],
             ),
             (json!({"learning_rate": "fast"}), ["`learning_rate`", "number"]),
             (json!({"beta1": 1}), ["beta1 is 1", "below 1"]),

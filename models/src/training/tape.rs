@@ -1,8 +1,9 @@
 //! What the forward pass keeps for the backward pass, segment by segment: the embedding, each layer, the head.
 //! Norms and activations are cheap beside products, so their outputs are computed again instead of kept.
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
+use super::stored::Stored;
 use super::{ActivationSettings, Compression, Recompute};
 use crate::error::Result;
 use crate::ops::backward::AttentionTape;
@@ -18,49 +19,65 @@ pub(super) struct Tape {
 /// What is kept of one layer.
 pub(super) enum Kept {
     /// All that its backward needs.
-    Everything(LayerTape),
+    Everything(LayerTape<Stored>),
     /// Its input, `[tokens, width]`, from which this layer and those after it that keep nothing are run again.
-    Input(Tensor),
+    Input(Stored),
     /// Nothing.
     Nothing,
 }
 
-/// What the backward pass of one layer needs.
-pub(super) struct LayerTape {
+/// What the backward pass of one layer needs; `T` is how its tensors are kept.
+pub(super) struct LayerTape<T = Tensor> {
     /// The layer's input, `[tokens, width]`.
-    pub(super) input: Tensor,
+    pub(super) input: T,
     /// Rotated queries, rotated keys, values, the attention's output and its normalisers.
-    pub(super) attention: AttentionTape,
+    pub(super) attention: AttentionTape<T>,
     /// The residual stream after attention, `[tokens, width]`.
-    pub(super) middle: Tensor,
+    pub(super) middle: T,
     /// Output of the gate projection, `[tokens, feed_forward_width]`, for gated networks.
-    pub(super) gate: Option<Tensor>,
+    pub(super) gate: Option<T>,
     /// Output of the up projection, `[tokens, feed_forward_width]`.
-    pub(super) up: Tensor,
+    pub(super) up: T,
 }
 
 impl LayerTape {
     /// What is kept of it as layer number `index`.
     pub(super) fn keep(self, index: usize, settings: ActivationSettings) -> Result<Kept> {
-        let dtype = match settings.compression {
-            Compression::None => DType::F32,
-            Compression::Bf16 => DType::BF16,
+        let store = |tensor| Stored::new(tensor, settings.compression, None);
+        match settings.recompute {
+            Recompute::None => {}
+            Recompute::EveryNthBlock(n) if index.is_multiple_of(n.get()) => return Ok(Kept::Input(store(self.input)?)),
+            Recompute::EveryNthBlock(_) => return Ok(Kept::Nothing),
+        }
+        let input = store(self.input)?;
+        // The stream after attention is the stream before it and a little more. The base is what will be at hand then,
+        // lest its rounding be added.
+        let base = match settings.compression {
+            Compression::Q8 => Some(input.restore(None)?),
+            Compression::None | Compression::Bf16 => None,
         };
-        Ok(match settings.recompute {
-            Recompute::None => Kept::Everything(self.converted(dtype)?),
-            Recompute::EveryNthBlock(n) if index.is_multiple_of(n.get()) => Kept::Input(self.input.to_dtype(dtype)?),
-            Recompute::EveryNthBlock(_) => Kept::Nothing,
-        })
+        let middle = Stored::new(self.middle, settings.compression, base.as_ref())?;
+        Ok(Kept::Everything(LayerTape {
+            input,
+            attention: self.attention.map(store)?,
+            middle,
+            gate: self.gate.map(store).transpose()?,
+            up: store(self.up)?,
+        }))
     }
+}
 
-    /// The same in another type; costs nothing where it is of that type.
-    pub(super) fn converted(self, dtype: DType) -> Result<Self> {
-        Ok(Self {
-            input: self.input.to_dtype(dtype)?,
-            attention: self.attention.converted(dtype)?,
-            middle: self.middle.to_dtype(dtype)?,
-            gate: self.gate.map(|gate| gate.to_dtype(dtype)).transpose()?,
-            up: self.up.to_dtype(dtype)?,
+impl LayerTape<Stored> {
+    /// The tensors in f32.
+    pub(super) fn restore(self) -> Result<LayerTape> {
+        let restore = |stored: Stored| stored.restore(None);
+        let input = restore(self.input)?;
+        Ok(LayerTape {
+            middle: self.middle.restore(Some(&input))?,
+            input,
+            attention: self.attention.map(restore)?,
+            gate: self.gate.map(restore).transpose()?,
+            up: restore(self.up)?,
         })
     }
 }

@@ -17,7 +17,46 @@ fn every(n: usize) -> Recompute {
 }
 
 fn settings(recompute: Recompute, compression: Compression) -> ActivationSettings {
-    ActivationSettings { recompute, compression }
+    ActivationSettings {
+        recompute,
+        compression,
+        reuse: false,
+    }
+}
+
+fn reusing(recompute: Recompute, compression: Compression) -> ActivationSettings {
+    ActivationSettings {
+        reuse: true,
+        ..settings(recompute, compression)
+    }
+}
+
+/// Sequences with common prefixes of several lengths, one twice, and one inside another.
+fn forked_sequences(decoder: &Decoder) -> Vec<TrainingSequence> {
+    let config = decoder.config();
+    let length = config.context_length.min(24);
+    let token = |place: usize| (place * 7 % config.vocabulary) as i64;
+    let sequence = |fork: usize, length: usize, other: i64, weight: f32| {
+        let tokens: Vec<i64> = (0..length)
+            .map(|place| {
+                if place < fork {
+                    token(place)
+                } else {
+                    (token(place) + other) % config.vocabulary as i64
+                }
+            })
+            .collect();
+        TrainingSequence::new(&tokens, None, Some(weight), config).unwrap()
+    };
+    vec![
+        sequence(length, length, 0, 1.0),
+        sequence(length - 3, length, 1, 0.5),
+        sequence(2, length - 1, 2, 1.0),
+        sequence(length, length, 0, 2.0),
+        sequence(length - 5, length - 4, 3, 1.0),
+        sequence(length, length - 6, 0, 1.0),
+        sequence(0, 5, 1, 1.0),
+    ]
 }
 
 /// Every way to recompute: of each block, of pairs, and more than there are.
@@ -69,8 +108,17 @@ fn compressed_gradients_are_pytorchs_to_the_rounding() {
         let (decoder, golden) = (load(name), Golden::open(name));
         let batch = golden.batch(&decoder);
         let (_, losses) = gradient(&decoder, &batch);
-        for recompute in [Recompute::None, Recompute::BLOCKS, every(2)] {
-            let (actual, report) = gradient_with(&decoder, &batch, settings(recompute, Compression::Bf16));
+        let ways = [Recompute::None, Recompute::BLOCKS, every(2)]
+            .into_iter()
+            .flat_map(|recompute| {
+                // The largest differences seen are 1.6 % and 6.5 %.
+                [
+                    (recompute, Compression::Bf16, 0.025),
+                    (recompute, Compression::Q8, 0.08),
+                ]
+            });
+        for (recompute, compression, tolerance) in ways {
+            let (actual, report) = gradient_with(&decoder, &batch, settings(recompute, compression));
             let same =
                 |(a, b): (&training::SequenceLoss, &training::SequenceLoss)| a.loss.to_bits() == b.loss.to_bits();
             assert!(
@@ -84,7 +132,7 @@ fn compressed_gradients_are_pytorchs_to_the_rounding() {
                 let (absolute, relative) = difference(&actual, &expected);
                 // Gradients of key biases are near 0, so they have no relative error to speak of.
                 assert!(
-                    absolute < 1e-4 || relative < 2e-2,
+                    absolute < tolerance / 150.0 || relative < tolerance,
                     "{name} {}: {absolute:e} {relative:e}",
                     parameter.name
                 );
@@ -92,7 +140,7 @@ fn compressed_gradients_are_pytorchs_to_the_rounding() {
                     worst = worst.max(relative);
                 }
             }
-            println!("{name} {recompute:?}: compressed gradients differ by {worst:e} of the largest");
+            println!("{name} {recompute:?} {compression:?}: compressed gradients differ by {worst:e} of the largest");
         }
     }
 }
@@ -101,9 +149,11 @@ fn compressed_gradients_are_pytorchs_to_the_rounding() {
 #[test]
 fn ten_steps_match_with_every_setting() {
     let exact = [Recompute::BLOCKS, every(2)].map(|recompute| (settings(recompute, Compression::None), 2e-5));
+    let reused = [Recompute::None, every(2)].map(|recompute| (reusing(recompute, Compression::None), 2e-5));
     let rounded = [Recompute::None, Recompute::BLOCKS].map(|recompute| (settings(recompute, Compression::Bf16), 2e-3));
+    let bytes = [Recompute::None, Recompute::BLOCKS].map(|recompute| (reusing(recompute, Compression::Q8), 4e-3));
     for name in MODELS {
-        for (activations, tolerance) in exact.into_iter().chain(rounded) {
+        for (activations, tolerance) in exact.into_iter().chain(reused).chain(rounded).chain(bytes) {
             let (mut decoder, golden) = (load(name), Golden::open(name));
             let (batch, options) = (golden.batch(&decoder), golden.options());
             let mut optimizer = AdamW::new();
@@ -118,6 +168,54 @@ fn ten_steps_match_with_every_setting() {
             println!("{name} {activations:?}: losses of ten steps differ by {worst:e}");
             assert!(worst < tolerance, "{name} {activations:?}: {worst:e}");
         }
+    }
+}
+
+#[test]
+fn common_prefixes_are_computed_once_for_the_same_gradient() {
+    for name in MODELS {
+        let decoder = load(name);
+        let batch = forked_sequences(&decoder);
+        let (expected, report) = gradient_with(&decoder, &batch, ActivationSettings::default());
+        let (actual, reused) = gradient_with(&decoder, &batch, reusing(Recompute::None, Compression::None));
+        // A row of a product does not depend on the others.
+        assert_eq!(reused.losses, report.losses);
+        assert_eq!(actual.tokens(), expected.tokens());
+        let rows = |report: &PassReport| report.tape[0].shape[0];
+        assert!(
+            rows(&reused) < rows(&report) * 2 / 3,
+            "{} {}",
+            rows(&reused),
+            rows(&report)
+        );
+        for parameter in decoder.parameters() {
+            let read = |gradient| read_gradient(gradient, &parameter.name, parameter.elements());
+            let (absolute, relative) = difference(&read(&actual), &read(&expected));
+            assert!(
+                absolute < 1e-6 || relative < 1e-5,
+                "{name} {}: {absolute:e} {relative:e}",
+                parameter.name
+            );
+        }
+        for recompute in recomputing() {
+            let (again, _) = gradient_with(&decoder, &batch, reusing(recompute, Compression::None));
+            for parameter in decoder.parameters() {
+                let read = |gradient| read_gradient(gradient, &parameter.name, parameter.elements());
+                assert!(read(&again) == read(&actual), "{name} {recompute:?} {}", parameter.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn without_common_prefixes_nothing_changes() {
+    let decoder = load("llama");
+    let batch = [random_sequence(&decoder, 12, 1), random_sequence(&decoder, 9, 2)];
+    let (expected, _) = gradient(&decoder, &batch);
+    let (actual, _) = gradient_with(&decoder, &batch, reusing(Recompute::None, Compression::None));
+    for parameter in decoder.parameters() {
+        let read = |gradient| read_gradient(gradient, &parameter.name, parameter.elements());
+        assert!(read(&actual) == read(&expected), "{}", parameter.name);
     }
 }
 
@@ -181,6 +279,10 @@ fn the_tape_tells_what_is_kept() {
             bytes(&compressed, ActivationStorage::Compressed),
         );
         assert_eq!(rest + 2 * half, kept);
+        let bytes_each = tape(settings(Recompute::None, Compression::Q8));
+        assert!(bytes_each.iter().any(|entry| entry.dtype == "q8"));
+        let quarter = bytes(&bytes_each, ActivationStorage::Compressed);
+        assert!(quarter > half / 2 && quarter < half * 11 / 20, "{quarter} {half}");
     }
 }
 

@@ -83,6 +83,34 @@ fn resumed_equals_uninterrupted() {
 }
 
 #[test]
+fn shared_layers_are_saved_under_every_name_and_restored_as_shared() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = json!({"share": "all"});
+    let options = LoadOptions {
+        config: config.as_object().unwrap().clone(),
+        ..LoadOptions::default()
+    };
+    let mut model = Model::load(&golden_directory().join("gpt2"), &options).unwrap();
+    assert_eq!(model.config["share"], 1);
+    train(&mut model, &mut AdamW::new(), 0..2);
+    let directory = folder.path().join("2");
+    save(&directory, &model, &AdamW::new());
+    // What transformers opens has every layer's parameters.
+    let unshared = Model::load(&directory, &LoadOptions::default()).unwrap();
+    assert!(unshared.decoder.parameters().len() > model.decoder.parameters().len());
+    let read = |decoder, layer| read_parameter(decoder, &format!("transformer.h.{layer}.mlp.c_fc.weight"));
+    assert_eq!(read(&unshared.decoder, 0), read(&unshared.decoder, 1));
+    let logits = |model: &Model| -> Vec<f32> {
+        let logits = model.decoder.logits(&[1, 2, 3]).unwrap();
+        logits.flatten_all().unwrap().to_vec1().unwrap()
+    };
+    assert_eq!(logits(&unshared), logits(&model));
+    let restored = checkpoint::load(&directory, &Device::Cpu).unwrap();
+    assert_eq!(bits(&restored.model), bits(&model));
+    assert_eq!(logits(&restored.model), logits(&model));
+}
+
+#[test]
 fn frozen_parameters_stay_frozen() {
     let folder = tempfile::tempdir().unwrap();
     let (mut model, mut optimizer) = (load("gpt2"), AdamW::new());

@@ -3,7 +3,9 @@
 use candle_models::Decoder;
 use candle_models::training::TrainingSequence;
 
-use crate::support::{MODELS, gradient, load, random_sequence, read_gradient, read_parameter, write_element};
+use crate::support::{
+    MODELS, gradient, load, load_shared, random_sequence, read_gradient, read_parameter, write_element,
+};
 
 /// Loss of a batch with one element of one parameter replaced.
 fn loss_with(decoder: &mut Decoder, batch: &[TrainingSequence], name: &str, index: usize, value: f32) -> f64 {
@@ -13,8 +15,8 @@ fn loss_with(decoder: &mut Decoder, batch: &[TrainingSequence], name: &str, inde
 
 #[test]
 fn central_differences_agree() {
-    for name in MODELS {
-        let mut decoder = load(name);
+    let plain = MODELS.map(|name| (name, load(name)));
+    for (name, mut decoder) in plain.into_iter().chain([("llama, shared", load_shared("llama"))]) {
         let batch = [random_sequence(&decoder, 13, 1), random_sequence(&decoder, 6, 2)];
         let (analytic, _) = gradient(&decoder, &batch);
         let parameters: Vec<String> = decoder

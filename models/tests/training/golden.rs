@@ -5,12 +5,26 @@ use candle_models::training::{self, AdamW, Gradient};
 
 use serde_json::json;
 
-use crate::support::{Golden, MODELS, difference, gradient, load, load_with, read_gradient, read_parameter};
+use candle_models::Decoder;
+
+use crate::support::{
+    Golden, MODELS, difference, gradient, load, load_shared, load_with, read_gradient, read_parameter,
+};
+
+/// The golden models, and two of them with one layer's parameters for all.
+fn cases() -> impl Iterator<Item = (String, Decoder, Golden)> {
+    let plain = MODELS.map(|name| (name.to_owned(), load(name), Golden::open(name)));
+    let shared = ["gpt2", "llama"].map(|name| {
+        let shared = format!("{name}-shared");
+        let golden = Golden::open(&shared);
+        (shared, load_shared(name), golden)
+    });
+    plain.into_iter().chain(shared)
+}
 
 #[test]
 fn logits_match() {
-    for name in MODELS {
-        let (decoder, golden) = (load(name), Golden::open(name));
+    for (name, decoder, golden) in cases() {
         for case in ["logits", "one"] {
             let logits = decoder.logits(&golden.ids(&format!("{case}.ids"))).unwrap();
             let logits: Vec<f32> = logits.flatten_all().unwrap().to_vec1().unwrap();
@@ -38,8 +52,7 @@ fn logits_match_with_scaled_rotary_positions() {
 
 #[test]
 fn losses_match() {
-    for name in MODELS {
-        let (decoder, golden) = (load(name), Golden::open(name));
+    for (name, decoder, golden) in cases() {
         let batch = golden.batch(&decoder);
         let (gradient, losses) = gradient(&decoder, &batch);
         let (expected, counts) = (golden.floats("batch.losses"), golden.integers("batch.counts"));
@@ -68,8 +81,7 @@ fn losses_match() {
 
 #[test]
 fn every_gradient_matches() {
-    for name in MODELS {
-        let (decoder, golden) = (load(name), Golden::open(name));
+    for (name, decoder, golden) in cases() {
         let (gradient, _) = gradient(&decoder, &golden.batch(&decoder));
         let mut worst = (0.0, 0.0, "");
         for parameter in decoder.parameters() {
@@ -95,8 +107,7 @@ fn every_gradient_matches() {
 
 #[test]
 fn ten_steps_match() {
-    for name in MODELS {
-        let (mut decoder, golden) = (load(name), Golden::open(name));
+    for (name, mut decoder, golden) in cases() {
         let (batch, options) = (golden.batch(&decoder), golden.options());
         let (losses, norms) = (golden.floats("steps.losses"), golden.floats("steps.norms"));
         let mut optimizer = AdamW::new();

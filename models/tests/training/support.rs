@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
-use candle_models::config::from_hugging_face;
+use candle_models::config::{DecoderConfig, from_hugging_face};
 use candle_models::training::{self, AdamWOptions, Gradient, IGNORED_TARGET, SequenceLoss, TrainingSequence};
 use candle_models::{Decoder, Weight};
 
@@ -23,11 +23,25 @@ pub(crate) fn load(name: &str) -> Decoder {
 
 /// A golden model with a changed `config.json`.
 pub(crate) fn load_with(name: &str, change: impl FnOnce(&mut serde_json::Map<String, serde_json::Value>)) -> Decoder {
-    let directory = golden_directory().join(name);
-    let config = std::fs::read(directory.join("config.json")).unwrap();
-    let mut config = serde_json::from_slice(&config).unwrap();
+    let mut config = read_config(name);
     change(&mut config);
-    let config = from_hugging_face(&config).unwrap();
+    build(name, from_hugging_face(&config).unwrap())
+}
+
+/// A golden model whose layers all share the parameters of the first.
+pub(crate) fn load_shared(name: &str) -> Decoder {
+    let mut config = from_hugging_face(&read_config(name)).unwrap();
+    config.groups = 1;
+    build(name, config)
+}
+
+fn read_config(name: &str) -> serde_json::Map<String, serde_json::Value> {
+    let config = std::fs::read(golden_directory().join(name).join("config.json")).unwrap();
+    serde_json::from_slice(&config).unwrap()
+}
+
+fn build(name: &str, config: DecoderConfig) -> Decoder {
+    let directory = golden_directory().join(name);
     let tensors = candle_core::safetensors::load(directory.join("model.safetensors"), &Device::Cpu).unwrap();
     Decoder::build(config, &Device::Cpu, None, |parameter| {
         let tensor = &tensors[&parameter.name];

@@ -1,6 +1,6 @@
 //! Causal attention over packed sequences, forward with what backward needs, and backward.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use candle_kernels_cpu as kernels;
 
 use super::composed;
@@ -8,28 +8,28 @@ use crate::error::Result;
 use crate::ops::attention::{AttentionShape, CachedSequence};
 use crate::ops::storage::{CpuSlice, is_cpu};
 
-/// What backward needs of attention.
-pub(crate) struct AttentionTape {
+/// What backward needs of attention; `T` is how its tensors are kept.
+pub(crate) struct AttentionTape<T = Tensor> {
     /// Rotated queries, `[tokens, heads * head_dim]`.
-    pub(crate) query: Tensor,
+    pub(crate) query: T,
     /// Rotated keys, `[tokens, key_value_heads * head_dim]`.
-    pub(crate) key: Tensor,
+    pub(crate) key: T,
     /// Values, `[tokens, key_value_heads * head_dim]`.
-    pub(crate) value: Tensor,
+    pub(crate) value: T,
     /// The attention's output, `[tokens, heads * head_dim]`.
-    pub(crate) output: Tensor,
+    pub(crate) output: T,
     /// Logarithms of the softmax' denominators, `[tokens, heads]`; empty on devices without kernels of our own.
     pub(crate) log_sum_exp: Vec<f32>,
 }
 
-impl AttentionTape {
-    /// The same with tensors of another type.
-    pub(crate) fn converted(self, dtype: DType) -> Result<Self> {
-        Ok(Self {
-            query: self.query.to_dtype(dtype)?,
-            key: self.key.to_dtype(dtype)?,
-            value: self.value.to_dtype(dtype)?,
-            output: self.output.to_dtype(dtype)?,
+impl<T> AttentionTape<T> {
+    /// The same with tensors kept in another way.
+    pub(crate) fn map<U>(self, keep: impl Fn(T) -> Result<U>) -> Result<AttentionTape<U>> {
+        Ok(AttentionTape {
+            query: keep(self.query)?,
+            key: keep(self.key)?,
+            value: keep(self.value)?,
+            output: keep(self.output)?,
             log_sum_exp: self.log_sum_exp,
         })
     }

@@ -138,16 +138,17 @@ fn write_json(partial: &Path, name: &str, value: &Value) -> Result<FileEntry> {
     write_bytes(partial, name, &text)
 }
 
-/// Every parameter under its own name.
+/// Every parameter under its own name, and under those of the layers that share it.
 fn write_parameters(partial: &Path, decoder: &Decoder) -> Result<FileEntry> {
-    let entry = |(index, parameter): (usize, &'_ ParameterInfo)| -> Entry<'_> {
-        let name = parameter.name.clone();
-        let parameter = parameter.clone();
+    let own = decoder.parameters().iter().enumerate();
+    let own = own.map(|(index, parameter)| (parameter.name.clone(), ParameterId(index)));
+    let entry = |(name, id): (String, ParameterId)| -> Entry<'_> {
+        let parameter = &decoder.parameters()[id.0];
         Entry {
             name,
             shape: parameter.shape.clone(),
             read: Box::new(move || {
-                let elements = export(&decoder.weight(ParameterId(index)).to_f32()?, &parameter)?;
+                let elements = export(&decoder.weight(id).to_f32()?, parameter)?;
                 if let Some(element) = elements.iter().position(|element| !element.is_finite()) {
                     return Err(Error::FailedPrecondition(format!(
                         "parameter {:?} is {} at element {element}; such a model cannot be saved",
@@ -158,7 +159,7 @@ fn write_parameters(partial: &Path, decoder: &Decoder) -> Result<FileEntry> {
             }),
         }
     };
-    let entries: Vec<_> = decoder.parameters().iter().enumerate().map(entry).collect();
+    let entries: Vec<_> = own.chain(decoder.shared_names()).map(entry).collect();
     // transformers asks for the format.
     write_tensors(partial, MODEL_FILE, &[("format", "pt".into())], &entries)
 }
