@@ -35,12 +35,12 @@ pub enum Compression {
     /// As they are, f32.
     #[default]
     None,
-    /// Rounded to bfloat16: half the memory. The loss is the same; gradients differ by the rounding, by 1 to 2 % of a
-    /// parameter's largest in the tests' models.
+    /// Rounded to bfloat16: half the memory. The loss is the same; the gradient differs by the rounding, in the tests by
+    /// at most 0.5 % of its norm.
     Bf16,
     /// Signed bytes in blocks of 64 with one scale each: a little more than a quarter of the memory. The residual stream
-    /// after attention is stored as differences to that before it where these are smaller. The loss is the same;
-    /// gradients differ by the rounding.
+    /// after attention is stored as differences to that before it where these are smaller. The loss is the same; the
+    /// gradient differs by the rounding, in the tests by at most 3 % of its norm.
     Q8,
 }
 
