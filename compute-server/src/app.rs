@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use crate::checkpoints::CheckpointStore;
+use crate::checkpoints::{self, CheckpointStore};
+use crate::commit_log::{self, CommitLog, Recovered};
 use crate::config::Config;
 use crate::data_folder::DataFolder;
 use crate::error::{Error, Result};
@@ -25,26 +26,58 @@ pub(crate) struct App {
     /// Models that have a thread, published or not.
     model_count: Arc<AtomicU64>,
     draining: AtomicBool,
+    recovering: AtomicBool,
+    /// The data folder.
+    pub(crate) folder: Arc<DataFolder>,
+    /// The commit log, unless only checkpoints survive a crash.
+    pub(crate) log: Option<Arc<CommitLog>>,
 }
 
 impl App {
-    /// Opens the data folder.
+    /// Opens the data folder; says what its commit log holds. The server is recovering until
+    /// [`recovered`](Self::recovered) is called.
     ///
     /// # Errors
     /// When the data folder cannot be used.
-    pub(crate) fn open(config: Config) -> Result<Arc<Self>> {
+    pub(crate) fn open(config: Config) -> Result<(Arc<Self>, Recovered)> {
         let folder = Arc::new(DataFolder::open(&config.data_dir)?);
-        Ok(Arc::new(Self {
+        let (log, recovered) = match config.log_limits {
+            Some(limits) => {
+                let (log, recovered) = CommitLog::open(&folder, limits)?;
+                (Some(Arc::new(log)), recovered)
+            }
+            None => {
+                commit_log::set_aside(&folder)?;
+                (None, Recovered::default())
+            }
+        };
+        checkpoints::finish(&folder, &recovered.files)?;
+        folder.clear_staging()?;
+        let app = Arc::new(Self {
             registry: Registry::default(),
             transactions: Transactions::new(config.limits.transactions, config.transaction_timeout),
             checkpoints: CheckpointStore::open(Arc::clone(&folder))?,
-            tokenizers: TokenizerStore::new(folder),
+            tokenizers: TokenizerStore::new(Arc::clone(&folder)),
             requests: Arc::new(Requests::default()),
             memory: MemoryBudget::new(config.limits.memory),
             model_count: Arc::default(),
             draining: AtomicBool::new(false),
+            recovering: AtomicBool::new(true),
+            folder,
+            log,
             config,
-        }))
+        });
+        Ok((app, recovered))
+    }
+
+    /// Takes work from now on.
+    pub(crate) fn recovered(&self) {
+        self.recovering.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether models are still being made again.
+    pub(crate) fn is_recovering(&self) -> bool {
+        self.recovering.load(Ordering::Relaxed)
     }
 
     /// Takes no new work from now on.

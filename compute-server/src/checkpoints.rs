@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_compute_proto::v1;
 use candle_models::training::checkpoint;
 
+use crate::commit_log::FileChange;
 use crate::data_folder::{self, DataFolder, Staged};
 use crate::error::{Error, Result};
 use crate::names;
@@ -102,21 +103,40 @@ impl CheckpointStore {
         Ok(row)
     }
 
+    /// Does what could make publishing a checkpoint fail for want of space.
+    pub(crate) fn prepare(&self, staged: &StagedCheckpoint) -> Result<()> {
+        let row = &staged.row;
+        make_parent(&self.folder, &row.path, &row.model).map_err(|error| publishing(row, error))
+    }
+
     /// Publishes a checkpoint: durable when this returns.
     pub(crate) fn publish(&self, staged: &StagedCheckpoint) -> Result<()> {
         let row = &staged.row;
-        let publish = || -> std::io::Result<()> {
-            let target = self.folder.path(&row.path);
-            if let Some(parent) = target.parent()
-                && !parent.join(NAME_FILE).exists()
-            {
-                data_folder::write_file(&self.folder.stage(), &parent.join(NAME_FILE), row.model.as_bytes())?;
-            }
-            data_folder::rename(staged.files.path(), &target)
-        };
-        publish().map_err(|error| Error::io(format!("publishing the checkpoint {}", row.path), error))?;
+        self.prepare(staged)?;
+        data_folder::rename(staged.files.path(), &self.folder.path(&row.path))
+            .map_err(|error| publishing(row, error))?;
         self.lock().insert(staged.key(), row.clone());
         Ok(())
+    }
+
+    /// A staged checkpoint in the commit log's form.
+    pub(crate) fn creation(&self, staged: &StagedCheckpoint) -> FileChange {
+        FileChange {
+            model: staged.row.model.clone(),
+            step: staged.row.step,
+            staged: self.folder.relative(staged.files.path()),
+            path: staged.row.path.clone(),
+        }
+    }
+
+    /// The deletion of a checkpoint in the commit log's form.
+    pub(crate) fn deletion(&self, key: &Key) -> FileChange {
+        FileChange {
+            model: key.0.clone(),
+            step: key.1,
+            staged: String::new(),
+            path: self.relative_path(&key.0, key.1),
+        }
     }
 
     /// Takes a published checkpoint away. Its files are deleted when the returned value is dropped; until then
@@ -138,6 +158,45 @@ impl CheckpointStore {
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<Key, v1::Checkpoint>> {
         self.published.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Makes the folder of a model's checkpoints, with the model's name in it.
+fn make_parent(folder: &DataFolder, path: &str, model: &str) -> std::io::Result<()> {
+    match folder.path(path).parent() {
+        Some(parent) if !parent.join(NAME_FILE).exists() => {
+            data_folder::make_durable_folder(parent)?;
+            data_folder::write_file(&folder.stage(), &parent.join(NAME_FILE), model.as_bytes())
+        }
+        _ => Ok(()),
+    }
+}
+
+fn publishing(row: &v1::Checkpoint, error: std::io::Error) -> Error {
+    Error::io(format!("publishing the checkpoint {}", row.path), error)
+}
+
+/// Finishes what a committed transaction does to checkpoints, should a crash have come in between. Called before staging is
+/// emptied.
+///
+/// # Errors
+/// `Io`.
+pub(crate) fn finish(folder: &DataFolder, changes: &[FileChange]) -> Result<()> {
+    for change in changes {
+        let (staged, target) = (folder.path(&change.staged), folder.path(&change.path));
+        let finished = match (change.staged.is_empty(), target.exists()) {
+            (false, false) if staged.exists() => {
+                make_parent(folder, &change.path, &change.model).and_then(|()| data_folder::rename(&staged, &target))
+            }
+            (true, true) => std::fs::remove_dir_all(&target),
+            _ => continue,
+        };
+        finished.map_err(|error| Error::io(format!("finishing the commit of {}", change.path), error))?;
+        tracing::info!(
+            path = change.path,
+            "finished what a committed transaction does to a checkpoint"
+        );
+    }
+    Ok(())
 }
 
 /// The error for a checkpoint that there is not.

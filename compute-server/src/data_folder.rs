@@ -4,6 +4,7 @@
 //! DATA_DIR/lock                          held while a server runs
 //! DATA_DIR/checkpoints/MODEL/STEP/       published checkpoints
 //! DATA_DIR/tokenizers/NAME/tokenizer.json
+//! DATA_DIR/commits/                      the log of committed inputs, see `commit_log`
 //! DATA_DIR/staging/                      what no transaction has published; emptied at startup
 //! ```
 
@@ -24,7 +25,7 @@ pub(crate) struct DataFolder {
 }
 
 impl DataFolder {
-    /// Makes the folders that are missing, takes the lock, and removes what earlier servers left in `staging`.
+    /// Makes the folders that are missing and takes the lock.
     ///
     /// # Errors
     /// When another server uses the folder, or it cannot be written.
@@ -44,13 +45,18 @@ impl DataFolder {
         for name in ["checkpoints", "tokenizers", "staging"] {
             fs::create_dir_all(folder.path(name)).map_err(|error| Error::io(what(), error))?;
         }
-        folder.clear_staging()?;
         Ok(folder)
     }
 
     /// A path below the folder.
     pub(crate) fn path(&self, relative: impl AsRef<Path>) -> PathBuf {
         self.root.join(relative)
+    }
+
+    /// The part of `path` below the folder.
+    pub(crate) fn relative(&self, path: &Path) -> String {
+        let relative = path.strip_prefix(&self.root).unwrap_or(path);
+        relative.display().to_string()
     }
 
     /// A new name in `staging`; nothing is made. What is made there is removed when the value is dropped, unless it has
@@ -62,7 +68,11 @@ impl DataFolder {
         }
     }
 
-    fn clear_staging(&self) -> Result<()> {
+    /// Removes what earlier servers left in `staging`.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub(crate) fn clear_staging(&self) -> Result<()> {
         let staging = self.path("staging");
         let clear = || -> std::io::Result<()> {
             for entry in fs::read_dir(&staging)? {
@@ -127,7 +137,18 @@ pub(crate) fn write_file(staged: &Staged, path: &Path, bytes: &[u8]) -> std::io:
     rename(staged.path(), path)
 }
 
-fn make_durable_folder(folder: &Path) -> std::io::Result<()> {
+/// Makes `to` a folder with the same files as `from`, which share their bytes.
+pub(crate) fn link_folder(from: &Path, to: &Path) -> std::io::Result<()> {
+    fs::create_dir(to)?;
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        fs::hard_link(entry.path(), to.join(entry.file_name()))?;
+    }
+    sync_folder(to)
+}
+
+/// Makes a folder that is there after a power failure.
+pub(crate) fn make_durable_folder(folder: &Path) -> std::io::Result<()> {
     if folder.is_dir() {
         return Ok(());
     }
@@ -135,7 +156,8 @@ fn make_durable_folder(folder: &Path) -> std::io::Result<()> {
     folder.parent().map_or(Ok(()), sync_folder)
 }
 
-fn sync_folder(folder: &Path) -> std::io::Result<()> {
+/// Makes the entries of a folder durable.
+pub(crate) fn sync_folder(folder: &Path) -> std::io::Result<()> {
     File::open(folder)?.sync_all()
 }
 
@@ -158,6 +180,7 @@ mod tests {
         std::mem::forget(staged);
         drop(folder);
         let folder = DataFolder::open(root.path()).unwrap();
+        folder.clear_staging().unwrap();
         assert_eq!(fs::read_dir(folder.path("staging")).unwrap().count(), 0);
     }
 

@@ -12,11 +12,11 @@
 //! | a limit of the server | `RESOURCE_EXHAUSTED` | 53400 |
 //! | memory | `RESOURCE_EXHAUSTED` | HV001 |
 //! | changed by another transaction, or the transaction was lost | `ABORTED` | 40001 |
-//! | the state does not allow it (a step without a gradient) | `FAILED_PRECONDITION` | 55000 |
+//! | the state does not allow it (a step without a gradient, a model that could not be recovered) | `FAILED_PRECONDITION` | 55000 |
 //! | not something this build can do | `UNIMPLEMENTED` | 0A000 |
 //! | no token, or a wrong one | `UNAUTHENTICATED` | 28000 |
 //! | cancelled | `CANCELLED` | 57014 |
-//! | shutting down | `UNAVAILABLE` | HV00N |
+//! | starting or shutting down | `UNAVAILABLE` | HV00N |
 //! | anything else | `INTERNAL` | HV00L |
 
 use candle_models::Error as ModelError;
@@ -91,6 +91,19 @@ pub enum Error {
     /// The caller went away or asked for the work to stop.
     #[error("cancelled")]
     Cancelled,
+    /// A model or adapter could not be made again after a restart.
+    #[error("{kind} \"{name}\" could not be recovered: {reason}")]
+    Unrecovered {
+        /// `model` or `adapter`.
+        kind: &'static str,
+        /// Its name.
+        name: String,
+        /// What was in the way.
+        reason: String,
+    },
+    /// The server is making its models again.
+    #[error("the server is starting and makes its models again from the commit log")]
+    Recovering,
     /// The server is shutting down.
     #[error("the server is shutting down and takes no new work")]
     Draining,
@@ -122,14 +135,6 @@ impl Error {
     /// An [`Error::InvalidArgument`].
     pub(crate) fn invalid(message: impl Into<String>) -> Self {
         Self::InvalidArgument(message.into())
-    }
-
-    /// An [`Error::NotFound`] for a model.
-    pub(crate) fn no_model(name: &str) -> Self {
-        Self::NotFound {
-            kind: "model",
-            name: name.to_owned(),
-        }
     }
 
     /// An [`Error::Io`].
@@ -171,6 +176,14 @@ impl Error {
                 Some("Give the server's token in the user mapping's option \"token\"."),
             ),
             Self::Cancelled => (Code::Cancelled, "57014", None),
+            Self::Unrecovered { .. } => (
+                Code::FailedPrecondition,
+                "55000",
+                Some(
+                    "Mend what the message names and restart the server; or unload the model, or load another in its place.",
+                ),
+            ),
+            Self::Recovering => (Code::Unavailable, "HV00N", Some("Try again in a moment.")),
             Self::Draining => (
                 Code::Unavailable,
                 // Not 57P01: connection pools take that as the end of their own session.
@@ -262,8 +275,9 @@ mod tests {
 
     #[test]
     fn a_name_that_nothing_can_have_is_quoted_in_part() {
-        assert_eq!(Error::no_model("m").to_string(), "there is no model \"m\"");
-        assert!(Error::no_model(&"é".repeat(10_000)).to_string().chars().count() < 250);
+        let missing = |name: String| Error::NotFound { kind: "model", name }.to_string();
+        assert_eq!(missing("m".into()), "there is no model \"m\"");
+        assert!(missing("é".repeat(10_000)).chars().count() < 250);
     }
 
     #[test]

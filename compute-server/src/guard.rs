@@ -41,6 +41,9 @@ impl Guard {
             }
             _ => "",
         };
+        if self.app.is_recovering() && !path.starts_with(OPEN) {
+            return Err(Error::Recovering);
+        }
         if self.app.is_draining() && !SERVED_WHILE_DRAINING.iter().any(|served| path.starts_with(served)) {
             return Err(Error::Draining);
         }

@@ -18,8 +18,9 @@ pub(crate) fn router(app: Arc<App>) -> Router {
 }
 
 async fn ready(State(app): State<Arc<App>>) -> (StatusCode, &'static str) {
-    match app.is_draining() {
-        false => (StatusCode::OK, "ready\n"),
-        true => (StatusCode::SERVICE_UNAVAILABLE, "shutting down\n"),
+    match (app.is_recovering(), app.is_draining()) {
+        (true, _) => (StatusCode::SERVICE_UNAVAILABLE, "recovering\n"),
+        (_, true) => (StatusCode::SERVICE_UNAVAILABLE, "shutting down\n"),
+        (false, false) => (StatusCode::OK, "ready\n"),
     }
 }

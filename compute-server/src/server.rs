@@ -20,7 +20,7 @@ use crate::connections::Incoming;
 use crate::error::{Error, Result};
 use crate::guard::{self, Guard};
 use crate::services::{self, SERVICES};
-use crate::{http, transactions};
+use crate::{http, recovery, transactions};
 
 /// How long calls may take to notice that they were cancelled, once the drain timeout is over.
 const CANCEL_GRACE: Duration = Duration::from_secs(1);
@@ -58,7 +58,7 @@ pub async fn serve(config: Config, ready: impl FnOnce(&Listening)) -> Result<()>
             .tls_config(tls_config)
             .map_err(|error| Error::invalid(format!("TLS: {}", chain(&error))))?;
     }
-    let app = App::open(config)?;
+    let (app, recovered) = App::open(config)?;
     let grpc = bind("listen", app.config.listen).await?;
     let http = match app.config.http {
         Some(address) => Some(bind("http", address).await?),
@@ -89,11 +89,18 @@ pub async fn serve(config: Config, ready: impl FnOnce(&Listening)) -> Result<()>
     }
     tokio::spawn(watch_connections(Arc::clone(&app), closings));
     tokio::spawn(watch_transactions(Arc::clone(&app)));
-    tracing::info!(grpc = %listening.grpc, tls = app.config.tls.is_some(), "listening");
-    ready(&listening);
+    let serve = async {
+        recovery::recover(&app, recovered).await;
+        app.recovered();
+        report(&reporter, ServingStatus::Serving).await;
+        tracing::info!(grpc = %listening.grpc, tls = app.config.tls.is_some(), "listening");
+        ready(&listening);
+        std::future::pending().await
+    };
     tokio::select! {
         () = terminated(terminate, interrupt) => {}
         ended = &mut serving => return ended_early(ended),
+        () = serve => {}
     }
     drain(&app, &reporter).await;
     let _ = stop.send(true);
@@ -105,9 +112,7 @@ pub async fn serve(config: Config, ready: impl FnOnce(&Listening)) -> Result<()>
 /// All gRPC services, behind the guard.
 async fn routes(app: &Arc<App>, tokens: Option<Tokens>) -> Result<(HealthReporter, Routes)> {
     let (reporter, health) = tonic_health::server::health_reporter();
-    for service in SERVICES {
-        reporter.set_service_status(service, ServingStatus::Serving).await;
-    }
+    report(&reporter, ServingStatus::NotServing).await;
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
@@ -126,6 +131,13 @@ async fn routes(app: &Arc<App>, tokens: Option<Tokens>) -> Result<(HealthReporte
         .into_axum_router()
         .layer(axum::middleware::from_fn_with_state(guard, guard::guard));
     Ok((reporter, Routes::from(router)))
+}
+
+/// Sets the health of all services.
+async fn report(reporter: &HealthReporter, status: ServingStatus) {
+    for service in SERVICES.into_iter().chain([""]) {
+        reporter.set_service_status(service, status).await;
+    }
 }
 
 fn identity(tls: &Tls) -> Result<Identity> {
@@ -161,9 +173,7 @@ async fn wait(mut stopped: watch::Receiver<bool>) {
 async fn drain(app: &App, reporter: &HealthReporter) {
     tracing::info!("shutting down: no new work is taken");
     app.drain();
-    for service in SERVICES.into_iter().chain([""]) {
-        reporter.set_service_status(service, ServingStatus::NotServing).await;
-    }
+    report(reporter, ServingStatus::NotServing).await;
     if tokio::time::timeout(app.config.drain_timeout, idle(app)).await.is_err() {
         tracing::warn!("work that did not finish within --drain-timeout is cancelled");
         app.requests.cancel_all();

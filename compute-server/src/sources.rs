@@ -137,6 +137,68 @@ pub(crate) fn relative(error: candle_models::Error, folder: &Path) -> candle_mod
     }
 }
 
+/// The digest of a model's files, computed on a thread of its own while they are loaded.
+pub(crate) struct Digest(std::thread::JoinHandle<std::io::Result<String>>);
+
+/// Begins to compute the digest of the files at `path`.
+pub(crate) fn begin_digest(path: &Path) -> Digest {
+    let path = path.to_owned();
+    Digest(std::thread::spawn(move || digest(&path)))
+}
+
+impl Digest {
+    /// Waits for it.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub(crate) fn finish(self, path: &Path) -> Result<String> {
+        let digest = self
+            .0
+            .join()
+            .unwrap_or_else(|_| Err(std::io::Error::other("the thread panicked")));
+        let name = path.file_name().unwrap_or_default().display();
+        digest.map_err(|error| Error::io(format!("computing the digest of {name}"), error))
+    }
+}
+
+/// SHA-256 over names, sizes and contents of the files at `path` that a model is loaded from, in hexadecimal.
+fn digest(path: &Path) -> std::io::Result<String> {
+    use std::io::Read as _;
+
+    use sha2::{Digest as _, Sha256};
+
+    const READ: [&str; 7] = ["safetensors", "gguf", "json", "txt", "bpe", "jinja", "model"];
+    let mut files = match path.is_dir() {
+        true => std::fs::read_dir(path)?
+            .map(|entry| Ok(entry?.path()))
+            .collect::<std::io::Result<Vec<_>>>()?,
+        false => vec![path.to_owned()],
+    };
+    files.retain(|file| {
+        file.is_file()
+            && file
+                .extension()
+                .is_some_and(|found| READ.iter().any(|&read| found == read))
+    });
+    files.sort();
+    let mut digest = Sha256::new();
+    let mut piece = vec![0; 1 << 20];
+    for path in files {
+        let mut file = std::fs::File::open(&path)?;
+        let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+        digest.update((name.len() as u64).to_le_bytes());
+        digest.update(name);
+        digest.update(file.metadata()?.len().to_le_bytes());
+        loop {
+            match file.read(&mut piece)? {
+                0 => break,
+                length => digest.update(&piece[..length]),
+            }
+        }
+    }
+    Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
 /// Bytes of the files at `path`, followed through one level of folder: what loading them will hold at least.
 pub(crate) fn size(path: &Path) -> u64 {
     let length = |path: &Path| std::fs::metadata(path).map_or(0, |data| if data.is_file() { data.len() } else { 0 });
@@ -179,6 +241,22 @@ mod tests {
         ] {
             assert!(Source::parse(refused).is_err(), "{refused}");
         }
+    }
+
+    #[test]
+    fn a_digest_changes_with_contents_and_names() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path();
+        std::fs::write(path.join("config.json"), "{}").unwrap();
+        let first = digest(path).unwrap();
+        std::fs::write(path.join("README"), "not read").unwrap();
+        assert_eq!(digest(path).unwrap(), first);
+        std::fs::write(path.join("config.json"), "[]").unwrap();
+        let second = digest(path).unwrap();
+        std::fs::rename(path.join("config.json"), path.join("other.json")).unwrap();
+        let third = digest(path).unwrap();
+        assert!(first != second && second != third);
+        assert_ne!(digest(&path.join("other.json")).unwrap(), second);
     }
 
     #[test]

@@ -6,4 +6,4 @@ mod resolve;
 
 pub use bytes::Bytes;
 pub use options::{Arguments, Command, Options};
-pub use resolve::{Config, ConfigError, Limits, Tls};
+pub use resolve::{Config, ConfigError, Limits, LogLimits, Tls};

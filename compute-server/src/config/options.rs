@@ -50,7 +50,7 @@ pub struct Options {
     #[arg(long, env = "COMPUTE_SERVER_HTTP", value_name = "ADDRESS:PORT")]
     pub http: Option<String>,
 
-    /// Folder that the server writes to: checkpoints and tokenizers. Made when missing; one server at a time.
+    /// Folder that the server writes to: checkpoints, tokenizers, and the commit log. Made when missing; one server at a time.
     #[arg(long, env = "COMPUTE_SERVER_DATA_DIR", value_name = "DIR")]
     pub data_dir: Option<PathBuf>,
 
@@ -130,6 +130,20 @@ pub struct Options {
     #[arg(long, env = "COMPUTE_SERVER_MAX_TOKENIZER_BYTES", value_name = "BYTES")]
     pub max_tokenizer_bytes: Option<Bytes>,
 
+    /// What survives a crash of the server: `commit` keeps a log, so that models come back as of their last commit;
+    /// `checkpoint` keeps checkpoints alone. [default: commit]
+    #[arg(long, env = "COMPUTE_SERVER_DURABILITY", value_name = "LEVEL")]
+    pub durability: Option<String>,
+
+    /// Bytes that the commit log of a model may reach before the server saves the model's state and begins it anew;
+    /// suffixes K, M, G. [default: 1G]
+    #[arg(long, env = "COMPUTE_SERVER_MAX_LOG_BYTES", value_name = "BYTES")]
+    pub max_log_bytes: Option<Bytes>,
+
+    /// Likewise, tokens of the batches in it: a restart has to compute them again. [default: 65536]
+    #[arg(long, env = "COMPUTE_SERVER_MAX_REPLAY_TOKENS", value_name = "N")]
+    pub max_replay_tokens: Option<u64>,
+
     /// What to log: `error`, `warn`, `info`, `debug`, `trace`, or directives of tracing's EnvFilter. [default: info]
     #[arg(long, env = "COMPUTE_SERVER_LOG", value_name = "FILTER")]
     pub log: Option<String>,
@@ -165,6 +179,9 @@ impl Options {
             max_request_tokens: self.max_request_tokens.or(file.max_request_tokens),
             max_accumulated_tokens: self.max_accumulated_tokens.or(file.max_accumulated_tokens),
             max_tokenizer_bytes: self.max_tokenizer_bytes.or(file.max_tokenizer_bytes),
+            durability: self.durability.or(file.durability),
+            max_log_bytes: self.max_log_bytes.or(file.max_log_bytes),
+            max_replay_tokens: self.max_replay_tokens.or(file.max_replay_tokens),
             log: self.log.or(file.log),
             log_format: self.log_format.or(file.log_format),
         }

@@ -58,6 +58,8 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// How long a transaction may lie unused.
     pub transaction_timeout: Duration,
+    /// The commit log's limits, unless only checkpoints survive a crash.
+    pub log_limits: Option<LogLimits>,
     /// Limits.
     pub limits: Limits,
     /// Directives of the log filter.
@@ -73,6 +75,15 @@ pub struct Tls {
     pub certificate: PathBuf,
     /// Private key in PEM.
     pub key: PathBuf,
+}
+
+/// When the commit log of a model is cut short by saving the model's state.
+#[derive(Debug, Clone, Copy)]
+pub struct LogLimits {
+    /// Bytes of its frames.
+    pub bytes: u64,
+    /// Tokens that a replay computes.
+    pub tokens: u64,
 }
 
 /// What the server accepts at most. Each field is the flag of the same name.
@@ -143,6 +154,7 @@ impl Config {
             tls,
             drain_timeout: Duration::from_secs(options.drain_timeout.unwrap_or(30)),
             transaction_timeout: Duration::from_secs(options.transaction_timeout.unwrap_or(3600).max(1)),
+            log_limits: log_limits(&options)?,
             limits: limits(&options)?,
             log: options.log.unwrap_or_else(|| "info".to_owned()),
             log_json,
@@ -202,6 +214,21 @@ fn threads(given: Option<usize>) -> Result<usize, ConfigError> {
         Some(count) if count > 1024 => Err(invalid("threads", format!("{count} is more than 1024"))),
         Some(count) => Ok(count),
         None => Ok(std::thread::available_parallelism().map_or(1, std::num::NonZero::get)),
+    }
+}
+
+fn log_limits(options: &Options) -> Result<Option<LogLimits>, ConfigError> {
+    let limits = LogLimits {
+        bytes: options.max_log_bytes.map_or(1 << 30, |bytes| bytes.0),
+        tokens: options.max_replay_tokens.unwrap_or(1 << 16),
+    };
+    match options.durability.as_deref().unwrap_or("commit") {
+        "commit" => Ok(Some(limits)),
+        "checkpoint" => Ok(None),
+        other => Err(invalid(
+            "durability",
+            format!("\"{other}\" is neither commit nor checkpoint"),
+        )),
     }
 }
 
@@ -340,6 +367,13 @@ mod tests {
                     ..options()
                 },
                 "--listen",
+            ),
+            (
+                Options {
+                    durability: Some("none".into()),
+                    ..options()
+                },
+                "--durability",
             ),
             (Options::default(), "--data-dir"),
         ];

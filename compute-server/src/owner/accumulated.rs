@@ -4,6 +4,7 @@ use candle_compute_proto::v1;
 use candle_models::training::Gradient;
 
 use super::merging::Sources;
+use crate::commit_log::{Recipe, recipe_step};
 use crate::error::Result;
 use crate::memory::Reservation;
 
@@ -17,6 +18,9 @@ pub(crate) struct Part {
     pub(super) memory: Reservation,
     /// Sources of what was merged into it while it was staged.
     pub(super) sources: Sources,
+    /// How the gradient was summed from the sequences, for the commit log; none once something was added that no sequence
+    /// tells, and for what is committed.
+    pub(super) recipe: Option<Recipe>,
 }
 
 impl Part {
@@ -30,6 +34,10 @@ impl Part {
         self.gradient.merge(other.gradient)?;
         self.sequences.extend(other.sequences);
         self.duration_ms += other.duration_ms;
+        match (&mut self.recipe, other.recipe) {
+            (Some(recipe), Some(other)) => recipe.push(recipe_step::Kind::Apart(other)),
+            (recipe, _) => *recipe = None,
+        }
         if self.memory.bytes() == 0 {
             self.memory.absorb(other.memory);
         }
@@ -57,6 +65,7 @@ impl Accumulated {
     /// Adds a part. `sealed` is the number of leading parts that staged operations rely on.
     pub(super) fn add(&mut self, mut part: Part, sealed: usize) -> Result<()> {
         part.sources = Sources::default();
+        part.recipe = None;
         let open = self.parts.len() > sealed;
         match self.parts.last_mut() {
             Some(last) if open => last.merge(part),

@@ -13,7 +13,7 @@ use crate::memory::Reservation;
 /// An adapter's product, to be added to the weights of its model.
 pub(crate) struct StagedMerge {
     pub(super) delta: Delta,
-    _memory: Reservation,
+    pub(super) _memory: Reservation,
 }
 
 impl Owner {

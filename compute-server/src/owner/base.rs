@@ -37,6 +37,12 @@ impl Base {
         }))
     }
 
+    /// Whether an adapter computes on them.
+    pub(super) fn is_followed(self: &Arc<Self>) -> bool {
+        // The model's own, and one for each adapter.
+        Arc::strong_count(self) > 1
+    }
+
     /// The weights, which stay as they are until the guard is dropped.
     pub(crate) fn read(&self) -> RwLockReadGuard<'_, BaseState> {
         self.0.read().unwrap_or_else(PoisonError::into_inner)
@@ -109,20 +115,19 @@ impl Owner {
         }
     }
 
-    /// Makes what a transaction staged the state that everybody sees. Called right after a successful
-    /// [`prepare`](Self::prepare), with no other publish in between. Waits for the token or the micro-batch that adapters
-    /// are at where that changes weights or settings.
-    pub(crate) fn apply(&mut self, id: &TransactionId) -> Result<()> {
+    /// [`apply`](Self::apply). Waits for the token or the micro-batch that adapters are at where that changes weights or
+    /// settings.
+    pub(super) fn apply_beside_adapters(&mut self, id: &TransactionId, sealed: usize) -> Result<()> {
         let changes = self
             .overlay(&View::Transaction(Arc::clone(id)))
             .is_some_and(|overlay| overlay.changes().next().is_some() || overlay.settings().is_some());
         if !changes {
-            return self.apply_staged(id);
+            return self.apply_staged(id, sealed);
         }
         let base = Arc::clone(&self.shared.base);
         let mut state = base.write();
         let weights = self.versions.weights;
-        let applied = self.apply_staged(id);
+        let applied = self.apply_staged(id, sealed);
         state.decoder = self.model.decoder.share();
         state.settings = self.settings.clone();
         state.weights_version += u64::from(self.versions.weights != weights);

@@ -20,7 +20,9 @@ use super::settings::TrainingSettings;
 use super::state::{Owner, Versions};
 use super::{TransactionId, View};
 use crate::app::ModelSlot;
+use crate::commit_log::LogBase;
 use crate::config::Limits;
+use crate::data_folder::Staged;
 use crate::error::{Error, Result};
 use crate::memory::{MemoryBudget, Reservation};
 use crate::names::ModelKey;
@@ -52,6 +54,19 @@ pub(crate) struct NewModel {
     pub(crate) memory: Reservation,
     /// Its place among the models that the server may hold.
     pub(crate) slot: Option<ModelSlot>,
+    /// Number and time of creation of a model that is made again from the commit log.
+    pub(crate) logged: Option<(u64, SystemTime)>,
+    /// How the commit log is to make it again.
+    pub(crate) base: Option<NewBase>,
+}
+
+/// How a model that is not yet published is to be made again.
+#[derive(Debug)]
+pub(crate) struct NewBase {
+    /// What the commit log will hold.
+    pub(crate) base: LogBase,
+    /// The state that it refers to, if it does.
+    pub(crate) files: Option<Staged>,
 }
 
 /// Facts of a model as `models` shows them, for one view.
@@ -110,6 +125,8 @@ pub(crate) struct Shared {
     /// Tokens that end a generation.
     pub(crate) end_tokens: Vec<u32>,
     created_at: SystemTime,
+    /// Taken when the model is published.
+    new_base: Mutex<Option<NewBase>>,
     /// Wakes the thread when a client has read something or gone away.
     pub(crate) wake: Arc<Notify>,
     phase: AtomicU8,
@@ -125,6 +142,23 @@ const FAILED: u8 = 2;
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
 impl Shared {
+    /// The model as a base of the commit log, but for its origin.
+    pub(super) fn log_base(&self) -> LogBase {
+        LogBase {
+            request: Some(v1::LoadModelRequest {
+                name: self.name.clone(),
+                source: self.source.clone(),
+                device: self.device.clone(),
+                ..Default::default()
+            }),
+            seed: self.seed,
+            created_at: Some(self.created_at.into()),
+            origin: None,
+            adapter: None,
+            of: 0,
+        }
+    }
+
     /// Whether the model was unloaded.
     pub(super) fn is_unloaded(&self) -> bool {
         self.phase.load(Ordering::Relaxed) == UNLOADED
@@ -167,8 +201,19 @@ impl ModelHandle {
         TRAINING_FIELDS.iter().for_each(|&field| drop(config.remove(field)));
         let adapter = new.adapter;
         let adapter_name = adapter.as_ref().map(|(name, model)| (name.clone(), model.shared.id));
+        let (id, created_at) = match new.logged {
+            Some((id, created_at)) => {
+                NEXT_ID.fetch_max(id + 1, Ordering::Relaxed);
+                (id, created_at)
+            }
+            None => (NEXT_ID.fetch_add(1, Ordering::Relaxed), SystemTime::now()),
+        };
+        let mut new_base = new.base;
+        if let Some(new) = &mut new_base {
+            new.base.created_at = Some(created_at.into());
+        }
         let shared = Arc::new(Shared {
-            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            id,
             name: new.name,
             adapter: adapter_name,
             base: Arc::new(Base::new(&model.decoder, &new.settings)),
@@ -184,7 +229,8 @@ impl ModelHandle {
             tokenizer: model.tokenizer.clone(),
             chat_template: model.chat_template.clone(),
             end_tokens: model.end_tokens.clone(),
-            created_at: SystemTime::now(),
+            created_at,
+            new_base: Mutex::new(new_base),
             wake: Arc::new(Notify::new()),
             phase: AtomicU8::new(RUNNING),
             cache_bytes: AtomicU64::new(0),
@@ -206,6 +252,9 @@ impl ModelHandle {
             log: new.log,
             tape: Vec::new(),
             overlays: HashMap::new(),
+            publishing: None,
+            deferred: Vec::new(),
+            applied: 0,
             generations: Default::default(),
             training: Default::default(),
             readers: Vec::new(),
@@ -230,6 +279,20 @@ impl ModelHandle {
     /// Facts that never change.
     pub(crate) fn facts(&self) -> &Shared {
         &self.shared
+    }
+
+    /// Its number, which no other model has had.
+    pub(crate) fn id(&self) -> u64 {
+        self.shared.id
+    }
+
+    /// How a new model is to be made again; none the second time.
+    pub(crate) fn take_base(&self) -> Option<NewBase> {
+        self.shared
+            .new_base
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
     }
 
     /// The name.

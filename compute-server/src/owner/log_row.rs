@@ -3,24 +3,29 @@
 use candle_compute_proto::v1;
 use serde_json::{Value, json};
 
-/// A row as JSON. Numbers that are not finite become null.
+/// A number that reads back with the same bits.
+fn text(number: f64) -> String {
+    format!("{number:?}")
+}
+
+/// A row as JSON. Floating-point numbers are text: not every reader of JSON numbers gives back the same bits.
 pub(super) fn to_json(row: &v1::OptimizerStep) -> Value {
     let options = row.options.unwrap_or_default();
     let created_at = row.created_at.unwrap_or_default();
     json!({
         "step": row.step,
-        "loss": row.loss,
-        "grad_norm": row.grad_norm,
-        "learning_rate": options.learning_rate,
-        "beta1": options.beta1,
-        "beta2": options.beta2,
-        "epsilon": options.epsilon,
-        "weight_decay": options.weight_decay,
-        "max_grad_norm": options.max_grad_norm,
-        "loss_scale": row.loss_scale,
+        "loss": text(row.loss),
+        "grad_norm": text(row.grad_norm),
+        "learning_rate": options.learning_rate.map(text),
+        "beta1": options.beta1.map(text),
+        "beta2": options.beta2.map(text),
+        "epsilon": options.epsilon.map(text),
+        "weight_decay": options.weight_decay.map(text),
+        "max_grad_norm": options.max_grad_norm.map(text),
+        "loss_scale": text(row.loss_scale),
         "skipped": row.skipped,
         "tokens": row.tokens,
-        "duration_ms": row.duration_ms,
+        "duration_ms": text(row.duration_ms),
         "created_at_seconds": created_at.seconds,
         "created_at_nanos": created_at.nanos,
     })
@@ -28,7 +33,10 @@ pub(super) fn to_json(row: &v1::OptimizerStep) -> Value {
 
 /// The row of `model` that [`to_json`] wrote. Fields that are absent or of another type take NaN, 0 or nothing.
 pub(crate) fn from_json(model: &str, row: &Value) -> v1::OptimizerStep {
-    let number = |name: &str| row[name].as_f64();
+    let number = |name: &str| match &row[name] {
+        Value::String(text) => text.parse().ok(),
+        other => other.as_f64(),
+    };
     let count = |name: &str| row[name].as_u64().unwrap_or(0);
     v1::OptimizerStep {
         model: model.to_owned(),
@@ -66,7 +74,7 @@ mod tests {
         let row = v1::OptimizerStep {
             model: "m".into(),
             step: 3,
-            loss: 1.25,
+            loss: 2.691_012_345_678_901_3,
             grad_norm: 0.1,
             options: Some(v1::AdamWOptions {
                 learning_rate: Some(1e-3),

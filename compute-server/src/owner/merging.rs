@@ -94,6 +94,7 @@ impl Owner {
         }
         self.make_trainable()?;
         let (mut part, _) = self.take_part(ticket)?;
+        part.recipe = None;
         let mut added = Ok(());
         for GradientChunk {
             parameter,

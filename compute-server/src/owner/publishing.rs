@@ -4,31 +4,53 @@ use std::sync::Arc;
 
 use super::accumulated::Part;
 use super::overlay::{Operation, Overlay, Staged, StagedState, StagedStep};
+use super::recording::Recorded;
 use super::staging::spoilt;
 use super::state::Owner;
 use super::{Ticket, TransactionId};
 use crate::error::{Error, Result};
 
 impl Owner {
-    /// Checks that [`apply`](Self::apply) will succeed.
+    /// Checks that [`apply`](Self::apply) will succeed, and settles how: what others stage from now on waits for it, as far
+    /// as it would change that. With `record`, returns what the commit log is to hold.
     ///
     /// # Errors
-    /// `Stale` when another transaction has stepped the model since, `Precondition` when something staged is incomplete.
-    pub(crate) fn prepare(&mut self, id: &TransactionId) -> Result<()> {
+    /// `Stale` when another transaction has stepped the model since, `Precondition` when something staged is incomplete,
+    /// `Memory`.
+    pub(crate) fn prepare(&mut self, id: &TransactionId, record: bool) -> Result<Option<Recorded>> {
         let ticket = Ticket {
             transaction: Arc::clone(id),
             subtransaction: 1,
         };
-        self.check_usable(&ticket)
+        self.check_usable(&ticket)?;
+        // What this transaction relied on is used up by itself, so its own seal does not count.
+        let sealed = self.sealed(id);
+        let recorded = match self.overlays.get(id).filter(|_| record) {
+            Some(overlay) => Some(self.record(overlay, sealed)?),
+            None => None,
+        };
+        self.publishing = Some((Arc::clone(id), sealed));
+        Ok(recorded)
+    }
+
+    /// Makes what a transaction staged the state that everybody sees. Called right after a successful
+    /// [`prepare`](Self::prepare), with no other publish in between. `number` is that of its frame in the commit log.
+    pub(crate) fn apply(&mut self, id: &TransactionId, number: u64) -> Result<()> {
+        let sealed = match self.publishing.take() {
+            Some((prepared, sealed)) if prepared == *id => sealed,
+            _ => self.sealed(id),
+        };
+        let applied = self.apply_beside_adapters(id, sealed);
+        self.applied = self.applied.max(number);
+        self.do_deferred();
+        applied
     }
 
     /// [`apply`](Self::apply), while no adapter uses the weights.
-    pub(super) fn apply_staged(&mut self, id: &TransactionId) -> Result<()> {
+    pub(super) fn apply_staged(&mut self, id: &TransactionId, sealed: usize) -> Result<()> {
         let Some(overlay) = self.overlays.remove(id) else {
             return Ok(());
         };
-        // What this transaction relied on is used up by itself, so its own seal does not count any more.
-        let sealed = self.sealed();
         let changes = overlay.changes().count();
         let made = overlay.is_stepped().then_some(overlay.result).flatten();
         let adopted = match made.filter(|state| state.changes == changes) {
@@ -124,6 +146,9 @@ impl Owner {
     /// Discards what the transaction staged in `subtransaction` and those within it.
     pub(crate) fn roll_back(&mut self, id: &TransactionId, subtransaction: u32) {
         self.training.end_staging(id, subtransaction);
+        if self.publishing.as_ref().is_some_and(|(prepared, _)| prepared == id) {
+            self.publishing = None;
+        }
         if let Some(overlay) = self.overlays.get_mut(id) {
             let changes = overlay.changes().count();
             overlay
@@ -138,6 +163,23 @@ impl Owner {
         }
         self.release_trainable();
         self.describe_staged(id);
+        self.do_deferred();
+    }
+
+    /// Does `work` now, or once a publish that is under way has been applied: work that uses the committed gradient up.
+    pub(crate) fn once_settled(&mut self, work: impl FnOnce(&mut Owner) + Send + 'static) {
+        match self.publishing {
+            None => work(self),
+            Some(_) => self.deferred.push(Box::new(work)),
+        }
+    }
+
+    fn do_deferred(&mut self) {
+        if self.publishing.is_none() {
+            std::mem::take(&mut self.deferred)
+                .into_iter()
+                .for_each(|work| work(self));
+        }
     }
 
     /// Gives what `subtransaction` staged to `parent`.
@@ -169,15 +211,16 @@ impl Owner {
         Ok(())
     }
 
-    /// Number of leading parts of the committed gradient that staged operations rely on.
-    fn sealed(&self) -> usize {
+    /// Number of leading parts of the committed gradient that operations staged by others than `publishing` rely on.
+    fn sealed(&self, publishing: &TransactionId) -> usize {
         let valid = |overlay: &Overlay| {
             overlay
                 .consumes()
                 .filter(|consumed| consumed.gradient_version == self.versions.gradient)
                 .map(|c| c.parts)
         };
-        self.overlays.values().filter_map(valid).max().unwrap_or(0)
+        let others = self.overlays.iter().filter(|(id, _)| *id != publishing);
+        others.filter_map(|(_, overlay)| valid(overlay)).max().unwrap_or(0)
     }
 
     /// Gives the f32 copy of the weights back once no gradient is left that was computed on it.

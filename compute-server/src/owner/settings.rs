@@ -5,7 +5,7 @@ use candle_models::config::TRAINING_FIELDS;
 use candle_models::training::{self, ActivationSettings, AdamWOptions};
 use serde_json::{Map, Value};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Settings that the model's configuration gives; absent ones take their defaults, which are PyTorch's.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -37,6 +37,22 @@ impl TrainingSettings {
     /// The settings as fields of a configuration.
     pub(crate) fn values(&self) -> &Map<String, Value> {
         &self.values
+    }
+
+    /// The settings as the text of a JSON object.
+    pub(super) fn to_json(&self) -> String {
+        Value::Object(self.values.clone()).to_string()
+    }
+
+    /// The settings that [`to_json`](Self::to_json) wrote.
+    ///
+    /// # Errors
+    /// As [`take`](Self::take), and for text that is no JSON object.
+    pub(super) fn from_json(text: &str) -> Result<Self> {
+        match serde_json::from_str(text) {
+            Ok(Value::Object(mut values)) => Self::take(&mut values),
+            _ => Err(Error::invalid(format!("settings {text:?} are no JSON object"))),
+        }
     }
 
     /// What of a forward pass is kept.

@@ -4,12 +4,15 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use candle_compute_proto::v1;
+use candle_models::training::Gradient;
 
+use super::accumulated::Part;
 use super::overlay::{Consumed, Operation, Overlay, Staged, StagedStep};
 use super::settings::{AdamWOverrides, TrainingSettings, to_proto};
 use super::state::Owner;
-use super::{Ticket, View};
+use super::{Ticket, TransactionId, View};
 use crate::error::{Error, Result};
+use crate::memory::Reservation;
 
 impl Owner {
     /// Stages that the accumulated gradient is discarded.
@@ -40,7 +43,7 @@ impl Owner {
         let options = self.settings(&view).options(step, overrides)?;
         let started = SystemTime::now();
         let consumed = self.consumed(ticket);
-        let parts = self.visible_parts(&view);
+        let parts = self.parts_of_step(&ticket.transaction, consumed.parts);
         let tokens: u64 = parts.iter().map(|part| part.gradient.tokens()).sum();
         if tokens == 0 {
             return Err(Error::Precondition {
@@ -59,19 +62,7 @@ impl Owner {
                     .reserve("the moments of the optimizer", 8 * self.model.decoder.parameter_count())?,
             );
         }
-        let merged = match parts.as_slice() {
-            [_] => None,
-            [first, others @ ..] => {
-                memory.push(
-                    self.budget
-                        .reserve("a merged gradient", 4 * self.model.decoder.parameter_count())?,
-                );
-                let mut merged = first.gradient.deep_copy()?;
-                others.iter().try_for_each(|part| merged.merge_from(&part.gradient))?;
-                Some(merged)
-            }
-            [] => return Err(Error::Internal("a gradient without parts".to_owned())),
-        };
+        let merged = self.merge_parts(&parts, &mut memory)?;
         let gradient = merged.as_ref().or_else(|| parts.first().map(|part| &part.gradient));
         let trainable = self.trainable(&view);
         let grad_norm = gradient.map_or(Ok(f64::NAN), |gradient| gradient.norm(&trainable))?;
@@ -101,6 +92,29 @@ impl Owner {
             overlay.result = None;
         }
         Ok(report)
+    }
+
+    /// The gradients that a step sums: so many leading parts of the committed one, then those of its transaction.
+    pub(super) fn parts_of_step(&self, transaction: &TransactionId, committed: usize) -> Vec<&Part> {
+        let staged = self.overlays.get(transaction).into_iter().flat_map(Overlay::parts);
+        self.accumulated.parts.iter().take(committed).chain(staged).collect()
+    }
+
+    /// The sum of several parts; none for a single one, which is used where it is.
+    pub(super) fn merge_parts(&self, parts: &[&Part], memory: &mut Vec<Reservation>) -> Result<Option<Gradient>> {
+        match parts {
+            [_] => Ok(None),
+            [first, others @ ..] => {
+                memory.push(
+                    self.budget
+                        .reserve("a merged gradient", 4 * self.model.decoder.parameter_count())?,
+                );
+                let mut merged = first.gradient.deep_copy()?;
+                others.iter().try_for_each(|part| merged.merge_from(&part.gradient))?;
+                Ok(Some(merged))
+            }
+            [] => Err(Error::Internal("a gradient without parts".to_owned())),
+        }
     }
 
     /// Fails when the transaction cannot go on with this model.

@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::accumulated::Accumulated;
 use super::base::Followed;
 use super::generation::Generations;
-use super::handle::Shared;
+use super::handle::{Shared, Work};
 use super::log_row;
 use super::overlay::{Operation, Overlay, StagedState, TransactionId, View};
 use super::reading::ChunkReader;
@@ -41,6 +41,13 @@ pub(crate) struct Owner {
     /// What the last forward pass of training recorded.
     pub(super) tape: Vec<TapeEntry>,
     pub(super) overlays: HashMap<TransactionId, Overlay>,
+    /// The transaction that is being published, and the number of leading parts of the committed gradient that its own
+    /// may not be added to.
+    pub(super) publishing: Option<(TransactionId, usize)>,
+    /// Work that waits for the end of that.
+    pub(super) deferred: Vec<Work>,
+    /// Number of the last frame of the commit log that was applied.
+    pub(super) applied: u64,
     pub(super) generations: Generations,
     pub(super) training: Training,
     pub(super) readers: Vec<ChunkReader>,

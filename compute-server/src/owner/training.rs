@@ -6,14 +6,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use candle_compute_proto::v1;
-use candle_models::training::{self, Gradient, SequenceLoss, TrainingSequence};
+use candle_models::Decoder;
+use candle_models::training::{self, Gradient, PassReport, SequenceLoss, TrainingSequence};
 
 use super::accumulated::Part;
 use super::handle::Reply;
 use super::merging::Sources;
 use super::overlay::{Operation, Overlay, Staged};
+use super::settings::TrainingSettings;
 use super::state::Owner;
 use super::{Ticket, View};
+use crate::commit_log::{Pass, Recipe, recipe_step};
 use crate::error::{Error, Result};
 use crate::requests::{Phase, RequestGuard};
 
@@ -41,6 +44,16 @@ pub(crate) enum Target {
     Return(View),
 }
 
+impl Target {
+    /// Whose weights and settings are used.
+    fn view(&self) -> View {
+        match self {
+            Self::Stage(ticket) => View::Transaction(Arc::clone(&ticket.transaction)),
+            Self::Return(view) => view.clone(),
+        }
+    }
+}
+
 /// What a [`TrainingRequest`] gives.
 pub(crate) struct Trained {
     /// One entry a sequence.
@@ -64,6 +77,8 @@ struct Job {
     /// Whether `part` held something when the job began; a failure then spoils it.
     continued: bool,
     weights_version: u64,
+    /// Settings of all its micro-batches.
+    settings: TrainingSettings,
     losses: Vec<SequenceLoss>,
     /// Whether a micro-batch has begun to add to `part`.
     begun: bool,
@@ -122,6 +137,7 @@ impl Owner {
             Ok((part, continued)) => {
                 request.request.set_progress(0, request.sequences.len() as u64);
                 let weights_version = self.versions.weights;
+                let settings = self.settings(&request.target.view()).clone();
                 let losses = Vec::with_capacity(request.sequences.len());
                 self.training.jobs.push_back(Job {
                     request,
@@ -129,6 +145,7 @@ impl Owner {
                     part,
                     continued,
                     weights_version,
+                    settings,
                     losses,
                     begun: false,
                 });
@@ -209,7 +226,7 @@ impl Owner {
     }
 
     /// An empty gradient of what `view` trains, with memory reserved for it.
-    fn new_part(&self, view: &View) -> Result<Part> {
+    pub(super) fn new_part(&self, view: &View) -> Result<Part> {
         let decoder = self.training_decoder();
         let memory = self.budget.reserve("a gradient", 4 * decoder.parameter_count())?;
         Ok(Part {
@@ -218,11 +235,12 @@ impl Owner {
             duration_ms: 0.0,
             memory,
             sources: Sources::default(),
+            recipe: Some(Recipe::default()),
         })
     }
 
     /// The weights that `view` sees, as f32.
-    fn visible_decoder(&mut self, view: &View) -> Result<&candle_models::Decoder> {
+    pub(super) fn visible_decoder(&mut self, view: &View) -> Result<&candle_models::Decoder> {
         if self.overlay(view).is_some_and(Overlay::changes_weights) {
             self.decoder(view)
         } else {
@@ -297,21 +315,12 @@ impl Owner {
                 self.shared.name
             )));
         }
-        let activations = match &job.request.target {
-            Target::Return(view) => self.settings(view),
-            Target::Stage(ticket) => self.settings(&View::Transaction(Arc::clone(&ticket.transaction))),
-        }
-        .activations();
-        let decoder = match &job.request.target {
-            Target::Return(view) => self.visible_decoder(view)?,
-            Target::Stage(ticket) => self.visible_decoder(&View::Transaction(Arc::clone(&ticket.transaction)))?,
-        };
+        let decoder = self.visible_decoder(&job.request.target.view())?;
         request.set_phase(Phase::Running);
         job.begun = true;
         let start = Instant::now();
         let rest = &job.request.sequences[job.losses.len()..];
-        let batch = &rest[..training::leading_sequences(rest, MICRO_BATCH_TOKENS, activations.reuse)];
-        let passed = training::accumulate_in_place(decoder, batch, &mut job.part.gradient, activations, &cancelled)?;
+        let passed = accumulate_next(decoder, rest, &mut job.part.gradient, &job.settings, &cancelled)?;
         job.losses.extend(passed.losses);
         // Without targets nothing was run.
         if !passed.tape.is_empty() {
@@ -328,6 +337,7 @@ impl Owner {
             reply,
             mut part,
             losses,
+            settings,
             ..
         } = job;
         let ticket = match request.target {
@@ -353,6 +363,12 @@ impl Owner {
                 }),
             });
         part.sequences.extend(rows);
+        if let Some(recipe) = &mut part.recipe {
+            recipe.push(recipe_step::Kind::Pass(Pass {
+                sequences: losses.len() as u64,
+                settings: Some(settings.to_json()),
+            }));
+        }
         let overlay = self.overlays.entry(Arc::clone(&ticket.transaction)).or_default();
         overlay.operations.push(Staged {
             subtransaction: ticket.subtransaction,
@@ -388,4 +404,24 @@ impl Owner {
         };
         job.reply.send(Err(error));
     }
+}
+
+/// Adds the gradient of the leading sequences of `rest` that make a micro-batch. A replay of the commit log calls it in the
+/// same way.
+pub(super) fn accumulate_next(
+    decoder: &Decoder,
+    rest: &[TrainingSequence],
+    gradient: &mut Gradient,
+    settings: &TrainingSettings,
+    cancelled: &dyn Fn() -> bool,
+) -> Result<PassReport> {
+    let activations = settings.activations();
+    let batch = &rest[..training::leading_sequences(rest, MICRO_BATCH_TOKENS, activations.reuse)];
+    Ok(training::accumulate_in_place(
+        decoder,
+        batch,
+        gradient,
+        activations,
+        cancelled,
+    )?)
 }

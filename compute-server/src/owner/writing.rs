@@ -16,13 +16,13 @@ use crate::memory::Reservation;
 /// New elements of a chunk of a parameter.
 pub(super) struct StagedWrite {
     /// Number of the parameter.
-    parameter: usize,
+    pub(super) parameter: usize,
     /// Number of the chunk.
-    chunk: usize,
+    pub(super) chunk: usize,
     /// Elements of the parameter before it.
-    start: usize,
-    values: Vec<f32>,
-    _memory: Reservation,
+    pub(super) start: usize,
+    pub(super) values: Vec<f32>,
+    pub(super) _memory: Reservation,
 }
 
 impl Operation {

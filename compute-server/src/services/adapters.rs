@@ -11,9 +11,10 @@ use tonic::{Request, Response, Status};
 
 use super::{Service, connection};
 use crate::app::App;
+use crate::commit_log::{LogBase, Origin, origin};
 use crate::error::{Error, Result};
 use crate::names::{self, ModelKey};
-use crate::owner::{ModelHandle, NewModel, View};
+use crate::owner::{ModelHandle, NewBase, NewModel, View};
 use crate::requests::Phase;
 use crate::sources::{self, Source};
 use crate::transactions::{Reader, Scope, WriteKind};
@@ -100,11 +101,12 @@ impl AdaptersService for Service {
         let request = request.into_inner();
         let scope = Scope::open(&self.app, request.transaction.as_ref(), connection)?;
         let key = ModelKey::new(&request.model, &required("name", &request.name)?);
-        let adapter = scope.named(&key).ok_or_else(|| Error::NotFound {
-            kind: key.kind(),
-            name: key.to_string(),
-        })?;
-        scope.push(WriteKind::DropModel(adapter))?;
+        let write = match scope.named(&key) {
+            Some(adapter) => WriteKind::DropModel(adapter),
+            None if self.app.registry.unavailable(&key).is_some() => WriteKind::DropUnavailable(key),
+            None => return Err(self.app.registry.missing(&key).into()),
+        };
+        scope.push(write)?;
         scope.close().await?;
         Ok(Response::new(v1::DropAdapterResponse {}))
     }
@@ -130,14 +132,18 @@ fn describe(adapter: &ModelHandle, view: &View, staged: bool) -> Option<v1::Adap
 }
 
 /// Makes or reads the factors. Takes long; called on a thread that may block.
-fn make(app: &App, base: ModelHandle, request: v1::CreateAdapterRequest) -> Result<NewModel> {
+pub(crate) fn make(app: &App, base: ModelHandle, request: v1::CreateAdapterRequest) -> Result<NewModel> {
     let facts = base.facts();
+    let mut origin = origin::Kind::Created(String::new());
     let decoder = {
         let state = facts.base.read();
         match Source::parse(&request.source)? {
             Source::Nothing => adapters::create(&state.decoder, &config(&request)?, request.seed.unwrap_or(0) as u64)?,
             Source::Path(path) => {
                 let directory = sources::locate(&app.config.models_dir, &path)?;
+                if app.log.is_some() {
+                    origin = origin::Kind::Files(sources::begin_digest(&directory).finish(&directory)?);
+                }
                 let loaded = adapters::load(&directory, &state.decoder);
                 loaded.map_err(|error| sources::relative(error, &app.config.models_dir))?
             }
@@ -152,6 +158,20 @@ fn make(app: &App, base: ModelHandle, request: v1::CreateAdapterRequest) -> Resu
     let memory = app.memory.reserve("an adapter", decoder.memory_bytes())?;
     let settings = facts.base.read().settings.clone();
     let seed = request.source.is_empty().then(|| request.seed.unwrap_or(0));
+    let log_base = app.log.is_some().then(|| NewBase {
+        base: LogBase {
+            request: None,
+            seed: None,
+            created_at: None,
+            origin: Some(Origin { kind: Some(origin) }),
+            adapter: Some(v1::CreateAdapterRequest {
+                transaction: None,
+                ..request.clone()
+            }),
+            of: base.id(),
+        },
+        files: None,
+    });
     Ok(NewModel {
         name: request.model,
         source: request.source,
@@ -170,6 +190,8 @@ fn make(app: &App, base: ModelHandle, request: v1::CreateAdapterRequest) -> Resu
         log: Vec::new(),
         memory,
         slot: None,
+        logged: None,
+        base: log_base,
     })
 }
 

@@ -6,29 +6,33 @@ use std::sync::Arc;
 use candle_compute_proto::v1;
 use candle_models::config::{self, TRAINING_FIELDS};
 use candle_models::training::{AdamW, checkpoint};
-use candle_models::{DecoderConfig, Device, LoadOptions, Model};
+use candle_models::{DecoderConfig, Device, LoadOptions, Model, Tokenizer};
 use serde_json::{Map, Value};
 
 use crate::app::App;
+use crate::commit_log::{LogBase, Origin, origin};
+use crate::data_folder;
 use crate::error::{Error, Result};
 use crate::memory::Reservation;
-use crate::owner::{NewModel, TrainingSettings, log_row_from_json};
+use crate::owner::{NewBase, NewModel, TrainingSettings, log_row_from_json};
 use crate::sources::{self, Source};
 use crate::transactions::Reader;
 
 /// A checked request to load a model.
-pub(super) struct Loading {
+pub(crate) struct Loading {
     /// The request.
-    pub(super) request: v1::LoadModelRequest,
-    pub(super) config: Map<String, Value>,
-    pub(super) source: Located,
-    pub(super) device: Device,
+    pub(crate) request: v1::LoadModelRequest,
+    pub(crate) config: Map<String, Value>,
+    pub(crate) source: Located,
+    pub(crate) device: Device,
 }
 
 /// Where the weights are.
-pub(super) enum Located {
-    /// Nowhere: they are made.
+pub(crate) enum Located {
+    /// Nowhere: they are made, with the tokenizer that the configuration names.
     Nothing,
+    /// Likewise, with this tokenizer as JSON; empty for none.
+    Tokenizer(String),
     /// In files.
     Files(std::path::PathBuf),
     /// In a checkpoint.
@@ -51,7 +55,7 @@ pub(super) fn locate(app: &App, reader: &Reader, source: &str) -> Result<Located
 }
 
 /// The fields of a configuration given as JSON text; none for an empty text.
-pub(super) fn parse_config(text: &str) -> Result<Map<String, Value>> {
+pub(crate) fn parse_config(text: &str) -> Result<Map<String, Value>> {
     if text.is_empty() {
         return Ok(Map::new());
     }
@@ -63,13 +67,17 @@ pub(super) fn parse_config(text: &str) -> Result<Map<String, Value>> {
 }
 
 /// Reads or makes the weights. Takes long; called on a thread that may block.
-pub(super) fn load(app: &Arc<App>, loading: Loading) -> Result<NewModel> {
+pub(crate) fn load(app: &Arc<App>, loading: Loading) -> Result<NewModel> {
     let Loading {
         request,
         config,
         source,
         device,
     } = loading;
+    let digest = match (&source, &app.log) {
+        (Located::Files(path), Some(_)) => Some(sources::begin_digest(path)),
+        _ => None,
+    };
     let options = LoadOptions {
         dtype: (!request.dtype.is_empty()).then(|| request.dtype.clone()),
         device,
@@ -78,7 +86,11 @@ pub(super) fn load(app: &Arc<App>, loading: Loading) -> Result<NewModel> {
     };
     let (mut model, optimizer, log, memory) = match &source {
         Located::Nothing => {
-            let (model, memory) = create(app, &options)?;
+            let (model, memory) = create(app, &options, None)?;
+            (model, AdamW::new(), Vec::new(), memory)
+        }
+        Located::Tokenizer(json) => {
+            let (model, memory) = create(app, &options, Some(json))?;
             (model, AdamW::new(), Vec::new(), memory)
         }
         Located::Files(path) => {
@@ -99,6 +111,10 @@ pub(super) fn load(app: &Arc<App>, loading: Loading) -> Result<NewModel> {
         "loading the model",
         model.decoder.memory_bytes() + optimizer.memory_bytes(),
     )?;
+    let base = match app.log {
+        Some(_) => Some(base(app, &request, &source, &model, digest)?),
+        None => None,
+    };
     let mut fields = model.config.as_object().cloned().unwrap_or_default();
     let settings = TrainingSettings::take(&mut fields)?;
     model.config = Value::Object(fields);
@@ -118,14 +134,59 @@ pub(super) fn load(app: &Arc<App>, loading: Loading) -> Result<NewModel> {
         log,
         memory,
         slot: None,
+        logged: None,
+        base,
     })
 }
 
-fn create(app: &App, options: &LoadOptions) -> Result<(Model, Reservation)> {
-    let tokenizer = match options.config.get("tokenizer") {
-        None | Some(Value::Null) => None,
-        Some(Value::String(name)) => Some(Arc::new(app.tokenizers.load(name)?)),
-        Some(other) => {
+/// How the commit log makes a model again.
+fn base(
+    app: &App,
+    request: &v1::LoadModelRequest,
+    source: &Located,
+    model: &Model,
+    digest: Option<sources::Digest>,
+) -> Result<NewBase> {
+    let (mut files, mut origin) = (None, None);
+    match (source, digest) {
+        (Located::Files(path), Some(digest)) => origin = Some(origin::Kind::Files(digest.finish(path)?)),
+        (Located::Checkpoint(path), _) => {
+            let staged = app.folder.stage();
+            data_folder::link_folder(path, staged.path())
+                .map_err(|error| Error::io("keeping the checkpoint that a model is restored from", error))?;
+            files = Some(staged);
+        }
+        _ => {
+            let tokenizer = model
+                .tokenizer
+                .as_ref()
+                .map(|tokenizer| tokenizer.to_json())
+                .transpose()?;
+            origin = Some(origin::Kind::Created(tokenizer.unwrap_or_default()));
+        }
+    }
+    Ok(NewBase {
+        base: LogBase {
+            request: Some(v1::LoadModelRequest {
+                transaction: None,
+                ..request.clone()
+            }),
+            seed: matches!(source, Located::Nothing).then_some(request.seed.unwrap_or(0)),
+            created_at: None,
+            origin: Some(Origin { kind: origin }),
+            adapter: None,
+            of: 0,
+        },
+        files,
+    })
+}
+
+fn create(app: &App, options: &LoadOptions, kept: Option<&str>) -> Result<(Model, Reservation)> {
+    let tokenizer = match (kept, options.config.get("tokenizer")) {
+        (Some(""), _) | (None, None | Some(Value::Null)) => None,
+        (Some(json), _) => Some(Arc::new(Tokenizer::from_json(json)?)),
+        (None, Some(Value::String(name))) => Some(Arc::new(app.tokenizers.load(name)?)),
+        (None, Some(other)) => {
             return Err(Error::invalid(format!(
                 "\"tokenizer\" is {other}; it must be a tokenizer's name"
             )));

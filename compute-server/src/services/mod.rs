@@ -27,6 +27,9 @@ use crate::app::App;
 use crate::connections::ConnectionInfo;
 use crate::transactions::Connection;
 
+pub(crate) use adapters::make as make_adapter;
+pub(crate) use load::{Loading, Located, load, parse_config};
+
 /// A stream of responses.
 type ResponseStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 

@@ -81,9 +81,15 @@ impl ModelsService for Service {
         let reader = Reader::open(&self.app, request.transaction.as_ref())?;
         let wanted = |name: &str| request.names.is_empty() || request.names.iter().any(|wanted| wanted == name);
         let models = reader.models().into_iter().filter(|(model, _)| wanted(model.name()));
-        let models = models
+        let mut models: Vec<v1::Model> = models
             .map(|(model, staged)| describe(&model, &reader.view(), staged))
             .collect();
+        for unavailable in reader.unavailable() {
+            if wanted(&unavailable.row.name) && !models.iter().any(|model| model.name == unavailable.row.name) {
+                models.push(unavailable.row);
+            }
+        }
+        models.sort_by(|first, second| first.name.cmp(&second.name));
         Ok(Response::new(v1::ListModelsResponse { models }))
     }
 
@@ -117,15 +123,20 @@ impl ModelsService for Service {
         let connection = connection(&request);
         let request = request.into_inner();
         let scope = Scope::open(&self.app, request.transaction.as_ref(), connection)?;
-        let model = scope.model(&request.name)?;
-        let adapters = scope.reader().map(Reader::adapters).unwrap_or_default();
-        for (adapter, _) in adapters
-            .into_iter()
-            .filter(|(adapter, _)| adapter.is_adapter_of(&model))
-        {
-            scope.push(WriteKind::DropModel(adapter))?;
+        let key = ModelKey::new(&request.name, "");
+        if scope.named(&key).is_none() && self.app.registry.unavailable(&key).is_some() {
+            scope.push(WriteKind::DropUnavailable(key))?;
+        } else {
+            let model = scope.model(&request.name)?;
+            let adapters = scope.reader().map(Reader::adapters).unwrap_or_default();
+            for (adapter, _) in adapters
+                .into_iter()
+                .filter(|(adapter, _)| adapter.is_adapter_of(&model))
+            {
+                scope.push(WriteKind::DropModel(adapter))?;
+            }
+            scope.push(WriteKind::DropModel(model))?;
         }
-        scope.push(WriteKind::DropModel(model))?;
         scope.close().await?;
         Ok(Response::new(v1::UnloadModelResponse {}))
     }

@@ -192,7 +192,9 @@ impl TrainingService for Service {
         let request = request.into_inner();
         let scope = Scope::open(&self.app, request.transaction.as_ref(), connection)?;
         let model = scope.find(&request.model, &request.adapter)?;
-        scope.change(&model, |owner, ticket| owner.stage_zero(ticket)).await?;
+        scope
+            .change_settled(&model, |owner, ticket| owner.stage_zero(ticket))
+            .await?;
         scope.close().await?;
         Ok(Response::new(v1::ZeroGradientsResponse {}))
     }
@@ -210,7 +212,7 @@ impl TrainingService for Service {
         let guard = self.app.requests.begin("step", &model);
         let options = options.unwrap_or_default();
         let step = scope
-            .change(&handle, move |owner, ticket| owner.stage_step(ticket, &options))
+            .change_settled(&handle, move |owner, ticket| owner.stage_step(ticket, &options))
             .await?;
         scope.close().await?;
         drop(guard);

@@ -106,7 +106,10 @@ pub(super) async fn drop_writes(transaction: &Transaction, writes: Vec<Write>, s
             WriteKind::CreateModel(model) => model.unload(),
             WriteKind::Change(model) if !changed.iter().any(|known| known.is(&model)) => changed.push(model),
             WriteKind::CreateCheckpoint(staged) => files.push(staged),
-            WriteKind::DropModel(_) | WriteKind::Change(_) | WriteKind::DeleteCheckpoint(_) => {}
+            WriteKind::DropModel(_)
+            | WriteKind::DropUnavailable(_)
+            | WriteKind::Change(_)
+            | WriteKind::DeleteCheckpoint(_) => {}
         }
     }
     for model in changed {

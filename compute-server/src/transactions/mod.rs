@@ -3,6 +3,8 @@
 //! What belongs to a model lies staged in its owner thread; this module knows which models a transaction touched, holds
 //! the models and checkpoints it made or dropped, and ends it as a whole.
 
+mod bases;
+mod committing;
 mod ending;
 mod publish;
 mod registry;

@@ -10,7 +10,7 @@ use crate::app::App;
 use crate::checkpoints::{self, Key, StagedCheckpoint};
 use crate::error::{Error, Result};
 use crate::names::ModelKey;
-use crate::owner::ModelHandle;
+use crate::owner::{ModelHandle, Recorded};
 
 /// Longest wait for the memory of unloaded models: they finish the token or micro-batch that they are at first.
 const UNLOAD_PATIENCE: Duration = Duration::from_secs(2);
@@ -22,7 +22,7 @@ impl App {
     /// # Errors
     /// `Stale` when another transaction changed what this one relies on, or when it is unknown although `expected`;
     /// `NameTaken` when another one took a name.
-    pub(crate) async fn publish(&self, id: &str, expected: bool) -> Result<u64> {
+    pub(crate) async fn publish(self: &Arc<Self>, id: &str, expected: bool) -> Result<u64> {
         let (writes, unloaded) = self.publish_in_turn(id, expected).await?;
         // What the caller loads next is to find their memory free.
         let all_ended = async {
@@ -35,7 +35,7 @@ impl App {
     }
 
     /// As [`publish`](Self::publish), once no other transaction is being published; returns what was unloaded, too.
-    async fn publish_in_turn(&self, id: &str, expected: bool) -> Result<(u64, Vec<ModelHandle>)> {
+    async fn publish_in_turn(self: &Arc<Self>, id: &str, expected: bool) -> Result<(u64, Vec<ModelHandle>)> {
         let _one_at_a_time = self.transactions.publishing.lock().await;
         if let Some(writes) = self.transactions.published(id) {
             return Ok((writes, Vec::new()));
@@ -55,8 +55,12 @@ impl App {
             _ => None,
         });
         let unloaded = unloaded.collect();
-        let result = match self.validate(&transaction, &writes).await {
-            Ok(()) => self.apply(&transaction, writes).await,
+        let logged = match self.validate(&transaction, &writes).await {
+            Ok(recorded) => self.log_commit(&transaction, &writes, recorded).await,
+            Err(error) => Err(error),
+        };
+        let result = match logged {
+            Ok(number) => self.apply(&transaction, writes, number).await,
             Err(error) => {
                 drop_writes(&transaction, writes, 0).await;
                 Err(error)
@@ -68,8 +72,8 @@ impl App {
         Ok((count, unloaded))
     }
 
-    /// Checks that every write can be made visible.
-    async fn validate(&self, transaction: &Transaction, writes: &[Write]) -> Result<()> {
+    /// Checks that every write can be made visible; returns what the commit log is to hold of the changes to models.
+    async fn validate(&self, transaction: &Transaction, writes: &[Write]) -> Result<Vec<(u64, Recorded)>> {
         let mut models: HashMap<ModelKey, Option<ModelHandle>> = HashMap::new();
         let mut checkpoints: HashMap<Key, bool> = HashMap::new();
         for write in writes {
@@ -120,9 +124,19 @@ impl App {
                         return Err(checkpoints::not_found(key));
                     }
                 }
+                WriteKind::DropUnavailable(key) => {
+                    if self.registry.unavailable(key).is_none() {
+                        let kind = key.kind();
+                        return Err(Error::Stale(format!(
+                            "{kind} \"{key}\" was dropped by another transaction"
+                        )));
+                    }
+                }
                 WriteKind::Change(_) => {}
             }
         }
+        let record = self.log.is_some();
+        let mut recorded = Vec::new();
         for model in changed_models(writes) {
             let key = model.key();
             let present = models.entry(key.clone()).or_insert_with(|| self.registry.find(&key));
@@ -134,33 +148,47 @@ impl App {
                 continue;
             }
             let id = Arc::clone(&transaction.id);
-            model.call(move |owner| owner.prepare(&id)).await?;
+            let changes = model.call(move |owner| owner.prepare(&id, record)).await?;
+            recorded.extend(changes.map(|changes| (model.id(), changes)));
         }
-        Ok(())
+        Ok(recorded)
     }
 
-    /// Makes every write visible: files first, since they alone can still fail.
-    async fn apply(&self, transaction: &Transaction, writes: Vec<Write>) -> Result<()> {
+    /// Makes every write visible: files first, since they alone can still fail. `logged` is the number of the frame in the
+    /// commit log, if there is one; nothing is taken back then, for the transaction is committed.
+    async fn apply(self: &Arc<Self>, transaction: &Transaction, writes: Vec<Write>, logged: Option<u64>) -> Result<()> {
+        let (mut failed, mut saved) = (None, Vec::new());
         let changed = changed_models(&writes);
         let mut done: Vec<CheckpointChange> = Vec::new();
         let mut models = Vec::new();
         for write in writes {
             match write.kind {
                 WriteKind::CreateCheckpoint(staged) => match self.checkpoints.publish(&staged) {
-                    Ok(()) => done.push(CheckpointChange::Created(staged)),
-                    Err(error) => return self.undo(transaction, done, models, changed, error).await,
+                    Ok(()) => {
+                        saved.push(staged.row.model.clone());
+                        done.push(CheckpointChange::Created(staged));
+                    }
+                    Err(error) if logged.is_none() => {
+                        return self.undo(transaction, done, models, changed, error).await;
+                    }
+                    Err(error) => failed = Some(error),
                 },
                 WriteKind::DeleteCheckpoint(key) => match self.checkpoints.remove(&key) {
                     Ok(removed) => done.push(CheckpointChange::Deleted(removed)),
-                    Err(error) => return self.undo(transaction, done, models, changed, error).await,
+                    Err(error) if logged.is_none() => {
+                        return self.undo(transaction, done, models, changed, error).await;
+                    }
+                    Err(error) => failed = Some(error),
                 },
-                kind @ (WriteKind::CreateModel(_) | WriteKind::DropModel(_)) => models.push(kind),
+                kind @ (WriteKind::CreateModel(_) | WriteKind::DropModel(_) | WriteKind::DropUnavailable(_)) => {
+                    models.push(kind);
+                }
                 WriteKind::Change(_) => {}
             }
         }
         for model in &changed {
-            let id = Arc::clone(&transaction.id);
-            if let Err(error) = model.call(move |owner| owner.apply(&id)).await
+            let (id, number) = (Arc::clone(&transaction.id), logged.unwrap_or(0));
+            if let Err(error) = model.call(move |owner| owner.apply(&id, number)).await
                 && !matches!(error, Error::Unloaded(_))
             {
                 // Validated, so this is a defect; the model's owner has logged it.
@@ -170,7 +198,10 @@ impl App {
         }
         for kind in models {
             match kind {
-                WriteKind::CreateModel(model) => self.registry.insert(model),
+                WriteKind::CreateModel(model) => {
+                    self.registry.forget_unavailable(&model.key());
+                    self.registry.insert(model);
+                }
                 WriteKind::DropModel(model) => {
                     self.registry.remove(&model);
                     model.unload();
@@ -182,11 +213,13 @@ impl App {
                         }
                     }
                 }
+                WriteKind::DropUnavailable(key) => self.registry.forget_unavailable(&key),
                 _ => {}
             }
         }
         let _ = tokio::task::spawn_blocking(move || drop(done)).await;
-        Ok(())
+        self.save_bases(&changed, &saved);
+        failed.map_or(Ok(()), Err)
     }
 
     /// Takes back what was made visible before `error`.
@@ -226,7 +259,7 @@ enum CheckpointChange {
 }
 
 /// The models that writes changed, each once.
-fn changed_models(writes: &[Write]) -> Vec<ModelHandle> {
+pub(super) fn changed_models(writes: &[Write]) -> Vec<ModelHandle> {
     let mut models: Vec<ModelHandle> = Vec::new();
     for write in writes {
         if let WriteKind::Change(model) = &write.kind

@@ -82,7 +82,7 @@ impl Transactions {
     }
 
     /// Remembers that `id` was published with so many writes.
-    pub(super) fn remember(&self, id: &TransactionId, writes: u64) {
+    pub(crate) fn remember(&self, id: &TransactionId, writes: u64) {
         let mut published = self.published.lock().unwrap_or_else(PoisonError::into_inner);
         if published.writes.insert(Arc::clone(id), writes).is_none() {
             published.order.push_back(Arc::clone(id));

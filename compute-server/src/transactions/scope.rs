@@ -5,11 +5,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_compute_proto::v1;
 
-use super::transaction::{Connection, Transaction, WriteKind};
+use super::committing::AUTOMATIC;
+use super::transaction::{Connection, Transaction, Write, WriteKind};
 use crate::app::App;
 use crate::error::{Error, Result};
 use crate::names::ModelKey;
 use crate::owner::{ModelHandle, Owner, Ticket, Trained, TrainingRequest, View};
+use crate::registry::Unavailable;
 
 /// A call that reads: what everybody sees, and what its transaction staged.
 pub(crate) struct Reader {
@@ -95,6 +97,17 @@ impl Reader {
         models.into_values().collect()
     }
 
+    /// Models that could not be made again after a restart, and that the transaction has not dropped.
+    pub(crate) fn unavailable(&self) -> Vec<Unavailable> {
+        let mut models = self.app.registry.unavailable_models();
+        if let Some(transaction) = &self.transaction {
+            let state = transaction.lock();
+            let drops = |write: &Write, name: &str| matches!(&write.kind, WriteKind::DropUnavailable(key) if *key == ModelKey::new(name, ""));
+            models.retain(|model| !state.writes.iter().any(|write| drops(write, &model.row.name)));
+        }
+        models
+    }
+
     /// All checkpoints that are seen, in the order of model and step.
     pub(crate) fn checkpoints(&self) -> Vec<v1::Checkpoint> {
         let row = |row: v1::Checkpoint| ((row.model.clone(), row.step), row);
@@ -172,7 +185,7 @@ impl Scope {
                 (transaction, context.subtransaction_id.max(1))
             }
             None => {
-                let id = format!("automatic {}", NEXT_AUTOMATIC.fetch_add(1, Ordering::Relaxed));
+                let id = format!("{AUTOMATIC}{}", NEXT_AUTOMATIC.fetch_add(1, Ordering::Relaxed));
                 (app.transactions.find_or_begin(&id, None)?, 1)
             }
         };
@@ -253,6 +266,25 @@ impl Scope {
         self.changing(model, work).await
     }
 
+    /// As [`change`](Self::change), for what uses up the committed gradient: it waits for a publish that is under way.
+    ///
+    /// # Errors
+    /// As [`change`](Self::change).
+    pub(crate) async fn change_settled<T: Send + 'static>(
+        &self,
+        model: &ModelHandle,
+        work: impl FnOnce(&mut Owner, &Ticket) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let (ticket, transaction) = (self.ticket(), Arc::clone(&self.transaction));
+        let work = model.start_work(move |owner, reply| {
+            owner.once_settled(move |owner| {
+                let open = transaction.check_open();
+                reply.send(open.and_then(|()| work(owner, &ticket)));
+            });
+        });
+        self.changing(model, work).await
+    }
+
     /// Queues sequences whose gradient is to be staged, and waits for them.
     ///
     /// # Errors
@@ -316,16 +348,14 @@ fn visible(app: &App, transaction: Option<&Transaction>, key: &ModelKey) -> Opti
 
 /// The model, or an adapter of it, whose weights are those that everybody sees: its thread knows no others.
 fn find(app: &App, transaction: Option<&Transaction>, view: &View, model: &str, adapter: &str) -> Result<ModelHandle> {
-    let base = visible(app, transaction, &ModelKey::new(model, "")).ok_or_else(|| Error::no_model(model))?;
+    let base = visible(app, transaction, &ModelKey::new(model, ""))
+        .ok_or_else(|| app.registry.missing(&ModelKey::new(model, "")))?;
     if adapter.is_empty() {
         return Ok(base);
     }
     let key = ModelKey::new(model, adapter);
     let found = visible(app, transaction, &key).filter(|found| found.is_adapter_of(&base));
-    let found = found.ok_or_else(|| Error::NotFound {
-        kind: "adapter",
-        name: key.to_string(),
-    })?;
+    let found = found.ok_or_else(|| app.registry.missing(&key))?;
     if base.changes_weights(view) {
         return Err(Error::Precondition {
             message: format!(

@@ -50,6 +50,8 @@ pub(crate) enum WriteKind {
     CreateModel(ModelHandle),
     /// A model was dropped.
     DropModel(ModelHandle),
+    /// A model or adapter that could not be made again was dropped.
+    DropUnavailable(ModelKey),
     /// Something was staged in the model's owner.
     Change(ModelHandle),
     /// A checkpoint was written.

@@ -9,12 +9,12 @@ const A: &[i64] = &[1, 2, 3, 4, 5, 6];
 const B: &[i64] = &[9, 8, 7, 6, 5];
 
 impl Client {
-    async fn adapt(&self, request: CreateAdapterRequest) -> Result<Adapter, Status> {
+    pub async fn adapt(&self, request: CreateAdapterRequest) -> Result<Adapter, Status> {
         let made = self.adapters.clone().create_adapter(request).await?.into_inner();
         Ok(made.adapter.unwrap())
     }
 
-    async fn adapter(&self, name: &str, transaction: Option<TransactionContext>) -> Option<Adapter> {
+    pub async fn adapter(&self, name: &str, transaction: Option<TransactionContext>) -> Option<Adapter> {
         let request = ListAdaptersRequest {
             transaction,
             models: vec![],
@@ -33,7 +33,7 @@ impl Client {
         self.adapters.clone().drop_adapter(request).await.map(drop)
     }
 
-    async fn merge_adapter(&self, name: &str, transaction: Option<TransactionContext>) -> Result<Adapter, Status> {
+    pub async fn merge_adapter(&self, name: &str, transaction: Option<TransactionContext>) -> Result<Adapter, Status> {
         let request = MergeAdapterRequest {
             transaction,
             model: "m".into(),
@@ -43,7 +43,7 @@ impl Client {
         Ok(merged.adapter.unwrap())
     }
 
-    async fn train_adapter(
+    pub async fn train_adapter(
         &self,
         adapter: &str,
         transaction: Option<TransactionContext>,
@@ -63,7 +63,7 @@ impl Client {
         Ok(trained.losses[0].loss)
     }
 
-    async fn step_adapter(&self, adapter: &str, transaction: Option<TransactionContext>) -> Result<u64, Status> {
+    pub async fn step_adapter(&self, adapter: &str, transaction: Option<TransactionContext>) -> Result<u64, Status> {
         let request = StepRequest {
             transaction,
             model: "m".into(),
@@ -84,7 +84,7 @@ impl Client {
             .step)
     }
 
-    async fn rows_of(&self, adapter: &str, transaction: Option<TransactionContext>) -> usize {
+    pub async fn rows_of(&self, adapter: &str, transaction: Option<TransactionContext>) -> usize {
         let request = ListBatchesRequest {
             transaction,
             models: vec![],
@@ -94,7 +94,7 @@ impl Client {
         listed.into_inner().sequences.len()
     }
 
-    async fn scores_of(&self, adapter: &str, transaction: Option<TransactionContext>) -> Result<Vec<f32>, Status> {
+    pub async fn scores_of(&self, adapter: &str, transaction: Option<TransactionContext>) -> Result<Vec<f32>, Status> {
         let request = ScoreRequest {
             transaction,
             model: "m".into(),
@@ -107,7 +107,7 @@ impl Client {
 }
 
 /// An adapter of every matrix of the model `m`.
-fn lora(name: &str) -> CreateAdapterRequest {
+pub fn lora(name: &str) -> CreateAdapterRequest {
     CreateAdapterRequest {
         model: "m".into(),
         name: name.into(),

@@ -4,6 +4,7 @@
 mod adapters;
 mod bad_input;
 mod checkpoints;
+mod durability;
 mod generation;
 mod gradients;
 mod operations;

@@ -225,6 +225,17 @@ impl Client {
         panic!("the stream ended without a summary");
     }
 
+    pub async fn models(&self) -> Vec<Model> {
+        let request = ListModelsRequest::default();
+        self.models
+            .clone()
+            .list_models(request)
+            .await
+            .unwrap()
+            .into_inner()
+            .models
+    }
+
     pub async fn batch(
         &self,
         model: &str,
@@ -380,6 +391,15 @@ impl Client {
             assert!(Instant::now() < deadline, "still {requests:?}");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+    }
+}
+
+/// Polls until `wanted` holds.
+pub async fn poll(wanted: impl Fn() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !wanted() {
+        assert!(Instant::now() < deadline, "still waiting");
+        tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 

@@ -14,6 +14,19 @@ pub struct Delta {
     products: Vec<(ParameterId, Tensor, Tensor)>,
 }
 
+/// One matrix's part of a [`Delta`]: elements in row-major order, f32.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ProductData {
+    /// Number of the matrix among the base's parameters.
+    pub parameter: usize,
+    /// Columns of `b` and rows of `a`.
+    pub rank: usize,
+    /// `scale * B`, `[out, rank]`.
+    pub b: Vec<f32>,
+    /// `A`, `[rank, in]`.
+    pub a: Vec<f32>,
+}
+
 impl Delta {
     /// What the adapter of an adapted decoder adds now.
     ///
@@ -31,6 +44,45 @@ impl Delta {
         };
         Ok(Self {
             products: adapted.adapted_modules().iter().map(product).collect::<Result<_>>()?,
+        })
+    }
+
+    /// The factors as plain data, so that a log can keep them exactly.
+    ///
+    /// # Errors
+    /// [`Error::Candle`].
+    pub fn to_data(&self) -> Result<Vec<ProductData>> {
+        let data = |(matrix, b, a): &(ParameterId, Tensor, Tensor)| {
+            Ok(ProductData {
+                parameter: matrix.0,
+                rank: a.dim(0)?,
+                b: b.flatten_all()?.to_vec1()?,
+                a: a.flatten_all()?.to_vec1()?,
+            })
+        };
+        self.products.iter().map(data).collect()
+    }
+
+    /// What [`to_data`](Self::to_data) was called on, for a base of the same shape.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if the data is of another model.
+    pub fn from_data(base: &Decoder, data: Vec<ProductData>) -> Result<Self> {
+        let product = |data: ProductData| -> Result<_> {
+            let misfit = || Error::InvalidArgument("the adapter's product is of another model".into());
+            let info = base.parameters().get(data.parameter).ok_or_else(misfit)?;
+            let [rows, columns] = *info.held_shape() else {
+                return Err(misfit());
+            };
+            if (data.b.len(), data.a.len()) != (rows * data.rank, data.rank * columns) {
+                return Err(misfit());
+            }
+            let b = Tensor::from_vec(data.b, (rows, data.rank), base.device())?;
+            let a = Tensor::from_vec(data.a, (data.rank, columns), base.device())?;
+            Ok((ParameterId(data.parameter), b, a))
+        };
+        Ok(Self {
+            products: data.into_iter().map(product).collect::<Result<_>>()?,
         })
     }
 

@@ -13,5 +13,5 @@ mod peft;
 pub use config::{LoraConfig, TargetModules};
 pub use create::create;
 pub use files::{CONFIG_FILE, WEIGHTS_FILE, load};
-pub use merge::Delta;
+pub use merge::{Delta, ProductData};
 pub use peft::config_json;

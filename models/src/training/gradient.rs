@@ -14,16 +14,16 @@ use crate::ops::backward::add_in_place;
 /// parameter in the decoder's own layout, with what is needed to make their mean. Takes no memory for parameters until
 /// something is accumulated.
 pub struct Gradient {
-    parameters: Arc<[ParameterInfo]>,
+    pub(super) parameters: Arc<[ParameterInfo]>,
     device: Device,
     /// One entry a parameter; empty until the first batch; `None` for a frozen parameter.
-    sums: Vec<Option<Tensor>>,
-    tokens: u64,
-    micro_batches: u64,
+    pub(super) sums: Vec<Option<Tensor>>,
+    pub(super) tokens: u64,
+    pub(super) micro_batches: u64,
     /// Sum over `loss_tokens` targets of `loss_weight` times the cross-entropy.
-    weighted_loss: f64,
+    pub(super) weighted_loss: f64,
     /// Targets whose loss is known: all but those merged without it.
-    loss_tokens: u64,
+    pub(super) loss_tokens: u64,
 }
 
 impl Gradient {

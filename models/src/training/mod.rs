@@ -12,6 +12,7 @@ pub mod checkpoint;
 
 mod forward;
 mod gradient;
+mod gradient_data;
 mod layout;
 mod listing;
 mod options;
@@ -30,6 +31,7 @@ pub use accumulate::{PassReport, SequenceLoss, accumulate, accumulate_in_place};
 pub use activations::{ActivationSettings, Compression, Recompute};
 pub use adamw::{AdamW, StepReport};
 pub use gradient::Gradient;
+pub use gradient_data::GradientData;
 pub use listing::{ActivationStorage, TapeEntry};
 pub use options::AdamWOptions;
 pub use packed::leading_sequences;
