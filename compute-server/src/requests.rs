@@ -19,6 +19,10 @@ pub(crate) enum Phase {
     Decode,
     /// Runs.
     Running,
+    /// Measures a loss between steps.
+    Evaluating,
+    /// Saves a checkpoint between steps.
+    Saving,
 }
 
 impl Phase {
@@ -29,6 +33,8 @@ impl Phase {
             Self::Prefill => "prefill",
             Self::Decode => "decode",
             Self::Running => "running",
+            Self::Evaluating => "evaluating",
+            Self::Saving => "saving",
         }
     }
 }
@@ -37,7 +43,7 @@ impl Phase {
 #[derive(Debug)]
 pub(crate) struct ActiveRequest {
     id: u64,
-    /// `generate`, `score`, `forward`, `batch`, `step`, `checkpoint`, `load`.
+    /// `generate`, `score`, `forward`, `batch`, `step`, `checkpoint`, `load`, …: see `ActiveRequest` of the protocol.
     pub(crate) kind: &'static str,
     /// Its model; empty when it has none.
     pub(crate) model: String,
@@ -63,7 +69,9 @@ impl ActiveRequest {
             0 => Phase::Queued,
             1 => Phase::Prefill,
             2 => Phase::Decode,
-            _ => Phase::Running,
+            3 => Phase::Running,
+            4 => Phase::Evaluating,
+            _ => Phase::Saving,
         }
     }
 

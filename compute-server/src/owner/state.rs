@@ -87,6 +87,18 @@ impl Owner {
             .map_or(&self.model.decoder, |state| &state.model.decoder)
     }
 
+    /// The digest of the state that `view` sees ([`candle_models::training::digest`]), and its step.
+    ///
+    /// # Errors
+    /// As [`decoder`](Self::decoder).
+    pub(crate) fn digest(&mut self, view: &View) -> Result<(String, u64)> {
+        self.materialize(view)?;
+        let staged = self.staged_state(view).and_then(|state| state.optimizer.as_ref());
+        let optimizer = staged.unwrap_or(&self.optimizer);
+        let digest = candle_models::training::digest(self.present_decoder(view), optimizer)?;
+        Ok((digest, optimizer.steps()))
+    }
+
     /// Saves the model that `view` sees as the folder `directory`, which must not exist.
     ///
     /// # Errors

@@ -8,7 +8,7 @@ use candle_compute_proto::v1::inference_service_server::InferenceService;
 use candle_models::{ChatMessage, CompletionText, Sampler, SamplingOptions, Tokenizer};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::Service;
+use super::{Service, texts};
 use crate::chunks::Assembly;
 use crate::error::{Error, Result};
 use crate::owner::{GenerationRequest, ModelHandle, OutputStream, Step};
@@ -80,6 +80,28 @@ impl InferenceService for Service {
         let ids = token_ids(&request.token_ids, tokenizer.vocabulary_size())?;
         let text = tokenizer.decode(&ids).map_err(Error::from)?;
         Ok(Response::new(v1::DetokenizeResponse { text }))
+    }
+
+    async fn tokenize_texts(
+        &self,
+        request: Request<v1::TokenizeTextsRequest>,
+    ) -> Result<Response<v1::TokenizeTextsResponse>, Status> {
+        let request = request.into_inner();
+        let reader = Reader::open(&self.app, request.transaction.as_ref())?;
+        let model = reader.model(&request.model)?;
+        let tokenized = texts::tokenize(&model, request.texts, request.with_ends).await?;
+        Ok(Response::new(tokenized))
+    }
+
+    async fn detokenize_texts(
+        &self,
+        request: Request<v1::DetokenizeTextsRequest>,
+    ) -> Result<Response<v1::DetokenizeTextsResponse>, Status> {
+        let request = request.into_inner();
+        let reader = Reader::open(&self.app, request.transaction.as_ref())?;
+        let model = reader.model(&request.model)?;
+        let detokenized = texts::detokenize(&model, request.documents).await?;
+        Ok(Response::new(detokenized))
     }
 
     async fn score(&self, request: Request<v1::ScoreRequest>) -> Result<Response<v1::ScoreResponse>, Status> {
@@ -217,7 +239,7 @@ impl Service {
     }
 }
 
-fn tokenizer(model: &ModelHandle) -> Result<Arc<Tokenizer>> {
+pub(super) fn tokenizer(model: &ModelHandle) -> Result<Arc<Tokenizer>> {
     model.facts().tokenizer.clone().ok_or_else(|| Error::Precondition {
         message: format!(
             "model \"{}\" has no tokenizer, so it takes token ids only",
@@ -281,7 +303,7 @@ fn sampling_options(given: v1::SamplingOptions) -> Result<SamplingOptions> {
 }
 
 /// Token ids below `vocabulary`.
-fn token_ids(ids: &[i64], vocabulary: usize) -> Result<Vec<u32>> {
+pub(super) fn token_ids(ids: &[i64], vocabulary: usize) -> Result<Vec<u32>> {
     let check = |(index, &id): (usize, &i64)| {
         u32::try_from(id)
             .ok()

@@ -4,8 +4,11 @@ mod adapters;
 mod checkpoints;
 mod inference;
 mod load;
+mod losses;
 mod models;
 mod telemetry;
+mod texts;
+mod tracking;
 mod training;
 mod transactions;
 

@@ -116,6 +116,17 @@ impl ModelsService for Service {
         Ok(Response::new(v1::UpdateModelResponse { model: Some(row) }))
     }
 
+    async fn digest_model(
+        &self,
+        request: Request<v1::DigestModelRequest>,
+    ) -> Result<Response<v1::DigestModelResponse>, Status> {
+        let request = request.into_inner();
+        let reader = Reader::open(&self.app, request.transaction.as_ref())?;
+        let (model, view) = (reader.model(&request.model)?, reader.view());
+        let (sha256, step) = model.call(move |owner| owner.digest(&view)).await?;
+        Ok(Response::new(v1::DigestModelResponse { sha256, step }))
+    }
+
     async fn unload_model(
         &self,
         request: Request<v1::UnloadModelRequest>,

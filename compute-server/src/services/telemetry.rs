@@ -2,9 +2,11 @@
 
 use candle_compute_proto::v1::telemetry_service_server::TelemetryService;
 use candle_compute_proto::{PROTOCOL, v1};
-use tonic::{Request, Response, Status};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
 
 use super::Service;
+use super::tracking::Tracked;
 use crate::devices;
 use crate::error::Error;
 
@@ -49,6 +51,19 @@ impl TelemetryService for Service {
         Ok(Response::new(v1::ListRequestsResponse {
             requests: rows.collect(),
         }))
+    }
+
+    type TrackRequestStream = ReceiverStream<Result<v1::TrackRequestResponse, Status>>;
+
+    async fn track_request(
+        &self,
+        request: Request<Streaming<v1::TrackRequestRequest>>,
+    ) -> Result<Response<Self::TrackRequestStream>, Status> {
+        let mut messages = request.into_inner();
+        let first = messages.message().await?;
+        let first = first.ok_or_else(|| Error::invalid("the stream is empty"))?;
+        let tracked = Tracked::begin(&self.app.requests, &first)?;
+        Ok(Response::new(tracked.follow(messages)))
     }
 
     async fn cancel_request(

@@ -6,7 +6,7 @@ use candle_models::ParameterInfo;
 use candle_models::training::{Gradient, TrainingSequence};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{ResponseStream, Service, connection};
+use super::{ResponseStream, Service, connection, losses};
 use crate::chunks;
 use crate::error::{Error, Result};
 use crate::names::ModelKey;
@@ -95,6 +95,23 @@ impl TrainingService for Service {
             move || stream.next(gradient.gradient())
         });
         Ok(Response::new(Box::pin(tokio_stream::iter(messages))))
+    }
+
+    async fn compute_losses(
+        &self,
+        request: Request<v1::ComputeLossesRequest>,
+    ) -> Result<Response<v1::ComputeLossesResponse>, Status> {
+        let v1::ComputeLossesRequest {
+            transaction,
+            model,
+            sequences,
+        } = request.into_inner();
+        let reader = Reader::open(&self.app, transaction.as_ref())?;
+        let handle = reader.model(&model)?;
+        let sequences = self.check_sequences(&handle, &sequences)?;
+        let request = self.app.requests.begin("losses", model.as_str());
+        let losses = losses::compute(&handle, reader.view(), sequences, request).await?;
+        Ok(Response::new(v1::ComputeLossesResponse { losses }))
     }
 
     async fn read_gradients(
@@ -258,6 +275,18 @@ impl Service {
         rows: Vec<v1::Sequence>,
         target: Target,
     ) -> Result<TrainingRequest> {
+        let sequences = self.check_sequences(model, &rows)?;
+        Ok(TrainingRequest {
+            target,
+            sequences,
+            rows,
+            request: self.app.requests.begin("batch", model.name()),
+        })
+    }
+}
+
+impl Service {
+    fn check_sequences(&self, model: &ModelHandle, rows: &[v1::Sequence]) -> Result<Vec<TrainingSequence>> {
         if rows.is_empty() {
             return Err(Error::invalid("sequences is empty; at least one is needed"));
         }
@@ -268,13 +297,7 @@ impl Service {
             let targets = (row.has_targets || !row.targets.is_empty()).then_some(row.targets.as_slice());
             Ok(TrainingSequence::new(&row.token_ids, targets, row.loss_weight, config)?)
         };
-        let sequences = rows.iter().map(check).collect::<Result<_>>()?;
-        Ok(TrainingRequest {
-            target,
-            sequences,
-            rows,
-            request: self.app.requests.begin("batch", model.name()),
-        })
+        rows.iter().map(check).collect()
     }
 }
 
@@ -311,7 +334,8 @@ fn gradient_chunk(model: &ModelHandle, message: &v1::MergeGradientsRequest) -> R
     let largest = received
         .values
         .iter()
-        .fold(0.0f32, |largest, value| largest.max(value.abs()));
+        // They are finite, and so a plain comparison will do, which is computed many at a time.
+        .fold(0.0f32, |largest, value| if value.abs() > largest { value.abs() } else { largest });
     if f64::from(largest) * tokens as f64 > f64::from(f32::MAX) {
         return Err(Error::invalid(format!(
             "parameter \"{}\", chunk {}: {largest} times the weight of {tokens} tokens exceeds the range of f32",

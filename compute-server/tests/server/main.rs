@@ -5,6 +5,7 @@ mod adapters;
 mod bad_input;
 mod checkpoints;
 mod durability;
+mod client_driven;
 mod generation;
 mod gradients;
 mod operations;

@@ -34,6 +34,33 @@ impl Decoder {
         Ok(scores)
     }
 
+    /// Cross-entropy (natural logarithm) of every token's target, given the tokens up to it: `None` where there is no
+    /// target. `targets` has one entry a token, each below the vocabulary's size. Ends with [`Error::Cancelled`] soon after
+    /// `cancelled` returns true.
+    pub fn losses_unless(
+        &self,
+        tokens: &[u32],
+        targets: &[Option<u32>],
+        cancelled: &dyn Fn() -> bool,
+    ) -> Result<Vec<Option<f32>>> {
+        let head = self.weight(self.layout.head.weight);
+        let mut losses = Vec::with_capacity(tokens.len());
+        self.for_each_block(tokens, cancelled, &mut |first, hidden| {
+            let targets = &targets[first..first + hidden.dim(0)?];
+            if targets.iter().all(Option::is_none) {
+                losses.extend(std::iter::repeat_n(None, targets.len()));
+                return Ok(());
+            }
+            let hidden = self.normalize(hidden, &self.layout.final_norm)?;
+            // Rows without a target are computed with those that have one, and left out.
+            let present: Vec<u32> = targets.iter().map(|target| target.unwrap_or(0)).collect();
+            let block = log_probabilities(&hidden, head, &present)?;
+            losses.extend(block.into_iter().zip(targets).map(|(value, target)| target.map(|_| -value)));
+            Ok(())
+        })?;
+        Ok(losses)
+    }
+
     /// The logits after each of the new `tokens` of one sequence, `[tokens, vocabulary]` f32; `cache` is extended by them.
     /// Fails as [`forward`](Self::forward).
     pub fn next_logits(&self, tokens: &[u32], cache: &mut KeyValueCache) -> Result<Tensor> {

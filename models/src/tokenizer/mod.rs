@@ -1,5 +1,6 @@
 //! Text to tokens and back: Hugging Face's `tokenizers` behind an interface that is exact in bytes.
 
+mod document;
 mod files;
 mod gguf;
 mod merges;
@@ -9,5 +10,6 @@ mod token_bytes;
 mod train;
 mod wrapper;
 
+pub use document::{Document, DocumentText, Documents};
 pub use train::END_OF_TEXT;
 pub use wrapper::Tokenizer;

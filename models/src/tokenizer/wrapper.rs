@@ -164,7 +164,7 @@ impl Tokenizer {
         self.inner.id_to_token(id)
     }
 
-    fn check(&self, token: u32) -> Result<()> {
+    pub(super) fn check(&self, token: u32) -> Result<()> {
         let size = self.vocabulary_size();
         if (token as usize) < size {
             return Ok(());

@@ -9,7 +9,7 @@ mod activations;
 mod adamw;
 mod backward;
 pub mod checkpoint;
-
+mod digest;
 mod forward;
 mod gradient;
 mod gradient_data;
@@ -30,6 +30,7 @@ pub(crate) use layout::change_range;
 pub use accumulate::{PassReport, SequenceLoss, accumulate, accumulate_in_place};
 pub use activations::{ActivationSettings, Compression, Recompute};
 pub use adamw::{AdamW, StepReport};
+pub use digest::digest;
 pub use gradient::Gradient;
 pub use gradient_data::GradientData;
 pub use listing::{ActivationStorage, TapeEntry};
