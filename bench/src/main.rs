@@ -1,7 +1,8 @@
 //! Measures the whole path: decode, prefill, training and parameter scans, from SQL and over gRPC directly, in turn
 //! with the same work in PyTorch. Every figure is the median over the rounds of one run.
 //!
-//! `make bench` runs it. `BENCH_ROUNDS` sets the number of rounds (default 5), `BENCH_PYTHON` a Python with PyTorch.
+//! `make bench` runs it. `BENCH_ROUNDS` sets the number of rounds (default 5), `BENCH_PYTHON` a Python with PyTorch;
+//! arguments name the subjects that are measured (default all).
 #![allow(clippy::unwrap_used)] // A benchmark that cannot measure has nothing better to do than to stop.
 
 mod direct;
@@ -20,15 +21,17 @@ fn main() {
         .and_then(|text| text.parse().ok())
         .unwrap_or(5);
     let mut results = Results::default();
-    // One subject at a time, so that only one holds memory; within it everything is measured in turn.
-    let subjects: [fn() -> Measurements; 5] = [
-        generation::smollm2,
-        generation::gpt2,
-        overhead::measurements,
-        training::measurements,
-        scan::measurements,
+    let only: Vec<String> = std::env::args().skip(1).collect();
+    let subjects: [(&str, fn() -> Measurements); 6] = [
+        ("smollm2", generation::smollm2),
+        ("gpt2", generation::gpt2),
+        ("overhead", overhead::measurements),
+        ("training", training::measurements),
+        ("scan", scan::measurements),
+        ("gradients", scan::gradients),
     ];
-    for subject in subjects {
+    // One subject at a time, so that only one holds memory; within it everything is measured in turn.
+    for (_, subject) in subjects.iter().filter(|(name, _)| only.is_empty() || only.iter().any(|only| only == name)) {
         let mut measurements = subject();
         for round in 0..=rounds {
             for measurement in &mut measurements {

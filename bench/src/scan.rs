@@ -1,8 +1,10 @@
-//! Reading all weights of GPT-2 124M through SQL, and all tokens of a table through its tokenizer.
+//! Reading all weights of GPT-2 124M through SQL, its gradient out of one server and into another, and all tokens of a table
+//! through its tokenizer.
 
 use std::time::Instant;
 
-use end_to_end_tests::fixture::Fixture;
+use end_to_end_tests::fixture::{Fixture, add_server};
+use end_to_end_tests::server::ComputeServer;
 use postgres::Client;
 
 use crate::report::{Figure, Measurement, Measurements};
@@ -18,9 +20,62 @@ pub(crate) fn measurements() -> Measurements {
     })]
 }
 
+/// The measurements of gradients.
+pub(crate) fn gradients() -> Measurements {
+    let fixture = Fixture::with_models();
+    let second = ComputeServer::start();
+    let mut client = fixture.connect();
+    add_server(&mut client, "second", &second, "b");
+    let create = crate::training::CREATE_GPT2.replace(r#""tokenizer": "small""#, r#""learning_rate": 0.001"#);
+    client.batch_execute(&create).unwrap();
+    client.batch_execute(&create.replace("llm.", "b.")).unwrap();
+    let batch = "INSERT INTO llm.batches (model, tokens) SELECT 'm', array_agg(i * 101 % 50257) FROM generate_series(1, 64) i";
+    client.batch_execute(batch).unwrap();
+    vec![Box::new(Gradients {
+        client,
+        _second: second,
+        _fixture: fixture,
+    })]
+}
+
 struct Scan {
     client: Client,
     _fixture: Fixture,
+}
+
+struct Gradients {
+    client: Client,
+    _second: ComputeServer,
+    _fixture: Fixture,
+}
+
+impl Measurement for Gradients {
+    fn run(&mut self) -> Vec<Figure> {
+        let started = Instant::now();
+        let read = "SELECT sum(length(data))::bigint FROM llm.gradients WHERE model = 'm'";
+        let bytes: i64 = self.client.query_one(read, &[]).unwrap().get(0);
+        let megabytes = bytes as f64 / 1e6;
+        let out = megabytes / started.elapsed().as_secs_f64();
+        let started = Instant::now();
+        let copy = "INSERT INTO b.gradients SELECT * FROM llm.gradients WHERE model = 'm'";
+        self.client.batch_execute(copy).unwrap();
+        let into = megabytes / started.elapsed().as_secs_f64();
+        self.client.batch_execute("DELETE FROM b.gradients").unwrap();
+        vec![
+            Figure {
+                subject: "scan of gradients",
+                path: "SQL",
+                unit: "MB/s",
+                value: out,
+            },
+            Figure {
+                subject: "gradients of one server into another",
+                path: "SQL",
+                unit: "MB/s",
+                value: into,
+            },
+        ]
+    }
 }
 
 impl Measurement for Scan {

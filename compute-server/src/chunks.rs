@@ -92,7 +92,9 @@ pub(crate) fn receive(parameter: &ParameterInfo, chunk: &v1::TensorChunk, dtype:
         let (given, expected) = (chunk.data.len(), range.len() * size_of_element(dtype));
         return Err(refuse(format!("its data has {given} bytes, but {expected} are needed")));
     }
-    if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+    // Without an early exit the check is several times as fast.
+    let finite = values.iter().fold(true, |finite, value| finite & value.is_finite());
+    if !finite && let Some(at) = values.iter().position(|value| !value.is_finite()) {
         return Err(refuse(format!("its element {at} is {}", values[at])));
     }
     Ok(Received {
@@ -202,16 +204,25 @@ pub(crate) fn f32_chunk(name: &str, shape: &[u64], number: usize, offset: usize,
     }
 }
 
+/// Euclidean norm. Several sums side by side: one alone would wait for each addition.
 fn norm(values: &[f32]) -> f64 {
-    values
-        .iter()
-        .map(|&value| f64::from(value) * f64::from(value))
-        .sum::<f64>()
-        .sqrt()
+    let mut sums = [0.0f64; 16];
+    let (groups, rest) = values.as_chunks::<16>();
+    for group in groups {
+        for (sum, value) in sums.iter_mut().zip(group) {
+            *sum += f64::from(*value) * f64::from(*value);
+        }
+    }
+    let rest = rest.iter().map(|&value| f64::from(value) * f64::from(value));
+    (sums.iter().sum::<f64>() + rest.sum::<f64>()).sqrt()
 }
 
 fn little_endian(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+    let mut data = vec![0; size_of_val(values)];
+    for (bytes, value) in data.as_chunks_mut().0.iter_mut().zip(values) {
+        *bytes = value.to_le_bytes();
+    }
+    data
 }
 
 /// Puts a tensor of f32 together from chunks that arrive in order.

@@ -32,6 +32,9 @@ const MAX_STREAMS: u32 = 4096;
 const STREAM_WINDOW: u32 = 2 << 20;
 const CONNECTION_WINDOW: u32 = 8 << 20;
 
+/// Largest frame taken: a chunk of a tensor whole, with its message around it.
+const FRAME: u32 = (1 << 20) + 4096;
+
 /// Where the server listens.
 #[derive(Debug, Clone, Copy)]
 pub struct Listening {
@@ -51,7 +54,8 @@ pub async fn serve(config: Config, ready: impl FnOnce(&Listening)) -> Result<()>
     let mut server = Server::builder()
         .max_concurrent_streams(MAX_STREAMS)
         .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW);
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(FRAME);
     if let Some(tls) = &config.tls {
         let tls_config = ServerTlsConfig::new().identity(identity(tls)?);
         server = server

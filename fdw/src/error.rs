@@ -37,6 +37,17 @@ impl Error {
         self
     }
 
+    /// The message.
+    pub(crate) fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// Says whom the error is about.
+    pub(crate) fn context(mut self, whom: &str) -> Self {
+        self.message = format!("{whom}: {}", self.message);
+        self
+    }
+
     /// A value that its column or option does not admit.
     pub(crate) fn bad_value(message: impl Into<String>) -> Self {
         Self::new(PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE, message)

@@ -1,9 +1,18 @@
 //! Functions and procedures of the schema `candle`.
+#![allow(unsafe_code)]
 
+mod datasets;
 mod generate;
 mod gradients;
 mod server;
 mod tokens;
 mod train;
+mod train_tokenizer;
 
-pub(crate) use server::register_settings;
+pub(crate) use server::{default_client, register_settings};
+
+/// Raises an error in a read-only transaction.
+fn refuse_read_only(command: &std::ffi::CStr) {
+    // SAFETY: reads a variable of the backend and the NUL-terminated name.
+    unsafe { pgrx::pg_sys::PreventCommandIfReadOnly(command.as_ptr()) };
+}

@@ -9,18 +9,23 @@
 //! - `client`, `transaction`, `resources`: the connection, what is staged over it, what an abort must clean up
 //! - `options`, `error`: options and errors
 //! - `functions`: functions and procedures of the schema `candle`
+//! - `training`, `datasets`: what `candle.train`, `candle.tokenize_dataset` and `candle.retokenize_dataset` do
+//! - `procedure`: commits inside of procedures, and cursors that outlive them
 
 mod client;
+mod datasets;
 mod error;
 mod functions;
 mod modify;
 mod nodes;
 mod options;
+mod procedure;
 mod relation;
 mod relations;
 mod resources;
 mod scan;
 mod table;
+mod training;
 mod transaction;
 mod values;
 mod wrapper;

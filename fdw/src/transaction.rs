@@ -236,6 +236,12 @@ fn publish() -> Result<()> {
             .map(|(session, remote)| (*session, remote.client.clone(), request(remote)))
             .collect()
     });
+    if staged.len() > 1 {
+        // A server that is gone is found before the others have published anything.
+        for (_, client, _) in &staged {
+            wait(read!(client, telemetry.get_server_info(GetServerInfoRequest {})))?;
+        }
+    }
     for (session, client, request) in staged {
         // Repeating a publish answers as the first did, so a lost answer is asked for again.
         wait_settled(PUBLISH_LIMIT, read!(client, transactions.publish(request)))?;

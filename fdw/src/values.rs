@@ -4,7 +4,7 @@
 mod read;
 mod write;
 
-pub(crate) use read::{read, read_elements};
+pub(crate) use read::{element_type, read, read_elements};
 pub(crate) use write::write;
 
 use pgrx::pg_sys;

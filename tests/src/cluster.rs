@@ -1,6 +1,7 @@
 //! A private Postgres cluster that all tests of one program share.
 
 use std::fs;
+use std::io::{Seek as _, Write as _};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -106,6 +107,40 @@ impl Cluster {
             .batch_execute(&format!("CREATE DATABASE {name}"));
         created.expect("a database can be created");
         name
+    }
+
+    /// What pg_dump writes of a database.
+    ///
+    /// # Panics
+    /// When it fails.
+    #[must_use]
+    pub fn dump(&self, database: &str) -> Vec<u8> {
+        let output = self.client_program("pg_dump").arg(database).output();
+        let output = output.expect("pg_dump can be run");
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "pg_dump: {errors}");
+        output.stdout
+    }
+
+    /// Runs what [`dump`](Self::dump) gave in another database.
+    ///
+    /// # Panics
+    /// At the first statement that fails.
+    pub fn restore(&self, database: &str, dump: &[u8]) {
+        let mut file = tempfile::tempfile().expect("a temporary file can be made");
+        file.write_all(dump).and_then(|()| file.rewind()).expect("it can be written");
+        let mut psql = self.client_program("psql");
+        psql.args(["--quiet", "--no-psqlrc", "--set", "ON_ERROR_STOP=1", "--dbname", database]);
+        let output = psql.stdin(file).output().expect("psql can be run");
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "psql: {errors}");
+    }
+
+    fn client_program(&self, name: &str) -> Command {
+        let mut command = Command::new(postgres_programs().join(name));
+        command.arg("--host").arg(&self.folder);
+        command.args(["--port", "5432", "--username", SUPERUSER]);
+        command
     }
 
     /// The server's log so far.

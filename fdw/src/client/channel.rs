@@ -126,7 +126,9 @@ fn endpoint(address: &str, options: &ServerOptions) -> Result<Endpoint> {
         .tcp_nodelay(true)
         // The default windows of 64 KB would make every chunk of a tensor wait for a round trip.
         .initial_stream_window_size(4 << 20)
-        .initial_connection_window_size(16 << 20);
+        .initial_connection_window_size(16 << 20)
+        // A chunk of a tensor in one frame rather than in 64.
+        .max_frame_size((1 << 20) + 4096);
     if !address.starts_with("https:") {
         return Ok(endpoint);
     }

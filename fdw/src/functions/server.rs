@@ -25,13 +25,18 @@ pub(crate) fn register_settings() {
 
 /// The connection that functions of the current user use.
 pub(super) fn client() -> Result<Client> {
+    Ok(default_client()?.0)
+}
+
+/// As [`client`], with the name of the server.
+pub(crate) fn default_client() -> Result<(Client, String)> {
     // SAFETY: reads a variable of the backend.
     if unsafe { pg_sys::GetDatabaseEncoding() } != pg_sys::pg_enc::PG_UTF8 as i32 {
         let code = PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED;
         return Err(Error::new(code, "candle's functions need a database in UTF8")
             .hint("The foreign tables convert from and to every encoding."));
     }
-    let server = find()?;
+    let (server, name) = find()?;
     // SAFETY: reads a variable of the backend, and looks into the catalogs.
     let (user, allowed) = unsafe {
         let user = pg_sys::GetUserId();
@@ -48,10 +53,10 @@ pub(super) fn client() -> Result<Client> {
         )
         .hint("GRANT USAGE ON FOREIGN SERVER … TO …"));
     }
-    connect(Session { server, user })
+    Ok((connect(Session { server, user })?, name))
 }
 
-fn find() -> Result<pg_sys::Oid> {
+fn find() -> Result<(pg_sys::Oid, String)> {
     let servers = servers()?;
     let names = || {
         servers
@@ -74,7 +79,7 @@ fn find() -> Result<pg_sys::Oid> {
         (Some(wanted), _) => servers
             .iter()
             .find(|(_, name)| *name == wanted)
-            .map(|(oid, _)| *oid)
+            .cloned()
             .ok_or_else(|| {
                 let code = PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT;
                 Error::new(
@@ -83,7 +88,7 @@ fn find() -> Result<pg_sys::Oid> {
                 )
                 .hint(format!("Servers are: {}.", names()))
             }),
-        (None, [(only, _)]) => Ok(*only),
+        (None, [only]) => Ok(only.clone()),
         (None, _) => Err(
             Error::new(code, "there are several servers of the wrapper candle_fdw").hint(format!(
                 "Choose one: SET candle_fdw.server = '…'. Servers are: {}.",

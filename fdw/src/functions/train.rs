@@ -1,23 +1,16 @@
-//! `candle.train` and `candle.train_tokenizer`, and the steps that they are made of.
+//! `candle.train`, and the tables that it and the datasets keep.
 #![allow(unsafe_code)]
 
-use candle_compute_proto::v1::{
-    AccumulateBatchesRequest, AdamWOptions, ListModelsRequest, Sequence, StepRequest, TrainTokenizerRequest,
-    TrainTokenizerResponse,
-};
 use pgrx::prelude::*;
-use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
-use tokio_stream::wrappers::ReceiverStream;
 
-use super::server::client;
-use crate::client::{dropped_work, read, spawn, wait, write};
-use crate::error::{Error, OrReport, Result};
-use crate::transaction;
+use super::refuse_read_only;
+use crate::error::{OrReport, Result};
+use crate::procedure::Procedure;
+use crate::training::{self, Arguments};
 
-/// Texts of one message to the server.
-const TEXTS_PER_MESSAGE: i64 = 500;
+extension_sql_file!("../../sql/training_tables.sql", name = "training_tables");
 
+<<<<<<< HEAD
 /// Longest sequence of a model, in tokens.
 #[pg_extern(volatile, parallel_unsafe)]
 fn context_length(model: &str) -> i32 {
@@ -107,110 +100,79 @@ fn sequence(tokens: &[i64]) -> Sequence {
 }
 
 /// Streams the first column of a query to the server, which learns a byte-level BPE tokenizer from it.
+=======
+/// Trains a model on the documents of a query; see `docs/sql-reference.md`.
+#[allow(clippy::too_many_arguments)] // SQL's named arguments
+>>>>>>> 5da65f1 (Train from SQL in runs that go on where they stopped, over several servers, on packed documents and tokenized datasets)
 #[pg_extern(
     volatile,
     parallel_unsafe,
     sql = r#"
-CREATE PROCEDURE candle.train_tokenizer(name text, query text, vocabulary_size integer)
-LANGUAGE c AS 'MODULE_PATHNAME', 'train_tokenizer_wrapper';
-COMMENT ON PROCEDURE candle.train_tokenizer IS 'Trains a BPE tokenizer on the first column of a query';
+CREATE PROCEDURE candle.train(
+    model text,
+    query text,
+    steps integer,
+    batch_size integer DEFAULT 8,
+    sequence_length integer DEFAULT NULL,
+    learning_rate double precision DEFAULT NULL,
+    schedule text DEFAULT NULL,
+    warmup integer DEFAULT NULL,
+    eval_query text DEFAULT NULL,
+    eval_every integer DEFAULT NULL,
+    checkpoint_every integer DEFAULT NULL,
+    seed bigint DEFAULT 0,
+    workers text[] DEFAULT NULL,
+    packing text DEFAULT 'documents',
+    min_learning_rate double precision DEFAULT NULL,
+    restart boolean DEFAULT false
+)
+LANGUAGE c AS 'MODULE_PATHNAME', 'train_wrapper';
+COMMENT ON PROCEDURE candle.train IS
+    'Trains a model on the documents of a query, one optimizer step after the other; goes on where it stopped';
 "#
 )]
-fn train_tokenizer(name: Option<&str>, query: Option<&str>, vocabulary_size: Option<i32>) {
-    refuse_read_only(c"candle.train_tokenizer()");
-    let train = || -> Result<TrainTokenizerResponse> {
-        let (Some(name), Some(query), Some(size)) = (name, query, vocabulary_size) else {
-            return Err(Error::bad_value("name, query and vocabulary_size must not be NULL"));
-        };
-        let vocabulary_size = u32::try_from(size)
-            .map_err(|_| Error::bad_value(format!("vocabulary_size must be at least 257, not {size}")))?;
-        let mut upload = Upload::start()?;
-        // The first message carries the name, so that a query without texts fails on the server with its own error.
-        let first = TrainTokenizerRequest {
-            name: name.to_string(),
-            vocabulary_size,
-            texts: Vec::new(),
-        };
-        let mut open = upload.send(first)?;
-        Spi::connect(|spi| {
-            let query = format!(
-                "SELECT t.body::text FROM ({}\n) AS t(body)",
-                query.trim().trim_end_matches(';')
-            );
-            let mut cursor = spi.open_cursor(query.as_str(), &[]);
-            while open {
-                let rows = cursor.fetch(TEXTS_PER_MESSAGE).map_err(|error| failed(&error))?;
-                if rows.is_empty() {
-                    break;
-                }
-                let mut texts = Vec::with_capacity(rows.len());
-                for row in rows {
-                    texts.extend(row.get::<String>(1).map_err(|error| failed(&error))?);
-                }
-                open = upload.send(TrainTokenizerRequest {
-                    texts,
-                    ..TrainTokenizerRequest::default()
-                })?;
-            }
-            Ok::<(), Error>(())
-        })?;
-        upload.finish()
+fn train(
+    model: Option<String>,
+    query: Option<String>,
+    steps: Option<i32>,
+    batch_size: Option<i32>,
+    sequence_length: Option<i32>,
+    learning_rate: Option<f64>,
+    schedule: Option<String>,
+    warmup: Option<i32>,
+    eval_query: Option<String>,
+    eval_every: Option<i32>,
+    checkpoint_every: Option<i32>,
+    seed: Option<i64>,
+    workers: Option<Vec<Option<String>>>,
+    packing: Option<String>,
+    min_learning_rate: Option<f64>,
+    restart: Option<bool>,
+    call: pg_sys::FunctionCallInfo,
+) {
+    refuse_read_only(c"candle.train()");
+    let arguments = Arguments {
+        model,
+        query,
+        steps,
+        batch_size,
+        sequence_length,
+        learning_rate,
+        schedule,
+        warmup,
+        min_learning_rate,
+        eval_query,
+        eval_every,
+        checkpoint_every,
+        seed,
+        workers,
+        packing,
+        restart,
     };
-    let made = train().or_report();
-    notice!(
-        "trained a tokenizer of {} tokens on {} texts",
-        made.vocabulary_size,
-        made.texts
-    );
+    let train = || -> Result<()> {
+        // SAFETY: what PostgreSQL called the procedure with.
+        let procedure = unsafe { Procedure::enter(call)? };
+        training::train(&procedure, arguments)
+    };
+    train().or_report();
 }
-
-fn failed(error: &pgrx::spi::Error) -> Error {
-    Error::new(PgSqlErrorCode::ERRCODE_INTERNAL_ERROR, "cannot read the texts").detail(error.to_string())
-}
-
-/// A TrainTokenizer call under way.
-struct Upload {
-    sender: Option<mpsc::Sender<TrainTokenizerRequest>>,
-    task: JoinHandle<Result<TrainTokenizerResponse>>,
-}
-
-impl Upload {
-    fn start() -> Result<Self> {
-        let client = client()?;
-        let (sender, receiver) = mpsc::channel(4);
-        let task = spawn(async move { write!(client, models.train_tokenizer(ReceiverStream::new(receiver))).await })?;
-        Ok(Self {
-            sender: Some(sender),
-            task,
-        })
-    }
-
-    /// Sends a message. False when the call has ended already.
-    fn send(&mut self, message: TrainTokenizerRequest) -> Result<bool> {
-        let Some(sender) = &self.sender else { return Ok(false) };
-        wait(async { Ok(sender.send(message).await.is_ok()) })
-    }
-
-    fn finish(mut self) -> Result<TrainTokenizerResponse> {
-        self.sender = None;
-        let outcome = wait(async { Ok((&mut self.task).await) })?;
-        outcome.unwrap_or_else(|_| Err(Error::protocol("answer")))
-    }
-}
-
-impl Drop for Upload {
-    fn drop(&mut self) {
-        if !self.task.is_finished() {
-            self.task.abort();
-            dropped_work();
-            // Were the stream to end, the server would take what it has for the whole and train on it.
-            std::mem::forget(self.sender.take());
-        }
-    }
-}
-
-extension_sql_file!(
-    "../../sql/train.sql",
-    name = "train",
-    requires = [train_step, context_length, can_commit]
-);

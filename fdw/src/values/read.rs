@@ -166,7 +166,7 @@ pub(super) fn base_type(oid: Oid) -> Oid {
     unsafe { pg_sys::getBaseType(oid) }
 }
 
-pub(super) fn element_type(oid: Oid) -> Oid {
+pub(crate) fn element_type(oid: Oid) -> Oid {
     // SAFETY: a catalog lookup; answers InvalidOid for what is not an array.
     unsafe { pg_sys::get_element_type(oid) }
 }

@@ -17,7 +17,11 @@ pub(super) fn read_range(tensor: &Tensor, parameter: &ParameterInfo, range: Rang
     };
     with_slice(&tensor, |elements| match transposed_shape(parameter) {
         None => elements[range].to_vec(),
-        Some((inputs, outputs)) => range.map(|i| elements[i % outputs * inputs + i / outputs]).collect(),
+        Some(shape) => {
+            let mut found = vec![0.0; range.len()];
+            for_each_transposed(range, shape, |element, held| found[element] = elements[held]);
+            found
+        }
     })
 }
 
@@ -43,17 +47,39 @@ pub(crate) fn change_range(
                 .zip(values)
                 .for_each(|(element, value)| change(element, *value));
         }
-        // Along the decoder's rows: of the two, the values are the smaller and stay in the cache.
-        Some((inputs, outputs)) => {
-            for column in 0..outputs {
-                let row_of = |element: usize| element.saturating_sub(column).div_ceil(outputs);
-                for row in row_of(start)..row_of(start + values.len()) {
-                    let value = values[row * outputs + column - start];
-                    change(&mut elements[column * inputs + row], value);
+        Some(shape) => for_each_transposed(start..start + values.len(), shape, |element, held| {
+            change(&mut elements[held], values[element]);
+        }),
+    })
+}
+
+/// Calls `visit` for each of the elements `range` of a matrix in transformers' shape `[in, out]`, with its place in the range
+/// and its place in the decoder's layout `[out, in]`. In tiles, so that of both layouts whole cache lines are used.
+fn for_each_transposed(
+    range: Range<usize>,
+    (inputs, outputs): (usize, usize),
+    mut visit: impl FnMut(usize, usize),
+) {
+    /// Rows of a tile: a cache line of the decoder's layout.
+    const ROWS: usize = 16;
+    /// Columns of a tile: few enough that lines a power of two apart do not push each other out.
+    const COLUMNS: usize = 8;
+    if outputs == 0 {
+        return;
+    }
+    let last = range.end.div_ceil(outputs);
+    for rows in (range.start / outputs..last).step_by(ROWS) {
+        for column in (0..outputs).step_by(COLUMNS) {
+            for row in rows..last.min(rows + ROWS) {
+                let first = row * outputs;
+                let start = range.start.max(first + column);
+                let end = range.end.min(first + outputs.min(column + COLUMNS));
+                for element in start..end {
+                    visit(element - range.start, (element - first) * inputs + row);
                 }
             }
         }
-    })
+    }
 }
 
 /// The tensor in the decoder's layout from all its elements in transformers'.
@@ -76,5 +102,24 @@ fn transposed_shape(parameter: &ParameterInfo) -> Option<(usize, usize)> {
     match parameter.shape[..] {
         [inputs, outputs] if parameter.transposed => Some((inputs, outputs)),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_element_of_a_range_is_visited_once_at_its_place() {
+        let (inputs, outputs) = (37, 21);
+        for range in [0..777, 5..6, 20..22, 100..100, 3..700, 776..777] {
+            let mut seen = vec![0; range.len()];
+            for_each_transposed(range.clone(), (inputs, outputs), |element, held| {
+                let at = range.start + element;
+                assert_eq!(held, at % outputs * inputs + at / outputs);
+                seen[element] += 1;
+            });
+            assert!(seen.iter().all(|count| *count == 1), "{range:?}");
+        }
     }
 }

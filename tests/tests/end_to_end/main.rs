@@ -1,6 +1,7 @@
 //! End-to-end tests: SQL through the extension to a real compute server, and the server on its own.
 #![allow(clippy::unwrap_used)]
 
+mod datasets;
 mod faults;
 mod files;
 mod gradients;
@@ -9,5 +10,7 @@ mod interruption;
 mod pretrained;
 mod sessions;
 mod sql;
+mod train;
 mod transactions;
+mod workers;
 mod writes;

@@ -1,0 +1,122 @@
+//! Training on several servers at once.
+
+use end_to_end_tests::database_errors::expect_failure;
+use end_to_end_tests::fixture::{Fixture, add_server};
+use end_to_end_tests::server::ComputeServer;
+use postgres::Client;
+
+const NET: &str = r#"('net', '{"architecture": "gpt2", "layers": 1, "width": 64, "heads": 2, "context_length": 16,
+    "vocabulary": 9000}', 7)"#;
+
+/// Documents of unequal lengths, as arrays of tokens.
+const DOCUMENTS: &str = "SELECT array_agg((d * 37 + i * 11) % 9000) FROM generate_series(1, 23) d, generate_series(1, 2 + d % 13) i GROUP BY d";
+
+fn create(client: &mut Client, schemas: &[&str]) {
+    for schema in schemas {
+        client.batch_execute(&format!("INSERT INTO {schema}.models (name, config, seed) VALUES {NET}")).unwrap();
+    }
+}
+
+fn call(steps: i32, further: &str) -> String {
+    format!("CALL candle.train('net', '{DOCUMENTS}', {steps}, batch_size => 3, learning_rate => 0.003{further})")
+}
+
+fn bytes(client: &mut Client, schema: &str) -> Vec<u8> {
+    let query = format!("SELECT data FROM {schema}.parameters WHERE model = 'net' ORDER BY parameter, chunk");
+    let rows = client.query(&query, &[]).unwrap();
+    rows.iter().flat_map(|row| row.get::<_, Vec<u8>>(0)).collect()
+}
+
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    let read = |bytes: &[u8]| f32::from_le_bytes(bytes.try_into().unwrap());
+    bytes.chunks_exact(4).map(read).collect()
+}
+
+fn steps(client: &mut Client, schema: &str) -> Vec<(i64, f64, i64)> {
+    let query = format!("SELECT step, loss, tokens FROM {schema}.optimizer_steps WHERE model = 'net' ORDER BY step");
+    let rows = client.query(&query, &[]).unwrap();
+    rows.iter().map(|row| (row.get(0), row.get(1), row.get(2))).collect()
+}
+
+#[test]
+fn three_workers_equal_one_server_and_each_other() {
+    let fixture = Fixture::new();
+    let (second, third, fourth) = (ComputeServer::start(), ComputeServer::start(), ComputeServer::start());
+    let mut client = fixture.connect();
+    add_server(&mut client, "second", &second, "b");
+    add_server(&mut client, "third", &third, "c");
+    add_server(&mut client, "fourth", &fourth, "one");
+    create(&mut client, &["llm", "b", "c", "one"]);
+    let workers = ", workers => ARRAY['llm', 'b', 'c']";
+    client.batch_execute(&call(5, workers)).unwrap();
+    client.batch_execute(&call(9, workers)).unwrap();
+    client.batch_execute("SET candle_fdw.server = 'fourth'").unwrap();
+    client.batch_execute(&call(9, "")).unwrap();
+    client.batch_execute("RESET candle_fdw.server").unwrap();
+    let first = bytes(&mut client, "llm");
+    assert!(first == bytes(&mut client, "b") && first == bytes(&mut client, "c"), "bit for bit");
+    assert_eq!(steps(&mut client, "llm").len(), 9);
+    let (found, expected) = (steps(&mut client, "llm"), steps(&mut client, "one"));
+    for (found, expected) in found.iter().zip(&expected) {
+        assert_eq!((found.0, found.2), (expected.0, expected.2));
+        assert!((found.1 - expected.1).abs() < 1e-5, "{found:?} {expected:?}");
+    }
+    // Adam divides by the gradient's own size, so rounding shows where that is near 0.
+    let one = floats(&bytes(&mut client, "one"));
+    let differences = floats(&first).into_iter().zip(&one).map(|(a, b)| (a - b).abs());
+    let mean = differences.sum::<f32>() / one.len() as f32;
+    assert!(mean < 1e-6, "{mean}");
+    fixture.assert_idle();
+}
+
+#[test]
+fn a_dead_worker_is_named_and_nothing_is_changed() {
+    let fixture = Fixture::new();
+    let mut second = ComputeServer::start();
+    let mut client = fixture.connect();
+    add_server(&mut client, "second", &second, "b");
+    create(&mut client, &["llm", "b"]);
+    let workers = ", workers => ARRAY['llm', 'b']";
+    client.batch_execute(&call(2, workers)).unwrap();
+    let before = bytes(&mut client, "llm");
+    second.kill();
+    let message = expect_failure(client.batch_execute(&call(4, workers)), "HV00N");
+    assert!(message.contains("worker \"b\""), "{message}");
+    // In a session that has no connection yet, too.
+    let message = expect_failure(fixture.connect().batch_execute(&call(4, workers)), "HV00N");
+    assert!(message.contains("worker \"b\""), "{message}");
+    assert!(before == bytes(&mut client, "llm"));
+    assert_eq!(client.query_one("SELECT done FROM candle.training_runs", &[]).unwrap().get::<_, i64>(0), 2);
+    fixture.assert_idle();
+}
+
+#[test]
+fn workers_in_different_states_are_refused() {
+    let fixture = Fixture::new();
+    let second = ComputeServer::start();
+    let mut client = fixture.connect();
+    add_server(&mut client, "second", &second, "b");
+    create(&mut client, &["llm", "b"]);
+    let workers = ", workers => ARRAY['llm', 'b']";
+    let mut refused = |change: &str, what: &str| {
+        client.batch_execute(change).unwrap();
+        let message = expect_failure(client.batch_execute(&call(4, workers)), "55000");
+        assert!(message.contains("worker \"b\"") && message.contains(what), "{message}");
+    };
+    refused(
+        "INSERT INTO b.batches (model, tokens) VALUES ('net', '{1,2}'); INSERT INTO b.optimizer_steps (model) VALUES ('net')",
+        "step 1",
+    );
+    refused(
+        "INSERT INTO llm.batches (model, tokens) VALUES ('net', '{1,3}'); INSERT INTO llm.optimizer_steps (model) VALUES ('net')",
+        "weights",
+    );
+    let mut client = fixture.connect();
+    client.batch_execute("CREATE USER worker_user").unwrap();
+    client.batch_execute("GRANT USAGE ON SCHEMA candle, llm, b TO worker_user; GRANT ALL ON ALL TABLES IN SCHEMA candle TO worker_user; GRANT INSERT ON llm.batches TO worker_user").unwrap();
+    let mut other = fixture.connect_as("worker_user").unwrap();
+    let message = expect_failure(other.batch_execute(&call(4, workers)), "42501");
+    assert!(message.contains("\"b\""), "{message}");
+    drop(other);
+    client.batch_execute("DROP OWNED BY worker_user; DROP USER worker_user").unwrap();
+}
