@@ -122,7 +122,7 @@ impl ModelsService for Service {
     ) -> Result<Response<v1::DigestModelResponse>, Status> {
         let request = request.into_inner();
         let reader = Reader::open(&self.app, request.transaction.as_ref())?;
-        let (model, view) = (reader.model(&request.model)?, reader.view());
+        let (model, view) = (reader.find(&request.model, &request.adapter)?, reader.view());
         let (sha256, step) = model.call(move |owner| owner.digest(&view)).await?;
         Ok(Response::new(v1::DigestModelResponse { sha256, step }))
     }

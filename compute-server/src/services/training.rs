@@ -105,9 +105,10 @@ impl TrainingService for Service {
             transaction,
             model,
             sequences,
+            adapter,
         } = request.into_inner();
         let reader = Reader::open(&self.app, transaction.as_ref())?;
-        let handle = reader.model(&model)?;
+        let handle = reader.find(&model, &adapter)?;
         let sequences = self.check_sequences(&handle, &sequences)?;
         let request = self.app.requests.begin("losses", model.as_str());
         let losses = losses::compute(&handle, reader.view(), sequences, request).await?;

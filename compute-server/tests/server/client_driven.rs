@@ -11,7 +11,11 @@ use crate::support::{Client, TestServer, assert_status, within};
 impl Client {
     async fn digest(&self, model: &str, transaction: Option<TransactionContext>) -> (String, u64) {
         let model = model.to_owned();
-        let request = DigestModelRequest { transaction, model };
+        let request = DigestModelRequest {
+            transaction,
+            model,
+            adapter: String::new(),
+        };
         let digest = self.models.clone().digest_model(request).await.unwrap().into_inner();
         (digest.sha256, digest.step)
     }
@@ -25,6 +29,7 @@ impl Client {
             transaction,
             model: "m".into(),
             sequences,
+            adapter: String::new(),
         };
         Ok(self.training.clone().compute_losses(request).await?.into_inner().losses)
     }

@@ -26,11 +26,29 @@ pub(crate) struct Arguments {
     pub(crate) workers: Option<Vec<Option<String>>>,
     pub(crate) packing: Option<String>,
     pub(crate) restart: Option<bool>,
+    pub(crate) adapter: Option<String>,
+}
+
+/// What a run changes: a model, or an adapter of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Trained {
+    pub(super) model: String,
+    /// Empty for the model itself.
+    pub(super) adapter: String,
+}
+
+impl std::fmt::Display for Trained {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.adapter.as_str() {
+            "" => write!(formatter, "model \"{}\"", self.model),
+            adapter => write!(formatter, "adapter \"{adapter}\" of model \"{}\"", self.model),
+        }
+    }
 }
 
 /// A run as it was asked for.
 pub(super) struct Plan {
-    pub(super) model: String,
+    pub(super) trained: Trained,
     pub(super) query: String,
     /// Steps of the whole run.
     pub(super) steps: i64,
@@ -46,28 +64,31 @@ pub(super) struct Plan {
 }
 
 impl Arguments {
-    /// The model's name, and the schemas of the workers; empty where there are none.
+    /// What is trained, and the schemas of the workers; empty where there are none.
     ///
     /// # Errors
     /// 22004 for a NULL.
-    pub(super) fn targets(&self) -> Result<(&str, Vec<&str>)> {
-        let model = self.model.as_deref().ok_or_else(|| null("model"))?;
+    pub(super) fn targets(&self) -> Result<(Trained, Vec<&str>)> {
+        let trained = Trained {
+            model: given("model", self.model.clone())?,
+            adapter: self.adapter.clone().unwrap_or_default(),
+        };
         let Some(workers) = &self.workers else {
-            return Ok((model, Vec::new()));
+            return Ok((trained, Vec::new()));
         };
         let names: Option<Vec<&str>> = workers.iter().map(Option::as_deref).collect();
         let names = names.ok_or_else(|| null("workers"))?;
         if names.is_empty() {
             return Err(Error::bad_value("workers is empty; name at least one schema, or leave it out"));
         }
-        Ok((model, names))
+        Ok((trained, names))
     }
 
     /// Checks everything against the model.
     ///
     /// # Errors
     /// 22004 and 22023 that name the argument.
-    pub(super) fn plan(self, model: &Model) -> Result<Plan> {
+    pub(super) fn plan(self, trained: Trained, model: &Model) -> Result<Plan> {
         let query = given("query", self.query)?;
         let steps = i64::from(at_least_one("steps", Some(self.steps.ok_or_else(|| null("steps"))?))?.unwrap_or(1));
         let context = model.context_length as i32;
@@ -85,7 +106,7 @@ impl Arguments {
         let identity = json!({
             "query": &query, "batch_size": rows, "sequence_length": length, "packing": kind.name(), "seed": seed,
             "learning_rate": self.learning_rate, "schedule": &self.schedule, "warmup": self.warmup,
-            "min_learning_rate": self.min_learning_rate,
+            "min_learning_rate": self.min_learning_rate, "adapter": &self.adapter,
         });
         let warmup = match self.warmup {
             Some(warmup) if warmup < 0 => {
@@ -109,6 +130,11 @@ impl Arguments {
         } else {
             None
         };
+        let checkpoint_every = at_least_one("checkpoint_every", self.checkpoint_every)?.map(i64::from);
+        if checkpoint_every.is_some() && !trained.adapter.is_empty() {
+            let code = PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED;
+            return Err(Error::new(code, "checkpoint_every saves models, not adapters"));
+        }
         let evaluation = match (self.eval_query, at_least_one("eval_every", self.eval_every)?) {
             (None, None) => None,
             (Some(query), every) => Some((query, every.map_or(steps, i64::from))),
@@ -118,13 +144,13 @@ impl Arguments {
             }
         };
         Ok(Plan {
-            model: model.name.clone(),
+            trained,
             query,
             steps,
             packing,
             schedule,
             evaluation,
-            checkpoint_every: at_least_one("checkpoint_every", self.checkpoint_every)?.map(i64::from),
+            checkpoint_every,
             seed,
             restart: self.restart.unwrap_or(false),
             identity,

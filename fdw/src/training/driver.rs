@@ -37,10 +37,10 @@ struct Driver<'a> {
 /// # Errors
 /// Those of the arguments, the query, the servers; 25001 for more than one step where it may not commit.
 pub(crate) fn train(procedure: &Procedure, arguments: Arguments) -> Result<()> {
-    let (model, schemas) = arguments.targets()?;
+    let (trained, schemas) = arguments.targets()?;
     let workers = workers::find(&schemas)?;
-    let model = workers::same_model(&workers, model)?;
-    let plan = arguments.plan(&model)?;
+    let model = workers::same_model(&workers, &trained)?;
+    let plan = arguments.plan(trained, &model)?;
     let source = Source::new("query", &plan.query)?;
     let evaluated = match &plan.evaluation {
         Some((query, _)) => Some(Source::new("eval_query", query)?),
@@ -75,7 +75,7 @@ pub(crate) fn train(procedure: &Procedure, arguments: Arguments) -> Result<()> {
     let progress = Progress::begin(
         &workers[0].client,
         "train",
-        &plan.model,
+        &plan.trained.model,
         done as u64,
         plan.steps as u64,
     )?;
@@ -96,15 +96,15 @@ pub(crate) fn train(procedure: &Procedure, arguments: Arguments) -> Result<()> {
 impl Driver<'_> {
     /// Goes to where the run was left.
     fn resume(&mut self, found: Found) -> Result<()> {
-        let (model, steps) = (&self.plan.model, self.plan.steps);
+        let (trained, steps) = (&self.plan.trained, self.plan.steps);
         match found {
             Found::New => return Ok(()),
             Found::Same => {}
             Found::Ahead(count) => {
-                notice!("model \"{model}\" was trained by {count} other steps since this run stopped; it goes on with it");
+                notice!("{trained} was trained by {count} other steps since this run stopped; it goes on with it");
             }
             Found::Back(done) => {
-                notice!("model \"{model}\" was put back to the state after step {done} of this run, which goes on from there");
+                notice!("{trained} was put back to the state after step {done} of this run, which goes on from there");
                 return self.replay(done);
             }
         }
@@ -144,7 +144,7 @@ impl Driver<'_> {
         let batch = self.next_batch()?;
         let number = before + 1;
         let rate = self.plan.schedule.map(|schedule| schedule.learning_rate(number));
-        let taken = step::take(self.workers, self.progress, &self.plan.model, batch, rate)?;
+        let taken = step::take(self.workers, self.progress, &self.plan.trained, batch, rate)?;
         self.run.done = number;
         self.run.save(self.plan, &taken, before)?;
         if self.plan.checkpoint_every.is_some_and(|every| number % every == 0) {
@@ -203,7 +203,7 @@ impl Driver<'_> {
         let client = &self.workers[0].client;
         let request = CreateCheckpointRequest {
             transaction: Some(transaction::writing(client)?),
-            model: self.plan.model.clone(),
+            model: self.plan.trained.model.clone(),
             tag: String::new(),
         };
         match self.progress.wait(write!(client, checkpoints.create_checkpoint(request))) {
@@ -220,7 +220,7 @@ impl Driver<'_> {
         let Some(source) = &self.evaluated else { return Ok(()) };
         let done = self.run.done as u64;
         self.progress.tell("evaluating", done);
-        let (loss, tokens) = evaluation::measure(self.procedure, self.tokenizing(), source, &self.plan.packing)?;
+        let (loss, tokens) = evaluation::measure(self.procedure, self.tokenizing(), source, self.plan)?;
         self.run.save_evaluation(self.plan, loss, tokens)?;
         self.procedure.commit();
         self.progress.tell("running", done);
@@ -252,7 +252,7 @@ impl<'a> Driver<'a> {
     fn tokenizing(&self) -> Tokenizing<'a> {
         Tokenizing {
             client: &self.workers[0].client,
-            model: &self.plan.model,
+            model: &self.plan.trained.model,
             progress: self.progress,
         }
     }

@@ -2,8 +2,9 @@
 
 use candle_compute_proto::v1::ComputeLossesRequest;
 
+use super::arguments::Plan;
 use super::documents::{Reader, Tokenizing};
-use super::packing::{Packing, Position};
+use super::packing::Position;
 use super::source::Source;
 use crate::client::read;
 use crate::error::{Error, Result};
@@ -21,9 +22,9 @@ pub(super) fn measure(
     procedure: &Procedure,
     tokenizing: Tokenizing<'_>,
     source: &Source,
-    packing: &Packing,
+    plan: &Plan,
 ) -> Result<(f64, i64)> {
-    let packing = packing.for_evaluation(TOKENS_PER_CALL);
+    let packing = plan.packing.for_evaluation(TOKENS_PER_CALL);
     let mut reader = Reader::new(tokenizing, source, source.open(procedure)?);
     let mut position = Position::default();
     let (mut sum, mut tokens) = (0.0, 0);
@@ -35,7 +36,8 @@ pub(super) fn measure(
         let client = tokenizing.client;
         let request = ComputeLossesRequest {
             transaction: transaction::reading(client.session)?,
-            model: tokenizing.model.to_string(),
+            model: plan.trained.model.clone(),
+            adapter: plan.trained.adapter.clone(),
             sequences,
         };
         let losses = tokenizing

@@ -12,6 +12,7 @@ use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
+use super::arguments::Trained;
 use super::workers::{Worker, all, blame};
 use crate::client::{Client, read, write};
 use crate::error::{Error, Result};
@@ -30,9 +31,9 @@ struct Incoming {
 ///
 /// # Errors
 /// Those of the calls, which name the worker.
-pub(super) async fn exchange(workers: &[Worker], contexts: &[TransactionContext], model: &str) -> Result<()> {
-    let mut incoming = open(workers, contexts, model).await?;
-    let mut outgoing = Outgoing::open(workers, contexts, model);
+pub(super) async fn exchange(workers: &[Worker], contexts: &[TransactionContext], trained: &Trained) -> Result<()> {
+    let mut incoming = open(workers, contexts, trained).await?;
+    let mut outgoing = Outgoing::open(workers, contexts, trained);
     loop {
         let mut chunks = Vec::with_capacity(incoming.len());
         for stream in &mut incoming {
@@ -52,7 +53,8 @@ pub(super) async fn exchange(workers: &[Worker], contexts: &[TransactionContext]
     all(workers, |index, client| {
         let request = ZeroGradientsRequest {
             transaction: Some(contexts[index].clone()),
-            model: model.to_string(),
+            model: trained.model.clone(),
+            adapter: trained.adapter.clone(),
         };
         Box::pin(async move { write!(client, training.zero_gradients(request)).await })
     })
@@ -61,11 +63,12 @@ pub(super) async fn exchange(workers: &[Worker], contexts: &[TransactionContext]
 }
 
 /// Opens the gradients of those workers that have one.
-async fn open(workers: &[Worker], contexts: &[TransactionContext], model: &str) -> Result<Vec<Incoming>> {
+async fn open(workers: &[Worker], contexts: &[TransactionContext], trained: &Trained) -> Result<Vec<Incoming>> {
     let opened = all(workers, |worker, client| {
         let request = ReadGradientsRequest {
             transaction: Some(contexts[worker].clone()),
-            model: model.to_string(),
+            model: trained.model.clone(),
+            adapter: trained.adapter.clone(),
             selection: None,
         };
         let probe = ReadGradientsRequest {
@@ -93,13 +96,14 @@ async fn open(workers: &[Worker], contexts: &[TransactionContext], model: &str) 
 
 /// The calls that take the mean to the workers.
 struct Outgoing {
-    first: Vec<(TransactionContext, String)>,
+    contexts: Vec<TransactionContext>,
+    trained: Trained,
     senders: Vec<mpsc::Sender<MergeGradientsRequest>>,
     calls: JoinSet<(usize, Result<()>)>,
 }
 
 impl Outgoing {
-    fn open(workers: &[Worker], contexts: &[TransactionContext], model: &str) -> Self {
+    fn open(workers: &[Worker], contexts: &[TransactionContext], trained: &Trained) -> Self {
         let mut calls = JoinSet::new();
         let mut senders = Vec::with_capacity(workers.len());
         for (index, worker) in workers.iter().enumerate() {
@@ -111,15 +115,20 @@ impl Outgoing {
                 (index, merged.map(drop))
             });
         }
-        let first = contexts.iter().map(|context| (context.clone(), model.to_string())).collect();
-        Self { first, senders, calls }
+        Self {
+            contexts: contexts.to_vec(),
+            trained: trained.clone(),
+            senders,
+            calls,
+        }
     }
 
     async fn send(&mut self, workers: &[Worker], message: MergeGradientsRequest) -> Result<()> {
-        for (sender, (context, model)) in self.senders.iter().zip(&self.first) {
+        for (sender, context) in self.senders.iter().zip(&self.contexts) {
             let message = MergeGradientsRequest {
                 transaction: Some(context.clone()),
-                model: model.clone(),
+                model: self.trained.model.clone(),
+                adapter: self.trained.adapter.clone(),
                 ..message.clone()
             };
             if sender.send(message).await.is_err() {

@@ -47,7 +47,7 @@ impl Run {
     /// # Errors
     /// 55000 where the model was put back to a state that is none of the run's.
     pub(super) fn open(plan: &Plan, server: &str, model: &Model) -> Result<(Self, Found)> {
-        let identity = json!({"server": server, "model": plan.model, "arguments": plan.identity}).to_string();
+        let identity = json!({"server": server, "model": plan.trained.model, "arguments": plan.identity}).to_string();
         let statement = "SELECT pg_catalog.md5($1)";
         let id = run(statement, &[identity.as_str().into()], |rows| rows.first().get_one::<String>())?;
         let id = id.ok_or_else(|| Error::protocol("key"))?;
@@ -94,7 +94,7 @@ impl Run {
         let arguments = [
             id.as_str().into(),
             server.into(),
-            plan.model.as_str().into(),
+            plan.trained.model.as_str().into(),
             JsonB(plan.identity.clone()).into(),
             plan.steps.into(),
             step.into(),
@@ -127,11 +127,11 @@ impl Run {
         Err(Error::new(
             code,
             format!(
-                "model \"{}\" is at step {step}, but this run left it at step {}",
-                plan.model, self.model_step
+                "{} is at step {step}, but this run left it at step {}",
+                plan.trained, self.model_step
             ),
         )
-        .detail("The model was put back, or made anew, to a state from which the run cannot go on.")
+        .detail("It was put back, or made anew, to a state from which the run cannot go on.")
         .hint("Restore it from a later checkpoint, or begin anew with restart => true."))
     }
 
@@ -207,7 +207,7 @@ impl Run {
         let arguments = [
             self.id.as_str().into(),
             self.done.into(),
-            plan.model.as_str().into(),
+            plan.trained.model.as_str().into(),
             self.model_step.into(),
             loss.into(),
             loss.exp().into(),
@@ -219,6 +219,6 @@ impl Run {
 
 fn overtaken(plan: &Plan) -> Error {
     let code = PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE;
-    let message = format!("another session took a step of this run of model \"{}\", or removed it", plan.model);
+    let message = format!("another session took a step of this run of {}, or removed it", plan.trained);
     Error::new(code, message).hint("Let one session train at a time.")
 }

@@ -5,6 +5,7 @@ use candle_compute_proto::v1::{
 };
 use pgrx::PgSqlErrorCode;
 
+use super::arguments::Trained;
 use super::exchange::exchange;
 use super::progress::Progress;
 use super::workers::{Worker, wait_all};
@@ -17,7 +18,7 @@ use crate::transaction;
 pub(super) fn take(
     workers: &[Worker],
     progress: &Progress,
-    model: &str,
+    trained: &Trained,
     batch: Vec<Sequence>,
     learning_rate: Option<f64>,
 ) -> Result<OptimizerStep> {
@@ -25,18 +26,19 @@ pub(super) fn take(
         .iter()
         .map(|worker| transaction::writing(&worker.client))
         .collect::<Result<Vec<_>>>()?;
-    accumulate(workers, progress, model, &contexts, split(batch, workers.len()))?;
+    accumulate(workers, progress, trained, &contexts, split(batch, workers.len()))?;
     // From here on a transaction that the server lost must not pass for one without writes.
     workers
         .iter()
         .for_each(|worker| transaction::wrote(worker.client.session));
     if workers.len() > 1 {
-        progress.wait(exchange(workers, &contexts, model))?;
+        progress.wait(exchange(workers, &contexts, trained))?;
     }
     let steps = wait_all(workers, progress, |index, client| {
         let request = StepRequest {
             transaction: Some(contexts[index].clone()),
-            model: model.to_string(),
+            model: trained.model.clone(),
+            adapter: trained.adapter.clone(),
             options: Some(AdamWOptions {
                 learning_rate,
                 ..AdamWOptions::default()
@@ -53,7 +55,7 @@ pub(super) fn take(
     let outcome = |step: &OptimizerStep| (step.step, step.loss.to_bits(), step.grad_norm.to_bits(), step.skipped);
     if steps.iter().any(|step| outcome(step) != outcome(first)) {
         let code = PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
-        return Err(Error::new(code, format!("the workers took different steps of model \"{model}\""))
+        return Err(Error::new(code, format!("the workers took different steps of {trained}"))
             .hint("Run all compute servers in the same version, on processors with the same SIMD level."));
     }
     Ok(first.clone())
@@ -62,14 +64,15 @@ pub(super) fn take(
 fn accumulate(
     workers: &[Worker],
     progress: &Progress,
-    model: &str,
+    trained: &Trained,
     contexts: &[TransactionContext],
     shards: Vec<Vec<Sequence>>,
 ) -> Result<()> {
     wait_all(workers, progress, |index, client| {
         let request = AccumulateBatchesRequest {
             transaction: Some(contexts[index].clone()),
-            model: model.to_string(),
+            model: trained.model.clone(),
+            adapter: trained.adapter.clone(),
             sequences: shards[index].clone(),
         };
         Box::pin(async move {

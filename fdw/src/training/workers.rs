@@ -1,9 +1,12 @@
 //! The servers that take part in a run, and what is asked of all of them at once.
 
-use candle_compute_proto::v1::{DigestModelRequest, ListModelsRequest, Model};
+use candle_compute_proto::v1::{
+    DigestModelRequest, ListAdaptersRequest, ListModelsRequest, Model, TransactionContext,
+};
 use pgrx::{PgSqlErrorCode, pg_sys};
 use tokio::task::JoinSet;
 
+use super::arguments::Trained;
 use super::progress::Progress;
 use crate::client::{Client, Session, connect, dropped_work, read, wait};
 use crate::error::{Error, Result};
@@ -135,23 +138,26 @@ pub(super) fn blame(workers: &[Worker], index: usize, error: Error) -> Error {
 ///
 /// # Errors
 /// 42704 where a worker does not have it; 55000 where two have it in different states.
-pub(super) fn same_model(workers: &[Worker], name: &str) -> Result<Model> {
+pub(super) fn same_model(workers: &[Worker], trained: &Trained) -> Result<Model> {
+    let name = trained.model.as_str();
     let contexts = workers
         .iter()
         .map(|worker| transaction::reading(worker.client.session))
         .collect::<Result<Vec<_>>>()?;
     let models = wait(all(workers, |index, client| {
-        let (transaction, wanted) = (contexts[index].clone(), name.to_string());
+        let (transaction, wanted) = (contexts[index].clone(), trained.clone());
         Box::pin(async move {
             let request = ListModelsRequest {
-                transaction,
-                names: vec![wanted.clone()],
+                transaction: transaction.clone(),
+                names: vec![wanted.model.clone()],
             };
             let models = read!(client, models.list_models(request)).await?.models;
-            models.into_iter().find(|model| model.name == wanted).ok_or_else(|| {
-                let code = PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT;
-                Error::new(code, format!("there is no model \"{wanted}\""))
-            })
+            let found = models.into_iter().find(|model| model.name == wanted.model);
+            let mut model = found.ok_or_else(|| missing(&format!("model \"{}\"", wanted.model)))?;
+            if !wanted.adapter.is_empty() {
+                model.step = adapter_step(&client, transaction, &wanted).await?;
+            }
+            Ok(model)
         })
     }))?;
     let Some((first, others)) = models.split_first() else {
@@ -160,7 +166,7 @@ pub(super) fn same_model(workers: &[Worker], name: &str) -> Result<Model> {
     for (other, worker) in others.iter().zip(&workers[1..]) {
         if first.step != other.step {
             let (a, b) = (first.step, other.step);
-            return Err(different(worker, name, &format!("it is at step {b} there, and at step {a} on the first")));
+            return Err(different(worker, trained, &format!("it is at step {b} there, and at step {a} on the first")));
         }
     }
     if workers.len() > 1 {
@@ -168,22 +174,39 @@ pub(super) fn same_model(workers: &[Worker], name: &str) -> Result<Model> {
             let request = DigestModelRequest {
                 transaction: contexts[index].clone(),
                 model: name.to_string(),
+                adapter: trained.adapter.clone(),
             };
             Box::pin(async move { read!(client, models.digest_model(request)).await })
         }))?;
         let differs = digests.iter().position(|digest| digest.sha256 != digests[0].sha256);
         if let Some(index) = differs {
             let what = "weights or the optimizer's moments differ from those on the first";
-            return Err(different(&workers[index], name, what));
+            return Err(different(&workers[index], trained, what));
         }
     }
     Ok(first.clone())
 }
 
-fn different(worker: &Worker, model: &str, what: &str) -> Error {
+fn missing(what: &str) -> Error {
+    Error::new(PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT, format!("there is no {what}"))
+}
+
+/// Optimizer steps that an adapter has taken.
+async fn adapter_step(client: &Client, transaction: Option<TransactionContext>, wanted: &Trained) -> Result<u64> {
+    let request = ListAdaptersRequest {
+        transaction,
+        models: vec![wanted.model.clone()],
+        names: vec![wanted.adapter.clone()],
+    };
+    let adapters = read!(client, adapters.list_adapters(request)).await?.adapters;
+    let found = adapters.first().ok_or_else(|| missing(&wanted.to_string()))?;
+    Ok(found.step)
+}
+
+fn different(worker: &Worker, trained: &Trained, what: &str) -> Error {
     let code = PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
     worker.blame(
-        Error::new(code, format!("model \"{model}\" is not the same on all workers"))
+        Error::new(code, format!("{trained} is not the same on all workers"))
             .detail(format!("Worker: {}. {what}.", worker.server))
             .hint("Load it on every worker from the same checkpoint, or create it with the same config and seed."),
     )

@@ -28,11 +28,8 @@ fn folder() -> &'static Path {
 }
 
 sql_tests!(
-<<<<<<< HEAD
     adapters,
-=======
     datasets,
->>>>>>> 5da65f1 (Train from SQL in runs that go on where they stopped, over several servers, on packed documents and tokenized datasets)
     definitions,
     gradients,
     inference,

@@ -90,6 +90,38 @@ fn concatenated_rows_go_on_too() {
     assert_eq!(tokens, 2 * 31, "whole rows");
 }
 
+#[test]
+fn an_adapter_is_trained_alone() {
+    let fixture = Fixture::with_models();
+    let mut client = fixture.connect();
+    copy(&mut client, "parts");
+    client
+        .batch_execute(
+            "INSERT INTO llm.adapters (model, name, seed) VALUES ('tiny', 'a', 1), ('parts', 'a', 1);
+             CREATE FUNCTION factors(owner text) RETURNS text LANGUAGE sql AS
+                 $$ SELECT md5(string_agg(data, '' ORDER BY parameter, chunk)) FROM llm.parameters
+                    WHERE model = owner AND adapter = 'a' $$",
+        )
+        .unwrap();
+    let (before, factors) = (weights(&mut client, "llm", "tiny"), "SELECT factors($1)");
+    let made: String = client.query_one(factors, &[&"tiny"]).unwrap().get(0);
+    let further = ", adapter => 'a', learning_rate => 0.01, eval_query => 'SELECT ''text number''', eval_every => 3";
+    client.batch_execute(&call("tiny", 6, further)).unwrap();
+    for steps in [2, 6] {
+        client.batch_execute(&call("parts", steps, further)).unwrap();
+    }
+    assert_eq!(before, weights(&mut client, "llm", "tiny"));
+    let trained: String = client.query_one(factors, &[&"tiny"]).unwrap().get(0);
+    assert_ne!(made, trained);
+    assert_eq!(trained, client.query_one(factors, &[&"parts"]).unwrap().get::<_, String>(0));
+    let measured = "SELECT loss FROM candle.training_evaluations WHERE model = 'tiny' ORDER BY step";
+    let losses: Vec<f64> = client.query(measured, &[]).unwrap().iter().map(|row| row.get(0)).collect();
+    assert!(losses.len() == 2 && losses[0] != losses[1], "measured with the adapter: {losses:?}");
+    expect_failure(client.batch_execute(&call("tiny", 9, ", adapter => 'a', checkpoint_every => 1")), "0A000");
+    expect_failure(client.batch_execute(&call("tiny", 1, ", adapter => 'b'")), "42704");
+    fixture.assert_idle();
+}
+
 /// Until so many steps are committed.
 fn wait_for_steps(client: &mut Client, model: &str, steps: i64) {
     end_to_end_tests::waiting::wait_for("steps", || {
@@ -303,7 +335,7 @@ fn bad_arguments_are_named() {
         ("'tiny', 'SELECT ''{1,2,9999}''::int[]', 1", "22023", "9999"),
         ("'tiny', 'SELECT ''{1,NULL}''::int[]', 1", "22023", "NULL"),
         ("'tiny', 'SELECT ''{1,2}''::int[] AS tokens, ''{t}''::bool[] AS loss_mask', 1", "22023", "loss_mask"),
-        ("'tiny', 'SELEC', 1", "42601", "SELEC"),
+        ("'tiny', 'SELEC', 1", "42601", "syntax"),
         ("'tiny', 'SELECT 1/0', 1", "22012", "division"),
     ] {
         let message = expect_failure(client.batch_execute(&format!("CALL candle.train({arguments})")), state);
