@@ -4,8 +4,8 @@
 mod adapters;
 mod bad_input;
 mod checkpoints;
-mod durability;
 mod client_driven;
+mod durability;
 mod generation;
 mod gradients;
 mod operations;
