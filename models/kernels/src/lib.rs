@@ -17,6 +17,7 @@
 mod activation;
 mod adamw;
 mod attention;
+pub mod benchmark;
 mod blocks;
 mod convert;
 mod cross_entropy;

@@ -6,7 +6,7 @@
 #![allow(unsafe_code)]
 
 use std::any::Any;
-use std::cell::UnsafeCell;
+use std::cell::{Cell, UnsafeCell};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -42,7 +42,7 @@ pub fn count() -> usize {
 /// passed on then. Where another region is running (another model's thread, or a region within a region) the caller
 /// does all the work itself.
 pub(crate) fn parallel_for(tasks: usize, body: impl Fn(usize) + Sync) {
-    if tasks > 1 && count() > 1 {
+    if tasks > 1 && count() > 1 && !ALONE.get() {
         let guard = match pool().try_lock() {
             Ok(guard) => Some(guard),
             Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
@@ -53,6 +53,23 @@ pub(crate) fn parallel_for(tasks: usize, body: impl Fn(usize) + Sync) {
         }
     }
     (0..tasks).for_each(body);
+}
+
+thread_local! {
+    /// Whether this thread does all its kernels' work itself.
+    static ALONE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Calls `body`, whose kernels run on this thread alone.
+pub(crate) fn alone<R>(body: impl FnOnce() -> R) -> R {
+    struct Before(bool);
+    impl Drop for Before {
+        fn drop(&mut self) {
+            ALONE.set(self.0);
+        }
+    }
+    let _before = Before(ALONE.replace(true));
+    body()
 }
 
 /// [`parallel_for`] where the work is worth a second thread: `products` is about the number of multiplications in all.

@@ -79,6 +79,16 @@ impl<'a> MatrixRef<'a> {
         Some(Strided { data, shape, strides })
     }
 
+    /// Whether its elements are of a half type.
+    pub(super) fn is_half(self) -> bool {
+        !matches!(self.elements, Elements::F32(_))
+    }
+
+    /// Whether its elements are bf16.
+    pub(super) fn is_bf16(self) -> bool {
+        matches!(self.elements, Elements::Bf16(_))
+    }
+
     /// Whether neighbours in memory are those in a column, and the distance in elements of neighbours in the other
     /// direction.
     pub(super) fn order(self) -> (bool, usize) {

@@ -8,17 +8,22 @@ mod blocks;
 mod dense;
 mod matrix;
 mod pack;
+#[cfg(target_arch = "x86_64")]
+mod pair_kernels;
+mod pairs;
 mod tile;
 
 pub use matrix::MatrixRef;
+pub(crate) use pairs::Pairs;
 
 use crate::simd::{Level, level};
 
 /// `out = a * b`, or `out += a * b` where `accumulate`. `a` is `[m, k]`, `b` `[k, n]`, `out` row-major `[m, n]`.
 ///
-/// For backward passes: `dx = dy * W` and `dW += dy^T * x` with `W` `[out, in]`. Sums are in single precision, in an order that
-/// depends on the shape but not on the number of threads: a row may differ in its last bits between batches of different
-/// sizes.
+/// For backward passes: `dx = dy * W` and `dW += dy^T * x` with `W` `[out, in]`. Sums are in single precision, in an order
+/// that depends on the shape but not on the number of threads: a row may differ in its last bits between batches of
+/// different sizes. Where both operands are of half types, AVX-512 machines round smaller elements on the way
+/// (below 2^-4 of the largest of 128 neighbours, by at most 2^-12 of it), for twice the speed of f32.
 ///
 /// # Panics
 /// Where the shapes do not fit each other.
@@ -40,9 +45,18 @@ pub(crate) fn matmul_with(level: Level, a: MatrixRef<'_>, b: MatrixRef<'_>, accu
         }
         return;
     }
-    match (a.dense(), b.dense()) {
-        (Some(a), Some(b)) => dense::product(a, b, accumulate, out),
-        _ => blocks::product(level, a, b, accumulate, out),
+    if let Some(pairs) = Pairs::choose(level, a, b) {
+        return pairs.product(a, b, accumulate, out);
+    }
+    widened(level, a, b, accumulate, out);
+}
+
+/// The product by f32 operations; none of the matrices is empty.
+pub(crate) fn widened(level: Level, a: MatrixRef<'_>, b: MatrixRef<'_>, accumulate: bool, out: &mut [f32]) {
+    match (level, a.dense(), b.dense()) {
+        // The crate finds AVX-512 itself.
+        (Level::Avx512, Some(a), Some(b)) => dense::product(a, b, accumulate, out),
+        _ => blocks::product(tile::Widened(level), a, b, accumulate, out),
     }
 }
 

@@ -1,7 +1,36 @@
 //! The innermost loop: a tile of the output, whose sums stay in registers, from one panel of each operand.
 
-use crate::simd::{LANES, Level, Simd};
+use std::ops::Range;
+
+use super::blocks::Kernel;
+use super::matrix::MatrixRef;
+use super::pack;
+use crate::simd::{LANES, Level, Simd, dispatch};
 use crate::tiles::Tile;
+
+/// The kernel of f32 panels: elements of other types are widened when they are packed.
+#[derive(Clone, Copy)]
+pub(super) struct Widened(pub(super) Level);
+
+impl Kernel for Widened {
+    const DEPTH: usize = 256;
+
+    fn shape(self) -> TileShape {
+        TileShape::of(self.0)
+    }
+
+    fn panel_words(self, width: usize, depth: usize) -> usize {
+        width * depth
+    }
+
+    fn pack(self, operand: MatrixRef<'_>, first: usize, depth: Range<usize>, _width: usize, panel: &mut [f32]) {
+        pack::panel(self.0, operand, first, depth, panel);
+    }
+
+    fn multiply(self, [a, b]: [&[f32]; 2], depth: usize, add: bool, out: &mut Tile<'_, f32>) {
+        dispatch!(self.0, tiles(a, b, depth, add, out));
+    }
+}
 
 /// Rows and columns of a tile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +57,7 @@ impl TileShape {
 /// Adds to the tiles of `out`, or overwrites them, from whole panels: `a` holds panels of `shape.rows` rows, `b` of
 /// `shape.columns` columns, both of depth `depth` (see [`super::pack`]).
 #[inline(always)]
-pub(super) fn tiles<S: Simd>(s: S, a: &[f32], b: &[f32], depth: usize, add: bool, out: &mut Tile<'_, f32>) {
+fn tiles<S: Simd>(s: S, a: &[f32], b: &[f32], depth: usize, add: bool, out: &mut Tile<'_, f32>) {
     // The branches on constants leave only the level's own shape to be compiled.
     if S::ACCUMULATORS >= 16 {
         tiles_of::<S, 8, 3>(s, a, b, depth, add, out);
@@ -77,7 +106,7 @@ fn tile<S: Simd, const M: usize, const N: usize>(s: S, a: &[f32], b: &[f32]) -> 
 
 /// The part of the sums that lies inside of `out`, from element `[row, column]` on.
 #[inline(always)]
-fn store<S: Simd, const M: usize, const N: usize>(
+pub(super) fn store<S: Simd, const M: usize, const N: usize>(
     s: S,
     sums: [[S::F32; N]; M],
     [row, column]: [usize; 2],

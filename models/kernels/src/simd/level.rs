@@ -1,5 +1,6 @@
 //! Detection of the instruction-set level and its override by the environment.
 
+use std::cell::Cell;
 use std::fmt;
 use std::sync::OnceLock;
 
@@ -105,10 +106,34 @@ pub fn initialize() -> Result<Level, LevelError> {
         .clone()
 }
 
+thread_local! {
+    /// What [`with_level`] chose for this thread.
+    static CHOSEN: Cell<Option<Level>> = const { Cell::new(None) };
+}
+
 /// The level that kernels use: [`initialize`]'s, or `Portable` where that failed.
 pub fn level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
-    *LEVEL.get_or_init(|| initialize().unwrap_or(Level::Portable))
+    match CHOSEN.get() {
+        Some(level) => level,
+        None => *LEVEL.get_or_init(|| initialize().unwrap_or(Level::Portable)),
+    }
+}
+
+/// Calls `body`, whose kernels use another level.
+///
+/// # Panics
+/// Where the machine lacks it.
+pub(crate) fn with_level<R>(level: Level, body: impl FnOnce() -> R) -> R {
+    struct Before(Option<Level>);
+    impl Drop for Before {
+        fn drop(&mut self) {
+            CHOSEN.set(self.0);
+        }
+    }
+    assert!(level.is_available(), "this machine has no {level}");
+    let _before = Before(CHOSEN.replace(Some(level)));
+    body()
 }
 
 /// The level for a given value of the variable.

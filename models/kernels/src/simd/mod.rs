@@ -23,6 +23,7 @@ pub(crate) use lanes::{LANES, Simd};
 pub(crate) use neon::Neon;
 pub(crate) use portable::Portable;
 
+pub(crate) use level::with_level;
 pub use level::{Level, LevelError, available, initialize, level};
 
 /// Calls a generic kernel body, whose first argument is the [`Simd`] token, compiled for the given level.
