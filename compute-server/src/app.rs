@@ -23,6 +23,8 @@ pub(crate) struct App {
     pub(crate) tokenizers: TokenizerStore,
     pub(crate) requests: Arc<Requests>,
     pub(crate) memory: Arc<MemoryBudget>,
+    /// Held by the one run of kernel benchmarks.
+    pub(crate) benchmarking: Arc<tokio::sync::Mutex<()>>,
     /// Models that have a thread, published or not.
     model_count: Arc<AtomicU64>,
     draining: AtomicBool,
@@ -60,6 +62,7 @@ impl App {
             tokenizers: TokenizerStore::new(Arc::clone(&folder)),
             requests: Arc::new(Requests::default()),
             memory: MemoryBudget::new(config.limits.memory),
+            benchmarking: Arc::default(),
             model_count: Arc::default(),
             draining: AtomicBool::new(false),
             recovering: AtomicBool::new(true),

@@ -1,6 +1,7 @@
 //! Functions and procedures of the schema `candle`.
 #![allow(unsafe_code)]
 
+mod baseline;
 mod datasets;
 mod generate;
 mod gradients;
@@ -9,6 +10,7 @@ mod tokens;
 mod train;
 mod train_tokenizer;
 
+pub(crate) use baseline::sql_kernel_baseline;
 pub(crate) use server::{default_client, register_settings};
 
 /// Raises an error in a read-only transaction.

@@ -5,13 +5,15 @@ use candle_compute_proto::{PROTOCOL, v1};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::Service;
 use super::tracking::Tracked;
+use super::{ResponseStream, Service, benchmarks};
 use crate::devices;
 use crate::error::Error;
 
 #[tonic::async_trait]
 impl TelemetryService for Service {
+    type RunKernelBenchmarksStream = ResponseStream<v1::RunKernelBenchmarksResponse>;
+
     async fn get_server_info(
         &self,
         _request: Request<v1::GetServerInfoRequest>,
@@ -79,5 +81,13 @@ impl TelemetryService for Service {
             }
             .into()),
         }
+    }
+
+    async fn run_kernel_benchmarks(
+        &self,
+        request: Request<v1::RunKernelBenchmarksRequest>,
+    ) -> Result<Response<Self::RunKernelBenchmarksStream>, Status> {
+        let figures = benchmarks::start(&self.app, request.into_inner().kernels)?;
+        Ok(Response::new(Box::pin(ReceiverStream::new(figures))))
     }
 }
