@@ -51,7 +51,10 @@ impl Procedure {
         let options = if commits { pg_sys::SPI_OPT_NONATOMIC as i32 } else { 0 };
         // SAFETY: finished when `self` is dropped, or by PostgreSQL after an error.
         if unsafe { pg_sys::SPI_connect_ext(options) } != pg_sys::SPI_OK_CONNECT as i32 {
-            return Err(Error::new(PgSqlErrorCode::ERRCODE_INTERNAL_ERROR, "cannot connect to SPI"));
+            return Err(Error::new(
+                PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,
+                "cannot connect to SPI",
+            ));
         }
         // SAFETY: reads a variable of the backend: the connection's own context.
         let memory = unsafe { pg_sys::CurrentMemoryContext };

@@ -4,15 +4,12 @@ use std::sync::Arc;
 
 use candle_compute_proto::v1;
 use candle_kernels_cpu::benchmark::{self, Measurement};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tonic::Status;
 
 use crate::app::App;
 use crate::error::{Error, Result};
 use crate::requests::{Phase, RequestGuard};
-
-/// Figures that may lie ready for a client that is slow to read them.
-const CAPACITY: usize = 4;
 
 /// What the client receives.
 type Message = Result<v1::RunKernelBenchmarksResponse, Status>;
@@ -26,13 +23,20 @@ pub(super) fn start(app: &Arc<App>, kernels: Vec<String>) -> Result<mpsc::Receiv
         let message = format!("there is no kernel {name:?}; the kernels are {}", known.join(", "));
         return Err(Error::InvalidArgument(message));
     }
-    let (sender, receiver) = mpsc::channel(CAPACITY);
+    // Room for all figures and an error, so that a client that reads slowly holds up nobody.
+    let (sender, receiver) = mpsc::channel(benchmark::count(&|kernel| is_wanted(&kernels, kernel)) + 1);
     let guard = app.requests.begin("benchmark", "");
+    let cancelled = Arc::new(Notify::new());
+    guard.wake_on_cancel(Arc::clone(&cancelled));
     let turn = Arc::clone(&app.benchmarking);
     tokio::spawn(async move {
         let turn = tokio::select! {
             turn = turn.lock_owned() => turn,
             () = sender.closed() => return,
+            () = cancelled.notified() => {
+                let _ = sender.send(Err(Error::Cancelled.into())).await;
+                return;
+            }
         };
         // On a thread that may block; a run that is cancelled ends by itself.
         tokio::task::spawn_blocking(move || {
@@ -43,8 +47,12 @@ pub(super) fn start(app: &Arc<App>, kernels: Vec<String>) -> Result<mpsc::Receiv
     Ok(receiver)
 }
 
+fn is_wanted(kernels: &[String], kernel: &str) -> bool {
+    kernels.is_empty() || kernels.iter().any(|name| name == kernel)
+}
+
 fn run(kernels: &[String], guard: &RequestGuard, sender: &mpsc::Sender<Message>) {
-    let wanted = |kernel: &str| kernels.is_empty() || kernels.iter().any(|name| name == kernel);
+    let wanted = |kernel: &str| is_wanted(kernels, kernel);
     let total = benchmark::count(&wanted) as u64;
     guard.set_phase(Phase::Running);
     guard.set_progress(0, total);

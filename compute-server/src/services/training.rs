@@ -336,7 +336,10 @@ fn gradient_chunk(model: &ModelHandle, message: &v1::MergeGradientsRequest) -> R
         .values
         .iter()
         // They are finite, and so a plain comparison will do, which is computed many at a time.
-        .fold(0.0f32, |largest, value| if value.abs() > largest { value.abs() } else { largest });
+        .fold(
+            0.0f32,
+            |largest, value| if value.abs() > largest { value.abs() } else { largest },
+        );
     if f64::from(largest) * tokens as f64 > f64::from(f32::MAX) {
         return Err(Error::invalid(format!(
             "parameter \"{}\", chunk {}: {largest} times the weight of {tokens} tokens exceeds the range of f32",

@@ -72,12 +72,13 @@ async fn documents_end_and_come_back() {
         .unwrap()
         .into_inner()
         .texts;
-    assert_eq!(
-        found.iter().map(|found| found.text.clone()).collect::<Vec<_>>(),
-        texts
-    );
+    assert_eq!(found.iter().map(|found| found.text.clone()).collect::<Vec<_>>(), texts);
     assert!(found.iter().all(|found| found.exact));
-    let message = assert_status(back(vec![vec![1], vec![5, 99_999]]).await, Code::InvalidArgument, "22023");
+    let message = assert_status(
+        back(vec![vec![1], vec![5, 99_999]]).await,
+        Code::InvalidArgument,
+        "22023",
+    );
     assert!(message.contains("document 1") && message.contains("99999"), "{message}");
 }
 
@@ -141,7 +142,11 @@ async fn a_digest_tells_states_apart() {
     client.publish("t").await.unwrap();
     assert_eq!(stepped, client.digest("a", None).await);
     client.step("b", None).await.unwrap();
-    assert_eq!(stepped, client.digest("b", None).await, "the same step from the same gradient");
+    assert_eq!(
+        stepped,
+        client.digest("b", None).await,
+        "the same step from the same gradient"
+    );
 }
 
 #[tokio::test]
@@ -165,7 +170,9 @@ async fn client_driven_work_is_listed_and_cancelled() {
     sender.send(message("", "saving", 3)).await.unwrap();
     client
         .wait_for_requests(|requests| {
-            let shown = requests.iter().map(|r| (r.kind.as_str(), r.phase.as_str(), r.done, r.total));
+            let shown = requests
+                .iter()
+                .map(|r| (r.kind.as_str(), r.phase.as_str(), r.done, r.total));
             shown.eq([("train", "saving", 3, 10)])
         })
         .await;
@@ -180,14 +187,23 @@ async fn client_driven_work_is_listed_and_cancelled() {
     for (kind, phase) in [("mine", "running"), ("train", "decode")] {
         let (sender, receiver) = mpsc::channel(1);
         sender.send(message(kind, phase, 0)).await.unwrap();
-        let refused = client.telemetry.clone().track_request(ReceiverStream::new(receiver)).await;
+        let refused = client
+            .telemetry
+            .clone()
+            .track_request(ReceiverStream::new(receiver))
+            .await;
         assert_status(refused.map(drop), Code::InvalidArgument, "22023");
     }
     // A client that goes away leaves nothing.
     let (sender, receiver) = mpsc::channel(1);
     sender.send(message("tokenize", "running", 0)).await.unwrap();
     let other = server.connect().await;
-    let stream = other.telemetry.clone().track_request(ReceiverStream::new(receiver)).await.unwrap();
+    let stream = other
+        .telemetry
+        .clone()
+        .track_request(ReceiverStream::new(receiver))
+        .await
+        .unwrap();
     client.wait_for_requests(|requests| requests.len() == 1).await;
     drop((sender, stream, other));
     client.wait_for_requests(<[_]>::is_empty).await;

@@ -3,6 +3,7 @@
 
 mod adapters;
 mod bad_input;
+mod benchmarks;
 mod checkpoints;
 mod client_driven;
 mod durability;

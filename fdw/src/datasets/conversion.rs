@@ -160,7 +160,10 @@ impl Conversion {
             return Ok(());
         }
         let code = PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE;
-        let message = format!("another session makes the dataset \"{}\" for model \"{}\"", self.name, self.model);
+        let message = format!(
+            "another session makes the dataset \"{}\" for model \"{}\"",
+            self.name, self.model
+        );
         Err(Error::new(code, message).hint("Let one session make it at a time."))
     }
 }

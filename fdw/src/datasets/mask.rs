@@ -17,11 +17,18 @@ pub(super) fn map(mask: &[bool], from: &[u32], to: &[u32], length: u32) -> Mappe
     };
     let old = spans(from);
     let empty_at = |place: u32| {
-        let around = old.iter().zip(mask).filter(|((start, end), _)| start == end && *end == place);
+        let around = old
+            .iter()
+            .zip(mask)
+            .filter(|((start, end), _)| start == end && *end == place);
         around.map(|(_, counts)| *counts).reduce(|a, b| a || b)
     };
     let behind = empty_at(length).or(mask.last().copied()).unwrap_or(false);
-    let before = if length == 0 { behind } else { empty_at(0).unwrap_or(false) };
+    let before = if length == 0 {
+        behind
+    } else {
+        empty_at(0).unwrap_or(false)
+    };
     let counted: Vec<(u32, u32)> = old
         .iter()
         .zip(mask)
@@ -43,7 +50,9 @@ pub(super) fn map(mask: &[bool], from: &[u32], to: &[u32], length: u32) -> Mappe
         while counted.get(first).is_some_and(|(_, counted_end)| *counted_end <= start) {
             first += 1;
         }
-        let overlaps = counted[first..].iter().take_while(|(counted_start, _)| *counted_start < end);
+        let overlaps = counted[first..]
+            .iter()
+            .take_while(|(counted_start, _)| *counted_start < end);
         let covered: u32 = overlaps
             .map(|(counted_start, counted_end)| (*counted_end).min(end) - (*counted_start).max(start))
             .sum();

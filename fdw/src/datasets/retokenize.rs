@@ -46,7 +46,9 @@ pub(crate) fn retokenize(procedure: &Procedure, name: &str, from: &str, to: &str
     if conversion.rows > 0 {
         notice!("going on after {} of {total} rows", conversion.rows);
     }
-    let rest = conversion.last_id.map_or_else(String::new, |last| format!("AND id > {last}"));
+    let rest = conversion
+        .last_id
+        .map_or_else(String::new, |last| format!("AND id > {last}"));
     let query = format!(
         "SELECT id, tokens, loss_mask FROM candle.dataset WHERE name = {} AND model = {} {rest} ORDER BY id",
         quote_literal(name),
@@ -83,7 +85,9 @@ pub(crate) fn retokenize(procedure: &Procedure, name: &str, from: &str, to: &str
 
 fn count(name: &str, model: &str) -> Result<i64> {
     let statement = "SELECT count(*) FROM candle.dataset WHERE name = $1 AND model = $2";
-    let rows = run(statement, &[name.into(), model.into()], |rows| rows.first().get_one::<i64>())?;
+    let rows = run(statement, &[name.into(), model.into()], |rows| {
+        rows.first().get_one::<i64>()
+    })?;
     rows.filter(|rows| *rows > 0).ok_or_else(|| {
         let code = PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT;
         Error::new(code, format!("there is no dataset \"{name}\" for model \"{model}\""))
@@ -140,7 +144,9 @@ fn detokenize(tokenizing: Tokenizing<'_>, model: &str, stored: &[Stored]) -> Res
         model: model.to_string(),
         documents: stored.iter().map(ids).collect(),
     };
-    let answer = tokenizing.progress.wait(read!(client, inference.detokenize_texts(request)));
+    let answer = tokenizing
+        .progress
+        .wait(read!(client, inference.detokenize_texts(request)));
     let texts = answer
         .map_err(|error| match stored.first() {
             Some(first) => error.context(&format!("rows from id {} on", first.id)),

@@ -46,7 +46,9 @@ pub(crate) fn tokenize(procedure: &Procedure, name: &str, model: &str, query: &s
         cursor.skip(conversion.rows);
     }
     let mut batch = || -> Result<bool> {
-        let rows = cursor.fetch(ROWS_PER_BATCH, |row| Ok((row.get::<i64>(1), row.get::<String>(2).unwrap_or_default())))?;
+        let rows = cursor.fetch(ROWS_PER_BATCH, |row| {
+            Ok((row.get::<i64>(1), row.get::<String>(2).unwrap_or_default()))
+        })?;
         if rows.is_empty() {
             return Ok(false);
         }
@@ -54,15 +56,19 @@ pub(crate) fn tokenize(procedure: &Procedure, name: &str, model: &str, query: &s
         let (ids, bodies): (Vec<_>, Vec<_>) = rows.into_iter().unzip();
         let documents = training::tokenize(tokenizing, bodies, true)?;
         let mut counts = Counts::default();
-        let rows = ids.into_iter().zip(documents).enumerate().map(|(index, (id, document))| {
-            counts.tokens_after += document.token_ids.len() as i64;
-            counts.inexact += i64::from(!document.exact);
-            Row {
-                id: id.unwrap_or(before + index as i64 + 1),
-                tokens: document.token_ids.into_iter().map(|token| token as i32).collect(),
-                mask: None,
-            }
-        });
+        let rows = ids
+            .into_iter()
+            .zip(documents)
+            .enumerate()
+            .map(|(index, (id, document))| {
+                counts.tokens_after += document.token_ids.len() as i64;
+                counts.inexact += i64::from(!document.exact);
+                Row {
+                    id: id.unwrap_or(before + index as i64 + 1),
+                    tokens: document.token_ids.into_iter().map(|token| token as i32).collect(),
+                    mask: None,
+                }
+            });
         let rows = rows.collect();
         conversion.store(rows, counts)?;
         procedure.commit();
@@ -95,7 +101,9 @@ impl Texts {
         let columns = training::columns(query)?;
         let integer = |oid| [pg_sys::INT2OID, pg_sys::INT4OID, pg_sys::INT8OID].contains(&oid);
         let id = columns.iter().position(|column| column.name == "id").or({
-            let first = columns.first().filter(|column| columns.len() > 1 && integer(column.oid));
+            let first = columns
+                .first()
+                .filter(|column| columns.len() > 1 && integer(column.oid));
             first.map(|_| 0)
         });
         let text = columns
@@ -107,10 +115,16 @@ impl Texts {
                 .hint("Give SELECT text FROM …, or SELECT id, text FROM …."));
         };
         if let Some(id) = id.filter(|id| !integer(columns[*id].oid)) {
-            return Err(Error::bad_value(format!("column \"{}\" of the query must be an integer", columns[id].name)));
+            return Err(Error::bad_value(format!(
+                "column \"{}\" of the query must be an integer",
+                columns[id].name
+            )));
         }
         if element_type(columns[text].oid) != pg_sys::Oid::INVALID {
-            return Err(Error::bad_value(format!("column \"{}\" of the query must be text", columns[text].name)));
+            return Err(Error::bad_value(format!(
+                "column \"{}\" of the query must be text",
+                columns[text].name
+            )));
         }
         let name = |index: usize| format!("c{}", index + 1);
         Ok(Self {

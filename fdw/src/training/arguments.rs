@@ -79,7 +79,9 @@ impl Arguments {
         let names: Option<Vec<&str>> = workers.iter().map(Option::as_deref).collect();
         let names = names.ok_or_else(|| null("workers"))?;
         if names.is_empty() {
-            return Err(Error::bad_value("workers is empty; name at least one schema, or leave it out"));
+            return Err(Error::bad_value(
+                "workers is empty; name at least one schema, or leave it out",
+            ));
         }
         Ok((trained, names))
     }
@@ -116,7 +118,10 @@ impl Arguments {
         };
         let kind = self.schedule.as_deref().map(ScheduleKind::named).transpose()?;
         let schedule = if kind.is_some() || warmup.is_some() || self.learning_rate.is_some() {
-            let highest = self.learning_rate.or(configured(model, "learning_rate")).unwrap_or(1e-3);
+            let highest = self
+                .learning_rate
+                .or(configured(model, "learning_rate"))
+                .unwrap_or(1e-3);
             Some(Schedule::new(
                 kind.unwrap_or(ScheduleKind::Constant),
                 highest,
@@ -160,7 +165,10 @@ impl Arguments {
 
 /// A number of the model's configuration.
 fn configured(model: &Model, name: &str) -> Option<f64> {
-    serde_json::from_str::<Value>(&model.config_json).ok()?.get(name)?.as_f64()
+    serde_json::from_str::<Value>(&model.config_json)
+        .ok()?
+        .get(name)?
+        .as_f64()
 }
 
 fn given<T>(name: &str, value: Option<T>) -> Result<T> {

@@ -126,7 +126,9 @@ pub(crate) fn tokenize(
             texts: call,
             with_ends,
         };
-        let answer = tokenizing.progress.wait(read!(client, inference.tokenize_texts(request)))?;
+        let answer = tokenizing
+            .progress
+            .wait(read!(client, inference.tokenize_texts(request)))?;
         if answer.texts.len() != count {
             return Err(Error::protocol("tokens for every text"));
         }

@@ -153,7 +153,12 @@ impl Driver<'_> {
         self.procedure.commit();
         self.progress.tell("running", number as u64);
         self.tell(&taken);
-        if self.plan.evaluation.as_ref().is_some_and(|(_, every)| number % every == 0) {
+        if self
+            .plan
+            .evaluation
+            .as_ref()
+            .is_some_and(|(_, every)| number % every == 0)
+        {
             self.evaluate()?;
         }
         Ok(())
@@ -173,8 +178,9 @@ impl Driver<'_> {
             }
             if !self.run.used {
                 let code = PgSqlErrorCode::ERRCODE_NO_DATA_FOUND;
-                return Err(Error::new(code, "the query gives no texts to train on")
-                    .hint("A document needs at least two tokens, and a target that its loss mask does not leave out."));
+                return Err(Error::new(code, "the query gives no texts to train on").hint(
+                    "A document needs at least two tokens, and a target that its loss mask does not leave out.",
+                ));
             }
             self.reader = None;
             self.run.next_epoch();
@@ -206,7 +212,10 @@ impl Driver<'_> {
             model: self.plan.trained.model.clone(),
             tag: String::new(),
         };
-        match self.progress.wait(write!(client, checkpoints.create_checkpoint(request))) {
+        match self
+            .progress
+            .wait(write!(client, checkpoints.create_checkpoint(request)))
+        {
             Err(error) if error.code == PgSqlErrorCode::ERRCODE_DUPLICATE_OBJECT => {
                 notice!("{}; it is kept", error.message());
                 Ok(())
@@ -235,8 +244,16 @@ impl Driver<'_> {
     fn tell(&self, taken: &OptimizerStep) {
         let (done, steps) = (self.run.done, self.plan.steps);
         if done == 1 || done == steps || done % (steps / NOTICES).max(1) == 0 {
-            let rate = taken.options.as_ref().and_then(|options| options.learning_rate).unwrap_or_default();
-            let skipped = if taken.skipped { ", skipped: its gradient is not finite" } else { "" };
+            let rate = taken
+                .options
+                .as_ref()
+                .and_then(|options| options.learning_rate)
+                .unwrap_or_default();
+            let skipped = if taken.skipped {
+                ", skipped: its gradient is not finite"
+            } else {
+                ""
+            };
             notice!(
                 "step {} ({done} of {steps}): loss {:.4}, learning rate {rate:.3e}, {} tokens, {:.0} ms{skipped}",
                 taken.step,

@@ -51,7 +51,10 @@ pub(super) fn measure(
     }
     if tokens == 0 {
         let code = pgrx::PgSqlErrorCode::ERRCODE_NO_DATA_FOUND;
-        return Err(Error::new(code, "eval_query gives no texts whose loss could be measured"));
+        return Err(Error::new(
+            code,
+            "eval_query gives no texts whose loss could be measured",
+        ));
     }
     Ok((sum / tokens as f64, tokens))
 }

@@ -84,11 +84,7 @@ async fn open(workers: &[Worker], contexts: &[TransactionContext], trained: &Tra
                 return Ok(None);
             }
             let chunks = read!(client, training.read_gradients(request)).await?;
-            Ok(Some(Incoming {
-                worker,
-                client,
-                chunks,
-            }))
+            Ok(Some(Incoming { worker, client, chunks }))
         })
     });
     Ok(opened.await?.into_iter().flatten().collect())
@@ -134,7 +130,10 @@ impl Outgoing {
             if sender.send(message).await.is_err() {
                 // The call has ended: it tells why.
                 self.senders.clear();
-                return self.join(workers).await.and(Err(Error::protocol("merge of a gradient")));
+                return self
+                    .join(workers)
+                    .await
+                    .and(Err(Error::protocol("merge of a gradient")));
             }
         }
         Ok(())
@@ -180,7 +179,9 @@ fn mean(chunks: &[ReadGradientsResponse]) -> Result<MergeGradientsRequest> {
         data.extend_from_slice(&(sum as f32).to_le_bytes());
     }
     let losses = chunks.iter().filter(|message| message.tokens > 0);
-    let loss = losses.map(|message| message.loss.map(|loss| loss * share(message))).sum();
+    let loss = losses
+        .map(|message| message.loss.map(|loss| loss * share(message)))
+        .sum();
     Ok(MergeGradientsRequest {
         chunk: Some(TensorChunk {
             data: data.into(),

@@ -63,7 +63,9 @@ impl Packing {
     /// 22023 for sequences too short to have a target.
     pub(super) fn new(kind: PackingKind, length: i32, rows: i32) -> Result<Self> {
         if kind == PackingKind::Concatenate && length < 2 {
-            return Err(Error::bad_value("sequence_length must be at least 2 with packing => 'concatenate'"));
+            return Err(Error::bad_value(
+                "sequence_length must be at least 2 with packing => 'concatenate'",
+            ));
         }
         let length = length as usize;
         Ok(Self {

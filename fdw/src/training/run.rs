@@ -49,7 +49,9 @@ impl Run {
     pub(super) fn open(plan: &Plan, server: &str, model: &Model) -> Result<(Self, Found)> {
         let identity = json!({"server": server, "model": plan.trained.model, "arguments": plan.identity}).to_string();
         let statement = "SELECT pg_catalog.md5($1)";
-        let id = run(statement, &[identity.as_str().into()], |rows| rows.first().get_one::<String>())?;
+        let id = run(statement, &[identity.as_str().into()], |rows| {
+            rows.first().get_one::<String>()
+        })?;
         let id = id.ok_or_else(|| Error::protocol("key"))?;
         if plan.restart {
             execute("DELETE FROM candle.training_runs WHERE run = $1", &[id.as_str().into()])?;
@@ -150,7 +152,8 @@ impl Run {
     /// # Errors
     /// As [`save`](Self::save).
     pub(super) fn put_back(&mut self, plan: &Plan, done: i64) -> Result<()> {
-        let statement = "UPDATE candle.training_runs SET done = $3, model_step = base_step + $3 WHERE run = $1 AND done = $2";
+        let statement =
+            "UPDATE candle.training_runs SET done = $3, model_step = base_step + $3 WHERE run = $1 AND done = $2";
         let arguments = [self.id.as_str().into(), self.done.into(), done.into()];
         if execute(statement, &arguments)? != 1 {
             return Err(overtaken(plan));
@@ -219,6 +222,9 @@ impl Run {
 
 fn overtaken(plan: &Plan) -> Error {
     let code = PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE;
-    let message = format!("another session took a step of this run of {}, or removed it", plan.trained);
+    let message = format!(
+        "another session took a step of this run of {}, or removed it",
+        plan.trained
+    );
     Error::new(code, message).hint("Let one session train at a time.")
 }

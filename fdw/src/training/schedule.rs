@@ -21,10 +21,16 @@ impl ScheduleKind {
 
     /// The kind of that name.
     pub(super) fn named(name: &str) -> Result<Self> {
-        let found = Self::ALL.iter().find(|(known, _)| *known == name).map(|(_, kind)| *kind);
+        let found = Self::ALL
+            .iter()
+            .find(|(known, _)| *known == name)
+            .map(|(_, kind)| *kind);
         found.ok_or_else(|| {
             let names: Vec<&str> = Self::ALL.iter().map(|(known, _)| *known).collect();
-            Error::bad_value(format!("schedule is \"{name}\"; it must be one of {}", names.join(", ")))
+            Error::bad_value(format!(
+                "schedule is \"{name}\"; it must be one of {}",
+                names.join(", ")
+            ))
         })
     }
 }
@@ -47,7 +53,9 @@ impl Schedule {
     pub(super) fn new(kind: ScheduleKind, highest: f64, lowest: Option<f64>, warmup: i64, steps: i64) -> Result<Self> {
         for (name, rate) in [("learning_rate", Some(highest)), ("min_learning_rate", lowest)] {
             if let Some(rate) = rate.filter(|rate| !(rate.is_finite() && *rate >= 0.0)) {
-                return Err(Error::bad_value(format!("{name} is {rate}; it must be finite and at least 0")));
+                return Err(Error::bad_value(format!(
+                    "{name} is {rate}; it must be finite and at least 0"
+                )));
             }
         }
         let lowest = lowest.unwrap_or(0.0);

@@ -72,13 +72,15 @@ impl Source {
             Body::Tokens
         } else if element_type(columns[document].oid) != pg_sys::Oid::INVALID {
             let column = &columns[document].name;
-            return Err(Error::bad_value(format!("column \"{column}\" of {name} must be text or integer[]")));
+            return Err(Error::bad_value(format!(
+                "column \"{column}\" of {name} must be text or integer[]"
+            )));
         } else {
             Body::Text
         };
-        let mask = columns
-            .iter()
-            .position(|column| body == Body::Tokens && column.name == "loss_mask" && column.oid == pg_sys::BOOLARRAYOID);
+        let mask = columns.iter().position(|column| {
+            body == Body::Tokens && column.name == "loss_mask" && column.oid == pg_sys::BOOLARRAYOID
+        });
         let mask = mask.map_or_else(|| "NULL::boolean[]".to_string(), |index| format!("c{}", index + 1));
         let cast = match body {
             Body::Text => "text COLLATE \"C\"",

@@ -55,8 +55,10 @@ pub(super) fn take(
     let outcome = |step: &OptimizerStep| (step.step, step.loss.to_bits(), step.grad_norm.to_bits(), step.skipped);
     if steps.iter().any(|step| outcome(step) != outcome(first)) {
         let code = PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
-        return Err(Error::new(code, format!("the workers took different steps of {trained}"))
-            .hint("Run all compute servers in the same version, on processors with the same SIMD level."));
+        return Err(
+            Error::new(code, format!("the workers took different steps of {trained}"))
+                .hint("Run all compute servers in the same version, on processors with the same SIMD level."),
+        );
     }
     Ok(first.clone())
 }

@@ -1,8 +1,6 @@
 //! The servers that take part in a run, and what is asked of all of them at once.
 
-use candle_compute_proto::v1::{
-    DigestModelRequest, ListAdaptersRequest, ListModelsRequest, Model, TransactionContext,
-};
+use candle_compute_proto::v1::{DigestModelRequest, ListAdaptersRequest, ListModelsRequest, Model, TransactionContext};
 use pgrx::{PgSqlErrorCode, pg_sys};
 use tokio::task::JoinSet;
 
@@ -52,7 +50,9 @@ pub(super) fn find(schemas: &[&str]) -> Result<Vec<Worker>> {
         let (oid, server) = behind(schema)?;
         let label = format!("worker \"{schema}\"");
         if workers.iter().any(|worker| worker.client.session.server == oid) {
-            return Err(Error::bad_value(format!("{label} is the server \"{server}\", which is a worker already")));
+            return Err(Error::bad_value(format!(
+                "{label} is the server \"{server}\", which is a worker already"
+            )));
         }
         let user = current_user();
         let client = connect(Session { server: oid, user }).map_err(|error| error.context(&label))?;
@@ -75,7 +75,8 @@ fn current_user() -> pg_sys::Oid {
 
 /// The server whose `batches` the schema shows.
 fn behind(schema: &str) -> Result<(pg_sys::Oid, String)> {
-    let statement = "SELECT s.oid, s.srvname::text, has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'INSERT')
+    let statement =
+        "SELECT s.oid, s.srvname::text, has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'INSERT')
         FROM pg_catalog.pg_foreign_table t
         JOIN pg_catalog.pg_class c ON c.oid = t.ftrelid
         JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
@@ -98,14 +99,18 @@ fn behind(schema: &str) -> Result<(pg_sys::Oid, String)> {
         }
         [] => {
             let code = PgSqlErrorCode::ERRCODE_INVALID_SCHEMA_NAME;
-            Err(
-                Error::new(code, format!("worker \"{schema}\" is no schema with the tables of a compute server"))
-                    .hint("IMPORT FOREIGN SCHEMA candle FROM SERVER … INTO …;"),
+            Err(Error::new(
+                code,
+                format!("worker \"{schema}\" is no schema with the tables of a compute server"),
             )
+            .hint("IMPORT FOREIGN SCHEMA candle FROM SERVER … INTO …;"))
         }
         _ => {
             let code = PgSqlErrorCode::ERRCODE_AMBIGUOUS_PARAMETER;
-            Err(Error::new(code, format!("worker \"{schema}\" shows the batches of several servers")))
+            Err(Error::new(
+                code,
+                format!("worker \"{schema}\" shows the batches of several servers"),
+            ))
         }
     }
 }
@@ -126,7 +131,10 @@ pub(super) async fn all<T: Send + 'static>(
         let answer = answer.inspect_err(|_| dropped_work());
         answers[index] = Some(answer.map_err(|error| workers[index].blame(error))?);
     }
-    answers.into_iter().collect::<Option<_>>().ok_or_else(|| Error::protocol("answer"))
+    answers
+        .into_iter()
+        .collect::<Option<_>>()
+        .ok_or_else(|| Error::protocol("answer"))
 }
 
 /// Attributes an error to a worker.
@@ -166,7 +174,11 @@ pub(super) fn same_model(workers: &[Worker], trained: &Trained) -> Result<Model>
     for (other, worker) in others.iter().zip(&workers[1..]) {
         if first.step != other.step {
             let (a, b) = (first.step, other.step);
-            return Err(different(worker, trained, &format!("it is at step {b} there, and at step {a} on the first")));
+            return Err(different(
+                worker,
+                trained,
+                &format!("it is at step {b} there, and at step {a} on the first"),
+            ));
         }
     }
     if workers.len() > 1 {

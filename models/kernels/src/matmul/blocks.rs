@@ -12,8 +12,8 @@ use crate::tiles::{Cuts, Tile, Tiles};
 const BLOCK_ROWS: usize = 4096;
 const BLOCK_COLUMNS: usize = 4096;
 /// Rows and columns, about, of one task, whose panels stay in a second-level cache.
-const TASK_ROWS: usize = 256;
-const TASK_COLUMNS: usize = 768;
+const TASK_ROWS: usize = 512;
+const TASK_COLUMNS: usize = 384;
 /// Panels that are packed by one task.
 const PANELS: usize = 4;
 

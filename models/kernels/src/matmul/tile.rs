@@ -13,7 +13,7 @@ use crate::tiles::Tile;
 pub(super) struct Widened(pub(super) Level);
 
 impl Kernel for Widened {
-    const DEPTH: usize = 256;
+    const DEPTH: usize = 384;
 
     fn shape(self) -> TileShape {
         TileShape::of(self.0)
