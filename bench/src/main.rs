@@ -1,5 +1,5 @@
-//! Measures the whole path: decode, prefill, training and parameter scans, from SQL and over gRPC directly, in turn
-//! with the same work in PyTorch. Every figure is the median over the rounds of one run.
+//! Measures the whole path: decode, prefill, training and parameter scans, from SQL and over gRPC directly, and the parts
+//! of a training step alone, in turn with the same work in PyTorch. Every figure is the median over the rounds of one run.
 //!
 //! `make bench` runs it. `BENCH_ROUNDS` sets the number of rounds (default 5), `BENCH_PYTHON` a Python with PyTorch;
 //! arguments name the subjects that are measured (default all).
@@ -8,10 +8,15 @@
 mod direct;
 mod generation;
 mod overhead;
+mod parts;
 mod peer;
 mod report;
 mod scan;
 mod training;
+
+// Pages that were freed stay with the process (`scripts/bench` says so in the environment), as in the server.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 use report::{Measurements, Results};
 
@@ -22,11 +27,13 @@ fn main() {
         .unwrap_or(5);
     let mut results = Results::default();
     let only: Vec<String> = std::env::args().skip(1).collect();
-    let subjects: [(&str, fn() -> Measurements); 6] = [
+    let subjects: [(&str, fn() -> Measurements); 8] = [
         ("smollm2", generation::smollm2),
         ("gpt2", generation::gpt2),
         ("overhead", overhead::measurements),
         ("training", training::measurements),
+        ("growth", training::growth),
+        ("parts", parts::measurements),
         ("scan", scan::measurements),
         ("gradients", scan::gradients),
     ];

@@ -25,6 +25,64 @@ pub(crate) fn measurements() -> Measurements {
     list
 }
 
+/// How the step's time grows: one of layers, width and length is halved or doubled. Without PyTorch.
+pub(crate) fn growth() -> Measurements {
+    const SHAPES: [(&str, u32, u32, u32); 5] = [
+        ("training step of a GPT-2, 12 layers x 768, 4 x 256", 12, 768, 256),
+        ("training step of a GPT-2, 6 layers x 768, 4 x 256", 6, 768, 256),
+        ("training step of a GPT-2, 12 layers x 384, 4 x 256", 12, 384, 256),
+        ("training step of a GPT-2, 12 layers x 768, 4 x 128", 12, 768, 128),
+        ("training step of a GPT-2, 12 layers x 768, 4 x 512", 12, 768, 512),
+    ];
+    let list = SHAPES.map(|(subject, layers, width, length)| -> Box<dyn Measurement> {
+        Box::new(OfShape {
+            subject,
+            config: format!(
+                r#"{{"architecture": "gpt2", "layers": {layers}, "width": {width}, "heads": {}, "context_length": 1024,
+                    "vocabulary": 50257, "tokenizer": "small"}}"#,
+                width / 64
+            ),
+            length,
+        })
+    });
+    list.into()
+}
+
+/// Steps of a model that is made for them and dropped, so that only one holds memory.
+struct OfShape {
+    subject: &'static str,
+    config: String,
+    length: u32,
+}
+
+impl Measurement for OfShape {
+    fn run(&mut self) -> Vec<Figure> {
+        let fixture = Fixture::with_models();
+        let mut client = fixture.connect();
+        let create = format!("INSERT INTO llm.models (name, seed, config) VALUES ('m', 1, '{}')", self.config);
+        client.batch_execute(&create).unwrap();
+        let length = self.length;
+        let step = format!(
+            "BEGIN;
+             INSERT INTO llm.batches (model, tokens)
+             SELECT 'm', array_agg((i * 7919 + 13) % 50257 ORDER BY i) FROM generate_series(0, 4 * {length} - 1) i
+             GROUP BY i / {length};
+             INSERT INTO llm.optimizer_steps (model, learning_rate) VALUES ('m', 0.0001);
+             COMMIT"
+        );
+        // The first makes the optimizer's moments.
+        client.batch_execute(&step).unwrap();
+        let started = Instant::now();
+        client.batch_execute(&step).unwrap();
+        vec![Figure {
+            subject: self.subject,
+            path: "SQL",
+            unit: "s",
+            value: started.elapsed().as_secs_f64(),
+        }]
+    }
+}
+
 const STEP: &str = "training step of GPT-2 124M, 4 x 256";
 const MEMORY: &str = "its peak memory";
 

@@ -12,8 +12,8 @@ use crate::{Weights, elementwise};
 /// Target of tokens that have none.
 const IGNORED: i64 = -100;
 
-/// Logits that are held at once: 64 MiB.
-const BLOCK_LOGITS: usize = 1 << 24;
+/// Logits that are held at once: 128 MiB. With each block the head and its gradient pass through memory once.
+const BLOCK_LOGITS: usize = 1 << 25;
 
 /// Where [`cross_entropy_head`] leaves the gradients.
 #[derive(Debug)]
@@ -24,9 +24,10 @@ pub struct HeadGradients<'a> {
     pub d_weight: &'a mut [f32],
 }
 
-/// Tokens of a block of logits.
-pub(crate) fn block_tokens(vocabulary: usize) -> usize {
-    (BLOCK_LOGITS / vocabulary.max(1)).clamp(16, 1024)
+/// Tokens of a block of logits: blocks are of about one size, since a small last one would cost as much as the others.
+pub(crate) fn block_tokens(tokens: usize, vocabulary: usize) -> usize {
+    let most = (BLOCK_LOGITS / vocabulary.max(1)).clamp(16, 1024);
+    tokens.div_ceil(tokens.div_ceil(most).max(1)).next_multiple_of(8)
 }
 
 /// Cross-entropy of the head's logits `hidden * weight^T`, and the gradients of
@@ -72,7 +73,7 @@ pub fn cross_entropy_head(
         return;
     }
     let level = level();
-    let step = block_tokens(vocabulary).min(tokens);
+    let step = block_tokens(tokens, vocabulary).min(tokens);
     let head = MatrixRef::new(weight, vocabulary, width);
     let mut logits = vec![0.0; step * vocabulary];
     for start in (0..tokens).step_by(step) {
@@ -124,7 +125,7 @@ pub fn log_probabilities(hidden: &[f32], weights: Weights<'_>, targets: &[i64], 
         return;
     }
     let level = level();
-    let step = block_tokens(vocabulary).min(tokens);
+    let step = block_tokens(tokens, vocabulary).min(tokens);
     let mut logits = vec![0.0; step * vocabulary];
     for start in (0..tokens).step_by(step) {
         let rows = start..tokens.min(start + step);

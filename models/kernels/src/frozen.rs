@@ -93,7 +93,7 @@ pub fn cross_entropy_frozen_head(
         return;
     }
     let level = level();
-    let step = block_tokens(vocabulary).min(tokens);
+    let step = block_tokens(tokens, vocabulary).min(tokens);
     let mut logits = vec![0.0; step * vocabulary];
     for start in (0..tokens).step_by(step) {
         let rows = start..tokens.min(start + step);
