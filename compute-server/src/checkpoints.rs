@@ -1,16 +1,19 @@
 //! Checkpoints in the data folder: `checkpoints/MODEL/STEP/`, listed only when whole.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_compute_proto::v1;
-use candle_models::training::checkpoint;
+use candle_models::training::checkpoint::{self, FileEntry, Library};
 
+use crate::app::App;
 use crate::commit_log::FileChange;
 use crate::data_folder::{self, DataFolder, Staged};
 use crate::error::{Error, Result};
 use crate::names;
+use crate::owner::ModelHandle;
 
 /// Model and step: what a checkpoint is known by.
 pub(crate) type Key = (String, u64);
@@ -22,7 +25,15 @@ const NAME_FILE: &str = "model_name";
 #[derive(Debug)]
 pub(crate) struct CheckpointStore {
     folder: Arc<DataFolder>,
-    published: Mutex<BTreeMap<Key, v1::Checkpoint>>,
+    published: Mutex<BTreeMap<Key, Published>>,
+}
+
+/// A published checkpoint.
+#[derive(Debug, Clone)]
+struct Published {
+    row: v1::Checkpoint,
+    /// What its manifest lists.
+    listed: Arc<[FileEntry]>,
 }
 
 /// A checkpoint that was written but not published.
@@ -30,6 +41,8 @@ pub(crate) struct CheckpointStore {
 pub(crate) struct StagedCheckpoint {
     /// Its row, with the path that it will have.
     pub(crate) row: v1::Checkpoint,
+    /// What its manifest lists.
+    listed: Arc<[FileEntry]>,
     /// Where it lies.
     pub(crate) files: Staged,
 }
@@ -59,9 +72,10 @@ impl CheckpointStore {
             };
             for path in subfolders(&model).map_err(failed)? {
                 match read_row(&name, &path) {
-                    Ok(mut row) => {
+                    Ok((mut row, listed)) => {
                         row.path = store.relative_path(&name, row.step);
-                        store.lock().insert((name.clone(), row.step), row);
+                        let key = (name.clone(), row.step);
+                        store.lock().insert(key, Published { row, listed });
                     }
                     Err(reason) => {
                         tracing::warn!(path = %path.display(), reason, "a damaged checkpoint is not listed");
@@ -74,7 +88,32 @@ impl CheckpointStore {
 
     /// The published checkpoints in the order of model and step.
     pub(crate) fn list(&self) -> Vec<v1::Checkpoint> {
-        self.lock().values().cloned().collect()
+        let published: Vec<Published> = self.lock().values().cloned().collect();
+        let with_shared = |published: Published| v1::Checkpoint {
+            shared_bytes: self.shared_bytes(&published),
+            ..published.row
+        };
+        published.into_iter().map(with_shared).collect()
+    }
+
+    /// Bytes of a checkpoint's files that have other names, too.
+    fn shared_bytes(&self, published: &Published) -> u64 {
+        let folder = self.folder.path(&published.row.path);
+        let files = published.listed.iter();
+        let shared = files.filter(|file| {
+            let data = std::fs::metadata(folder.join(&file.name));
+            data.is_ok_and(|data| data.nlink() > 1)
+        });
+        shared.map(|file| file.bytes).sum()
+    }
+
+    /// The files that a new checkpoint may share.
+    pub(crate) fn library(&self) -> Library {
+        let mut library = Library::default();
+        for published in self.lock().values() {
+            library.add(&self.folder.path(&published.row.path), &published.listed);
+        }
+        library
     }
 
     /// Whether a checkpoint is published.
@@ -93,14 +132,14 @@ impl CheckpointStore {
         self.folder.stage()
     }
 
-    /// The row of a checkpoint written to `files`.
+    /// The checkpoint that was written to `files`.
     ///
     /// # Errors
     /// `Internal` when what was written cannot be read.
-    pub(crate) fn describe(&self, model: &str, files: &Path) -> Result<v1::Checkpoint> {
-        let mut row = read_row(model, files).map_err(Error::Internal)?;
+    pub(crate) fn describe(&self, model: &str, files: Staged) -> Result<StagedCheckpoint> {
+        let (mut row, listed) = read_row(model, files.path()).map_err(Error::Internal)?;
         row.path = self.relative_path(model, row.step);
-        Ok(row)
+        Ok(StagedCheckpoint { row, listed, files })
     }
 
     /// Does what could make publishing a checkpoint fail for want of space.
@@ -115,7 +154,11 @@ impl CheckpointStore {
         self.prepare(staged)?;
         data_folder::rename(staged.files.path(), &self.folder.path(&row.path))
             .map_err(|error| publishing(row, error))?;
-        self.lock().insert(staged.key(), row.clone());
+        let published = Published {
+            row: row.clone(),
+            listed: Arc::clone(&staged.listed),
+        };
+        self.lock().insert(staged.key(), published);
         Ok(())
     }
 
@@ -142,20 +185,20 @@ impl CheckpointStore {
     /// Takes a published checkpoint away. Its files are deleted when the returned value is dropped; until then
     /// [`publish`](Self::publish) brings it back.
     pub(crate) fn remove(&self, key: &Key) -> Result<StagedCheckpoint> {
-        let row = self.lock().get(key).cloned();
-        let row = row.ok_or_else(|| not_found(key))?;
+        let published = self.lock().get(key).cloned();
+        let Published { row, listed } = published.ok_or_else(|| not_found(key))?;
         let files = self.folder.stage();
         data_folder::rename(&self.folder.path(&row.path), files.path())
             .map_err(|error| Error::io(format!("deleting the checkpoint {}", row.path), error))?;
         self.lock().remove(key);
-        Ok(StagedCheckpoint { row, files })
+        Ok(StagedCheckpoint { row, listed, files })
     }
 
     fn relative_path(&self, model: &str, step: u64) -> String {
         format!("checkpoints/{}/{step}", names::encode(model))
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<Key, v1::Checkpoint>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<Key, Published>> {
         self.published.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -218,7 +261,7 @@ fn subfolders(path: &Path) -> std::io::Result<Vec<PathBuf>> {
 
 /// Reads a checkpoint's manifest and checks that every file is there with its size. Contents are checked when it is
 /// restored.
-fn read_row(model: &str, path: &Path) -> Result<v1::Checkpoint, String> {
+fn read_row(model: &str, path: &Path) -> Result<(v1::Checkpoint, Arc<[FileEntry]>), String> {
     let (manifest, saved) = checkpoint::read_manifest(path).map_err(|error| error.to_string())?;
     for file in &manifest.files {
         let found = std::fs::metadata(path.join(&file.name))
@@ -228,7 +271,7 @@ fn read_row(model: &str, path: &Path) -> Result<v1::Checkpoint, String> {
             return Err(format!("{} has {found} bytes, not {}", file.name, file.bytes));
         }
     }
-    Ok(v1::Checkpoint {
+    let row = v1::Checkpoint {
         model: model.to_owned(),
         tag: manifest.tag,
         step: manifest.step,
@@ -239,5 +282,21 @@ fn read_row(model: &str, path: &Path) -> Result<v1::Checkpoint, String> {
             seconds: manifest.created_at,
             nanos: 0,
         }),
-    })
+        shared_bytes: 0,
+    };
+    Ok((row, manifest.files.into()))
+}
+
+impl App {
+    /// The files that a new checkpoint of a model may share: those of all checkpoints, and of the model's base in the commit
+    /// log.
+    pub(crate) fn library(&self, model: &ModelHandle) -> Library {
+        let mut library = self.checkpoints.library();
+        if let Some(folder) = self.log.as_ref().and_then(|log| log.base_of(model.id()))
+            && let Ok((manifest, _)) = checkpoint::read_manifest(&folder)
+        {
+            library.add(&folder, &manifest.files);
+        }
+        library
+    }
 }

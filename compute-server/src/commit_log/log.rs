@@ -195,6 +195,12 @@ impl CommitLog {
         self.folder.path("commits/bases").join(name)
     }
 
+    /// The folder of a model's base, if that is a saved state.
+    pub(crate) fn base_of(&self, model: u64) -> Option<PathBuf> {
+        let name = self.lock().tracks.0.get(&model)?.folder.clone()?;
+        Some(self.base_path(&name))
+    }
+
     /// Deletes the folder of a base.
     pub(crate) fn remove_base(&self, name: &str) {
         let path = self.base_path(name);

@@ -9,7 +9,7 @@ use std::time::SystemTime;
 use candle_compute_proto::v1;
 use candle_models::adapters::LoraConfig;
 use candle_models::config::TRAINING_FIELDS;
-use candle_models::training::AdamW;
+use candle_models::training::{AdamW, Retention};
 use candle_models::{ChatTemplate, DecoderConfig, Model, ParameterInfo, Tokenizer};
 use serde_json::{Map, Value};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
@@ -80,6 +80,8 @@ pub(crate) struct Description {
     pub(super) memory_bytes: u64,
     /// Optimizer steps taken.
     pub(super) step: u64,
+    /// Which checkpoints are kept.
+    pub(super) retention: Retention,
     /// Whether an adapter has been merged into its model.
     pub(super) merged: bool,
     /// Whether the view has other weights than the committed ones.
@@ -130,6 +132,8 @@ pub(crate) struct Shared {
     /// Wakes the thread when a client has read something or gone away.
     pub(crate) wake: Arc<Notify>,
     phase: AtomicU8,
+    /// Saves that read weights and moments.
+    pub(super) saves: AtomicU64,
     /// Bytes of the caches of running generations.
     pub(super) cache_bytes: AtomicU64,
     descriptions: Mutex<HashMap<View, Description>>,
@@ -233,6 +237,7 @@ impl ModelHandle {
             new_base: Mutex::new(new_base),
             wake: Arc::new(Notify::new()),
             phase: AtomicU8::new(RUNNING),
+            saves: AtomicU64::new(0),
             cache_bytes: AtomicU64::new(0),
             descriptions: Mutex::default(),
         });
@@ -254,6 +259,7 @@ impl ModelHandle {
             overlays: HashMap::new(),
             publishing: None,
             deferred: Vec::new(),
+            waiting_for_saves: Vec::new(),
             applied: 0,
             generations: Default::default(),
             training: Default::default(),
@@ -347,6 +353,18 @@ impl ModelHandle {
         self.call(add).await
     }
 
+    /// As [`call`](Self::call), once no save reads the weights.
+    ///
+    /// # Errors
+    /// As [`call`](Self::call).
+    pub(crate) async fn call_once_saved<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Owner) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        self.start_work(move |owner, reply| owner.once_saved(move |owner| reply.send(work(owner))))
+            .await
+    }
+
     /// As [`call`](Self::call), for work that answers later.
     pub(crate) async fn start_work<T: Send + 'static>(
         &self,
@@ -377,6 +395,13 @@ impl ModelHandle {
     pub(crate) async fn ended(&self) {
         // Nothing is ever sent: the only change is the end.
         let _ = self.running.clone().changed().await;
+    }
+
+    /// Which of its checkpoints are kept, as `view` sees it.
+    pub(crate) fn retention(&self, view: &View) -> Retention {
+        let descriptions = self.shared.lock();
+        let description = descriptions.get(view).or_else(|| descriptions.get(&View::Committed));
+        description.map(|description| description.retention).unwrap_or_default()
     }
 
     /// The row of `models` that `view` sees, without status.

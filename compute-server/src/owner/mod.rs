@@ -18,6 +18,7 @@ mod reading;
 mod recording;
 mod replaying;
 mod run;
+mod saving;
 mod sequence;
 mod settings;
 mod staging;

@@ -174,11 +174,15 @@ impl Owner {
         }
     }
 
-    fn do_deferred(&mut self) {
+    /// Does the work that had to wait, if it need not any more.
+    pub(super) fn do_deferred(&mut self) {
         if self.publishing.is_none() {
-            std::mem::take(&mut self.deferred)
-                .into_iter()
-                .for_each(|work| work(self));
+            let work = std::mem::take(&mut self.deferred);
+            work.into_iter().for_each(|work| work(self));
+        }
+        if !self.is_being_saved() {
+            let work = std::mem::take(&mut self.waiting_for_saves);
+            work.into_iter().for_each(|work| work(self));
         }
     }
 

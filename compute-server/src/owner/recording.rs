@@ -1,19 +1,16 @@
-//! What a transaction staged on a model, in the form in which the commit log keeps it; and states saved as its bases.
-
-use std::path::Path;
+//! What a transaction staged on a model, in the form in which the commit log keeps it.
 
 use candle_compute_proto::v1;
 use prost::Message as _;
 
-use super::View;
 use super::accumulated::Part;
 use super::adapter::StagedMerge;
 use super::overlay::{Operation, Overlay};
 use super::state::Owner;
 use super::writing::StagedWrite;
 use crate::commit_log::{
-    Batch, Changes, GradientData, GradientSum, LogBase, Merge, Operation as Logged, Product, Recipe, Step, Train,
-    Write, operation, recipe_step,
+    Batch, Changes, GradientData, GradientSum, Merge, Operation as Logged, Product, Recipe, Step, Train, Write,
+    operation, recipe_step,
 };
 use crate::error::{Error, Result};
 use crate::memory::Reservation;
@@ -64,32 +61,6 @@ impl Owner {
             tokens,
             _memory: memory,
         })
-    }
-
-    /// Saves the committed state as a base of the log in the folder `directory`, which must not exist; returns the base and
-    /// the last frame that it includes. None while the state is more than what a checkpoint holds: between a batch and its
-    /// step, as long as weights are held other than in f32, and for an adapter and a model that has adapters: what they
-    /// computed rests on earlier weights of the model.
-    ///
-    /// # Errors
-    /// As [`save_checkpoint`](Self::save_checkpoint).
-    pub(crate) fn save_base(&mut self, directory: &Path) -> Result<Option<(LogBase, u64)>> {
-        if !self.is_checkpoint_whole() {
-            return Ok(None);
-        }
-        self.save_checkpoint(&View::Committed, directory, "")?;
-        Ok(Some((self.shared.log_base(), self.applied)))
-    }
-
-    /// Whether a checkpoint of the committed state holds all of it, but for what transactions staged.
-    fn is_checkpoint_whole(&self) -> bool {
-        let parameters = self.model.decoder.parameters();
-        let has_adapters = self.shared.base.is_followed();
-        !has_adapters
-            && !self.model.decoder.is_adapted()
-            && self.accumulated.parts.is_empty()
-            && self.publishing.is_none()
-            && parameters.iter().all(|parameter| parameter.dtype == "f32")
     }
 }
 

@@ -63,6 +63,7 @@ impl Owner {
 
     /// Does the work that has arrived, for a short while.
     fn take_work(&mut self, inbox: &mut mpsc::Receiver<Work>) -> Inbox {
+        self.do_deferred();
         let start = Instant::now();
         loop {
             match inbox.try_recv() {
@@ -119,6 +120,7 @@ impl Owner {
             dtype: self.model.decoder.dtype().to_owned(),
             memory_bytes: self.memory.bytes() + gradients + trainable,
             step: self.step_number(view),
+            retention: self.settings(view).retention(),
             merged: self.is_merged(view),
             changes_weights: self.overlay(view).is_some_and(Overlay::changes_weights),
         }

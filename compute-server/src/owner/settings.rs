@@ -2,7 +2,7 @@
 
 use candle_compute_proto::v1;
 use candle_models::config::TRAINING_FIELDS;
-use candle_models::training::{self, ActivationSettings, AdamWOptions};
+use candle_models::training::{self, ActivationSettings, AdamWOptions, Retention};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
@@ -53,6 +53,11 @@ impl TrainingSettings {
             Ok(Value::Object(mut values)) => Self::take(&mut values),
             _ => Err(Error::invalid(format!("settings {text:?} are no JSON object"))),
         }
+    }
+
+    /// Which checkpoints are kept.
+    pub(super) fn retention(&self) -> Retention {
+        self.read.retention
     }
 
     /// What of a forward pass is kept.

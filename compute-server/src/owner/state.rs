@@ -1,19 +1,16 @@
 //! The state of one model.
 
 use std::collections::HashMap;
-use std::path::Path;
 use std::sync::Arc;
 
 use candle_compute_proto::v1;
-use candle_models::training::{AdamW, TapeEntry, checkpoint};
+use candle_models::training::{AdamW, TapeEntry};
 use candle_models::{Decoder, Model};
-use serde_json::Value;
 
 use super::accumulated::Accumulated;
 use super::base::Followed;
 use super::generation::Generations;
 use super::handle::{Shared, Work};
-use super::log_row;
 use super::overlay::{Operation, Overlay, StagedState, TransactionId, View};
 use super::reading::ChunkReader;
 use super::settings::TrainingSettings;
@@ -46,6 +43,8 @@ pub(crate) struct Owner {
     pub(super) publishing: Option<(TransactionId, usize)>,
     /// Work that waits for the end of that.
     pub(super) deferred: Vec<Work>,
+    /// Work that waits until no save reads the weights.
+    pub(super) waiting_for_saves: Vec<Work>,
     /// Number of the last frame of the commit log that was applied.
     pub(super) applied: u64,
     pub(super) generations: Generations,
@@ -97,36 +96,6 @@ impl Owner {
         let optimizer = staged.unwrap_or(&self.optimizer);
         let digest = candle_models::training::digest(self.present_decoder(view), optimizer)?;
         Ok((digest, optimizer.steps()))
-    }
-
-    /// Saves the model that `view` sees as the folder `directory`, which must not exist.
-    ///
-    /// # Errors
-    /// As [`checkpoint::save`], and as [`decoder`](Self::decoder).
-    pub(crate) fn save_checkpoint(&mut self, view: &View, directory: &Path, tag: &str) -> Result<()> {
-        self.materialize(view)?;
-        let log = self.log(view).iter().map(log_row::to_json).collect();
-        let mut config = self.shared.config.clone();
-        config.extend(self.settings(view).values().clone());
-        let details = checkpoint::Details {
-            tag: tag.to_owned(),
-            log,
-        };
-        let trainable = self.trainable(view);
-        let staged = match view {
-            View::Committed => None,
-            View::Transaction(id) => self.overlays.get_mut(id).and_then(|overlay| overlay.result.as_mut()),
-        };
-        let Some(state) = staged else {
-            self.model.config = Value::Object(config);
-            return self.save_committed(&trainable, |model, optimizer| {
-                checkpoint::save(directory, model, optimizer, details)
-            });
-        };
-        state.model.config = Value::Object(config);
-        let optimizer = state.optimizer.as_ref().unwrap_or(&self.optimizer);
-        checkpoint::save(directory, &state.model, optimizer, details)?;
-        Ok(())
     }
 
     /// The training settings that `view` sees.
@@ -184,12 +153,12 @@ impl Owner {
         }
     }
 
-    fn staged_state(&self, view: &View) -> Option<&StagedState> {
+    pub(super) fn staged_state(&self, view: &View) -> Option<&StagedState> {
         self.overlay(view)?.result.as_ref()
     }
 
     /// Applies what `view` has staged to copies of weights and optimizer, if it changes the weights.
-    fn materialize(&mut self, view: &View) -> Result<()> {
+    pub(super) fn materialize(&mut self, view: &View) -> Result<()> {
         let View::Transaction(id) = view else { return Ok(()) };
         let behind = |overlay: &Overlay| {
             let made = overlay.result.as_ref().map(|state| state.changes);
@@ -211,8 +180,9 @@ impl Owner {
     /// The state after all that is staged, from the one made before where there is one.
     fn make_state(&self, overlay: &mut Overlay) -> Result<StagedState> {
         let mut state = match overlay.result.take() {
-            Some(state) => state,
-            None => self.copy_state()?,
+            // It is changed in place.
+            Some(state) if !self.is_being_saved() => state,
+            _ => self.copy_state()?,
         };
         for operation in overlay.changes().skip(state.changes) {
             if let Operation::Step(step) = operation {

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use candle_compute_proto::v1;
-use candle_models::training::checkpoint;
 use candle_models::{Decoder, ParameterId, ParameterInfo};
 
 use super::overlay::{Operation, Overlay};
@@ -138,27 +137,10 @@ impl Owner {
                 _ => None,
             })
     }
-
-    /// Saves the committed model with the parameters that `trainable` says as those that are trained.
-    pub(super) fn save_committed(
-        &mut self,
-        trainable: &[bool],
-        save: impl FnOnce(
-            &candle_models::Model,
-            &candle_models::training::AdamW,
-        ) -> candle_models::Result<checkpoint::Saved>,
-    ) -> Result<()> {
-        let committed = self.trainable(&View::Committed);
-        set_trainable(&mut self.model.decoder, trainable);
-        let saved = save(&self.model, &self.optimizer);
-        set_trainable(&mut self.model.decoder, &committed);
-        saved?;
-        Ok(())
-    }
 }
 
 /// Says of every parameter whether it is trained.
-fn set_trainable(decoder: &mut Decoder, trainable: &[bool]) {
+pub(super) fn set_trainable(decoder: &mut Decoder, trainable: &[bool]) {
     for (index, &trainable) in trainable.iter().enumerate() {
         decoder.set_trainable(ParameterId(index), trainable);
     }

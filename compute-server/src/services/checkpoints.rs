@@ -5,10 +5,9 @@ use candle_compute_proto::v1::checkpoints_service_server::CheckpointsService;
 use tonic::{Request, Response, Status};
 
 use super::{Service, connection};
-use crate::checkpoints::{self, StagedCheckpoint};
+use crate::checkpoints;
 use crate::error::Error;
 use crate::names::MAX_NAME_CHARACTERS;
-use crate::requests::Phase;
 use crate::transactions::{Reader, Scope, WriteKind};
 
 #[tonic::async_trait]
@@ -37,21 +36,14 @@ impl CheckpointsService for Service {
             .into());
         }
         let guard = self.app.requests.begin("checkpoint", &request.model);
-        let files = self.app.checkpoints.stage();
         let (view, tag) = (scope.view(), request.tag);
-        // The guards travel with the work: a client that goes away leaves no files.
-        let files = model
-            .call(move |owner| {
-                guard.set_phase(Phase::Running);
-                owner.save_checkpoint(&view, files.path(), &tag)?;
-                Ok(files)
-            })
+        let saving = model.call(move |owner| owner.begin_saving(&view, &tag)).await?;
+        let files = saving
+            .write(self.app.checkpoints.stage(), self.app.library(&model), Some(guard))
             .await?;
-        let row = self.app.checkpoints.describe(&request.model, files.path())?;
-        scope.push(WriteKind::CreateCheckpoint(StagedCheckpoint {
-            row: row.clone(),
-            files,
-        }))?;
+        let staged = self.app.checkpoints.describe(&request.model, files)?;
+        let row = staged.row.clone();
+        scope.push(WriteKind::CreateCheckpoint(staged))?;
         scope.close().await?;
         Ok(Response::new(v1::CreateCheckpointResponse { checkpoint: Some(row) }))
     }

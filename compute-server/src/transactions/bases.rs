@@ -38,13 +38,11 @@ impl App {
 
     /// Saves a model; false when its state does not allow it now.
     async fn save_base(&self, log: &Arc<CommitLog>, model: &ModelHandle) -> Result<bool> {
-        let files = self.folder.stage();
-        let saved = model
-            .call(move |owner| Ok(owner.save_base(files.path())?.map(|base| (base, files))))
-            .await?;
-        let Some(((mut base, through), files)) = saved else {
+        let Some(saving) = model.call(|owner| owner.begin_saving_base()).await? else {
             return Ok(false);
         };
+        let (mut base, through) = saving.base.clone();
+        let files = saving.write(self.folder.stage(), self.library(model), None).await?;
         // While nothing is published, the model stays as it is in the log.
         let _one_at_a_time = self.transactions.publishing.lock().await;
         if !log.knows(model.id()) {

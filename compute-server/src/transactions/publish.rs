@@ -23,6 +23,14 @@ impl App {
     /// `Stale` when another transaction changed what this one relies on, or when it is unknown although `expected`;
     /// `NameTaken` when another one took a name.
     pub(crate) async fn publish(self: &Arc<Self>, id: &str, expected: bool) -> Result<u64> {
+        // What a save keeps from being published does not hold up others.
+        if let Some(transaction) = self.transactions.find(id) {
+            let changed = changed_models(&transaction.lock().writes);
+            for model in changed {
+                // One that is gone is reported below.
+                let _ = model.call_once_saved(|_| Ok(())).await;
+            }
+        }
         let (writes, unloaded) = self.publish_in_turn(id, expected).await?;
         // What the caller loads next is to find their memory free.
         let all_ended = async {
@@ -48,8 +56,9 @@ impl App {
                 false => Ok((0, Vec::new())),
             };
         };
-        let writes = std::mem::take(&mut transaction.lock().writes);
+        let mut writes = std::mem::take(&mut transaction.lock().writes);
         let count = writes.len() as u64;
+        self.prune(&transaction, &mut writes);
         let unloaded = writes.iter().filter_map(|write| match &write.kind {
             WriteKind::DropModel(model) => Some(model.clone()),
             _ => None,
@@ -148,7 +157,7 @@ impl App {
                 continue;
             }
             let id = Arc::clone(&transaction.id);
-            let changes = model.call(move |owner| owner.prepare(&id, record)).await?;
+            let changes = model.call_once_saved(move |owner| owner.prepare(&id, record)).await?;
             recorded.extend(changes.map(|changes| (model.id(), changes)));
         }
         Ok(recorded)

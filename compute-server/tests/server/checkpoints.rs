@@ -3,6 +3,7 @@
 use candle_compute_proto::v1::*;
 use tonic::Code;
 
+use crate::durability::small;
 use crate::support::{Client, TestServer, assert_status, within};
 
 const SEQUENCES: [&[i64]; 4] = [
@@ -153,4 +154,144 @@ async fn a_damaged_checkpoint_is_refused_by_the_name_of_its_tensor() {
     std::fs::write(&file, &bytes[..last]).unwrap();
     let server = TestServer::start_in(server.kill(), &[]);
     assert!(server.connect().await.list_checkpoints(None).await.is_empty());
+}
+
+async fn tagged(client: &Client, transaction: Option<TransactionContext>, tag: &str) {
+    client.batch("m", transaction.clone(), &SEQUENCES[..2]).await.unwrap();
+    client.step("m", transaction.clone()).await.unwrap();
+    let request = CreateCheckpointRequest {
+        transaction,
+        model: "m".into(),
+        tag: tag.into(),
+    };
+    client.checkpoints.clone().create_checkpoint(request).await.unwrap();
+}
+
+#[tokio::test]
+async fn checkpoints_that_a_model_does_not_keep_go_with_the_commit_of_the_next() {
+    let server = TestServer::start(&[]);
+    let client = server.connect().await;
+    client.load(small("m")).await.unwrap();
+    client
+        .configure(None, "m", r#"{"keep_last": 2, "keep_every": 4}"#)
+        .await;
+    let listed = async || {
+        client
+            .list_checkpoints(None)
+            .await
+            .iter()
+            .map(|row| row.step)
+            .collect::<Vec<_>>()
+    };
+    let folders = || {
+        let steps = std::fs::read_dir(server.data.path().join("checkpoints/m")).unwrap();
+        steps.filter(|entry| entry.as_ref().unwrap().path().is_dir()).count()
+    };
+    for tag in ["good", "", "", "", "", ""] {
+        tagged(&client, None, tag).await;
+    }
+    assert_eq!(listed().await, [1, 4, 5, 6]);
+    assert_eq!(folders(), 4);
+    tagged(&client, within("t"), "").await;
+    client.rollback("t", 0).await;
+    assert_eq!(listed().await, [1, 4, 5, 6]);
+    // The settings of the transaction itself count.
+    client
+        .configure(within("t"), "m", r#"{"keep_last": 1, "keep_tagged": false}"#)
+        .await;
+    tagged(&client, within("t"), "").await;
+    assert_eq!(client.publish("t").await.unwrap(), 4);
+    assert_eq!(listed().await, [7]);
+    assert_eq!(folders(), 1);
+    let server = TestServer::start_in(server.kill(), &[]);
+    assert_eq!(server.connect().await.list_checkpoints(None).await.len(), 1);
+}
+
+#[tokio::test]
+async fn frozen_parameters_take_no_space_in_a_second_checkpoint() {
+    let server = TestServer::start(&[]);
+    let client = server.connect().await;
+    client.load(small("m")).await.unwrap();
+    for name in ["transformer.wte.weight", "transformer.wpe.weight"] {
+        client.freeze(None, name).await.unwrap();
+    }
+    tagged(&client, None, "").await;
+    assert_eq!(client.list_checkpoints(None).await[0].shared_bytes, 0);
+    tagged(&client, None, "").await;
+    let rows = client.list_checkpoints(None).await;
+    let frozen = 4 * (280 + 64) * 32;
+    for row in &rows {
+        assert!((frozen..row.bytes / 2).contains(&row.shared_bytes), "{row:?}");
+    }
+    let delete = DeleteCheckpointRequest {
+        transaction: None,
+        model: "m".into(),
+        step: 1,
+    };
+    client.checkpoints.clone().delete_checkpoint(delete).await.unwrap();
+    assert_eq!(client.list_checkpoints(None).await[0].shared_bytes, 0);
+    // The folder is a model that anybody can load.
+    let folder = server.data.path().join(&rows[1].path);
+    std::fs::create_dir(server.data.path().join("models")).unwrap();
+    std::fs::rename(folder, server.data.path().join("models/exported")).unwrap();
+    client.load(restore("e", "exported")).await.unwrap();
+    assert_eq!(
+        client.parameters("e", None).await.unwrap(),
+        client.parameters("m", None).await.unwrap()
+    );
+}
+
+#[tokio::test]
+async fn a_checkpoint_holds_nobody_up_and_is_cancelled_at_once() {
+    let server = TestServer::start(&[]);
+    let client = server.connect().await;
+    let config = r#"{"architecture":"gpt2","layers":1,"width":256,"heads":4,"context_length":64,"vocabulary":60000}"#;
+    let request = LoadModelRequest {
+        config_json: config.into(),
+        ..small("m")
+    };
+    client.load(request).await.unwrap();
+    let staging = || std::fs::read_dir(server.data.path().join("staging")).unwrap().count();
+    let writing = |requests: &[ActiveRequest]| {
+        let found = requests
+            .iter()
+            .find(|request| request.kind == "checkpoint" && request.done > 0);
+        found.map(|request| request.id.clone())
+    };
+    // A save may be over before anybody looks; then the next one is looked at.
+    for attempt in 0.. {
+        let other = client.clone();
+        let id = format!("t{attempt}");
+        let saving = tokio::spawn(async move { other.checkpoint("m", within(&id)).await });
+        let mut seen = None;
+        while seen.is_none() && !saving.is_finished() {
+            seen = writing(&client.requests().await);
+        }
+        client.score("m").await;
+        let (Some(id), true) = (seen, writing(&client.requests().await).is_some()) else {
+            saving.await.unwrap().unwrap();
+            client.rollback(&format!("t{attempt}"), 0).await;
+            assert!(attempt < 50, "no save was ever seen at work");
+            continue;
+        };
+        let cancel = CancelRequestRequest { id };
+        client.telemetry.clone().cancel_request(cancel).await.unwrap();
+        let saved = saving.await.unwrap();
+        if saved.is_ok() {
+            client.rollback(&format!("t{attempt}"), 0).await;
+            continue;
+        }
+        assert_status(saved, Code::Cancelled, "57014");
+        break;
+    }
+    assert_eq!(staging(), 0);
+    // A client that goes away cancels it, too.
+    let other = client.clone();
+    let saving = tokio::spawn(async move { other.checkpoint("m", None).await });
+    client
+        .wait_for_requests(|requests| requests.iter().any(|request| request.kind == "checkpoint"))
+        .await;
+    saving.abort();
+    client.wait_for_requests(<[ActiveRequest]>::is_empty).await;
+    crate::support::poll(|| staging() == 0).await;
 }

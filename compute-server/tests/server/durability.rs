@@ -30,7 +30,7 @@ pub struct Committed {
     parameters: Vec<u8>,
     gradient: Vec<u32>,
     batches: Vec<AccumulatedSequence>,
-    steps: Vec<OptimizerStep>,
+    pub steps: Vec<OptimizerStep>,
 }
 
 impl Client {
@@ -72,6 +72,16 @@ impl Client {
             config_json: config.into(),
         };
         self.models.clone().update_model(request).await.unwrap();
+    }
+
+    /// Runs the model on a few tokens.
+    pub async fn score(&self, model: &str) {
+        let request = ScoreRequest {
+            model: model.into(),
+            source: Some(score_request::Source::Tokens(TokenIds { ids: A.to_vec() })),
+            ..Default::default()
+        };
+        self.inference.clone().score(request).await.unwrap();
     }
 
     async fn zero(&self, model: &str) {

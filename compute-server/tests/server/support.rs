@@ -69,6 +69,10 @@ impl TestServer {
         std::mem::replace(&mut self.data, tempfile::tempdir().unwrap())
     }
 
+    pub fn process_id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Sends SIGTERM.
     pub fn terminate(&self) {
         let sent = Command::new("kill")

@@ -48,6 +48,9 @@ pub const TRAINING_FIELDS: &[&str] = &[
     "recompute",
     "compress_activations",
     "reuse_activations",
+    "keep_last",
+    "keep_every",
+    "keep_tagged",
 ];
 
 /// Gives every field its own name in place of transformers', and drops nulls.

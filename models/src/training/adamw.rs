@@ -68,6 +68,15 @@ impl AdamW {
             .sum()
     }
 
+    /// A state that shares its storage with this one: where that is changed in place, both are.
+    #[must_use]
+    pub fn share(&self) -> Self {
+        Self {
+            step: self.step,
+            moments: self.moments.clone(),
+        }
+    }
+
     /// A copy that shares no storage.
     ///
     /// # Errors

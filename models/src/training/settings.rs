@@ -1,10 +1,10 @@
 //! The training settings among the fields of `models.config`.
 
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU64, NonZeroUsize};
 
 use serde_json::{Map, Value};
 
-use super::{ActivationSettings, AdamWOptions, Compression, Recompute, Schedule, ScheduleKind};
+use super::{ActivationSettings, AdamWOptions, Compression, Recompute, Retention, Schedule, ScheduleKind};
 use crate::config::{Fields, shortened};
 use crate::error::{Error, Result};
 
@@ -17,6 +17,8 @@ pub struct TrainingSettings {
     pub schedule: Schedule,
     /// What is kept for backward.
     pub activations: ActivationSettings,
+    /// Which checkpoints are kept.
+    pub retention: Retention,
 }
 
 impl TrainingSettings {
@@ -30,6 +32,7 @@ impl TrainingSettings {
         let settings = Self {
             optimizer: optimizer(&fields)?,
             schedule: schedule(&fields)?,
+            retention: retention(&fields)?,
             activations: ActivationSettings {
                 recompute: recompute(&fields)?,
                 compression: choice(
@@ -98,6 +101,21 @@ fn schedule(fields: &Fields<'_>) -> Result<Schedule> {
         return Err(Error::invalid_config("schedule_steps", reason));
     }
     Ok(schedule)
+}
+
+fn retention(fields: &Fields<'_>) -> Result<Retention> {
+    let count = |name| {
+        let given = fields.size(name)?;
+        if given == Some(0) {
+            return Err(Error::invalid_config(name, "0; it must be at least 1, or be left out"));
+        }
+        Ok(given.and_then(|count| NonZeroU64::new(count as u64)))
+    };
+    Ok(Retention {
+        keep_last: count("keep_last")?,
+        keep_every: count("keep_every")?,
+        keep_tagged: fields.flag("keep_tagged")?,
+    })
 }
 
 fn recompute(fields: &Fields<'_>) -> Result<Recompute> {
@@ -206,6 +224,9 @@ mod tests {
                 json!({"compress_activations": "f16"}),
                 ["`compress_activations`", "\"none\", \"bf16\", \"q8\""],
             ),
+            (json!({"keep_last": 0}), ["`keep_last`", "at least 1"]),
+            (json!({"keep_every": 1.5}), ["`keep_every`", "whole number"]),
+            (json!({"keep_tagged": "yes"}), ["`keep_tagged`", "true or false"]),
             (json!({"learning_rate": "fast"}), ["`learning_rate`", "number"]),
             (json!({"beta1": 1}), ["beta1 is 1", "below 1"]),
         ] {

@@ -110,12 +110,7 @@ fn compressed_gradients_are_pytorchs_to_the_rounding() {
         let (_, losses) = gradient(&decoder, &batch);
         let ways = [Recompute::None, Recompute::BLOCKS, every(2)]
             .into_iter()
-            .flat_map(|recompute| {
-                [
-                    (recompute, Compression::Bf16, 0.01),
-                    (recompute, Compression::Q8, 0.05),
-                ]
-            });
+            .flat_map(|recompute| [(recompute, Compression::Bf16, 0.01), (recompute, Compression::Q8, 0.05)]);
         for (recompute, compression, tolerance) in ways {
             let (actual, report) = gradient_with(&decoder, &batch, settings(recompute, compression));
             let same =
@@ -145,7 +140,10 @@ fn compressed_gradients_are_pytorchs_to_the_rounding() {
             }
             let relative = (error / norm).sqrt();
             println!("{name} {recompute:?} {compression:?}: the gradient differs by {relative:e} of its norm");
-            assert!(relative < tolerance, "{name} {recompute:?} {compression:?}: {relative:e}");
+            assert!(
+                relative < tolerance,
+                "{name} {recompute:?} {compression:?}: {relative:e}"
+            );
         }
     }
 }

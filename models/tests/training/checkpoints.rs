@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use candle_models::training::checkpoint::{self, Details};
+use candle_models::training::checkpoint::{self, Details, Library, Writing};
 use candle_models::training::{AdamW, AdamWOptions};
 use candle_models::{Device, Error, LoadOptions, Model};
 use serde_json::json;
@@ -134,6 +134,94 @@ fn frozen_parameters_stay_frozen() {
         assert_eq!(parameter.trainable, !frozen.contains(&name), "{name}");
         assert_eq!(before == after, frozen.contains(&name), "{name}");
     }
+}
+
+/// Names of a checkpoint's files that have other names too.
+fn shared(directory: &Path) -> Vec<String> {
+    use std::os::unix::fs::MetadataExt as _;
+
+    let files = fs::read_dir(directory).unwrap().map(Result::unwrap);
+    let shared = files.filter(|file| file.metadata().unwrap().nlink() > 1);
+    let mut names: Vec<String> = shared.map(|file| file.file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn files_that_have_not_changed_are_shared_unless_they_are_damaged() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut model, mut optimizer) = (load("gpt2"), AdamW::new());
+    for name in ["transformer.wte.weight", "transformer.wpe.weight"] {
+        let parameter = model.decoder.parameter_id(name).unwrap();
+        model.decoder.set_trainable(parameter, false);
+    }
+    let mut library = Library::default();
+    let mut save = |name: &str, model: &Model, optimizer: &AdamW| {
+        let directory = folder.path().join(name);
+        let writing = Writing {
+            library: &library,
+            cancelled: &|| false,
+            progress: &|_, _| {},
+        };
+        checkpoint::save_with(&directory, model, optimizer, Details::default(), &writing).unwrap();
+        library.add(&directory, &checkpoint::verify(&directory).unwrap().files);
+        directory
+    };
+    train(&mut model, &mut optimizer, 0..1);
+    let first = save("1", &model, &optimizer);
+    assert_eq!(shared(&first), [""; 0]);
+    train(&mut model, &mut optimizer, 1..2);
+    let second = save("2", &model, &optimizer);
+    let frozen = "model-00001-of-00002.safetensors";
+    assert_eq!(shared(&second), [frozen]);
+    let again = save("2 again", &model, &optimizer);
+    assert_eq!(
+        shared(&again),
+        [frozen, "model-00002-of-00002.safetensors", "optimizer.safetensors"]
+    );
+    let restored = checkpoint::load(&second, &Device::Cpu).unwrap();
+    assert_eq!(bits(&restored.model), bits(&model));
+    // The space of the last name alone is freed, and nobody else loses anything.
+    fs::remove_dir_all(&first).unwrap();
+    fs::remove_dir_all(&again).unwrap();
+    assert_eq!(shared(&second), [""; 0]);
+    checkpoint::verify(&second).unwrap();
+    // What is damaged is written anew rather than shared.
+    let mut bytes = fs::read(second.join(frozen)).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(second.join(frozen), bytes).unwrap();
+    let mut library = Library::default();
+    library.add(&second, &checkpoint::read_manifest(&second).unwrap().0.files);
+    let directory = folder.path().join("3");
+    let writing = Writing {
+        library: &library,
+        cancelled: &|| false,
+        progress: &|_, _| {},
+    };
+    checkpoint::save_with(&directory, &model, &optimizer, Details::default(), &writing).unwrap();
+    checkpoint::verify(&directory).unwrap();
+}
+
+#[test]
+fn a_cancelled_save_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = load("gpt2");
+    let asked = std::cell::Cell::new(0);
+    let done = std::cell::Cell::new((0, 0));
+    let writing = Writing {
+        library: &Library::default(),
+        cancelled: &|| {
+            asked.set(asked.get() + 1);
+            asked.get() > 10
+        },
+        progress: &|now, total| done.set((now, total)),
+    };
+    let directory = folder.path().join("0");
+    let error = checkpoint::save_with(&directory, &model, &AdamW::new(), Details::default(), &writing).unwrap_err();
+    assert!(matches!(error, Error::Cancelled), "{error}");
+    assert!(0 < done.get().0 && done.get().0 < done.get().1, "{done:?}");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
 }
 
 #[test]

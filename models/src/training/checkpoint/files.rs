@@ -1,12 +1,14 @@
 //! Writing and verifying the files of a checkpoint: every byte goes through SHA-256 and reaches the disk.
 
-use std::fs::File;
+use std::cell::Cell;
+use std::fs::{self, File};
 use std::io::{BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
+use super::Writing;
 use super::manifest::{FileEntry, TensorEntry};
 use crate::error::{Error, Result};
 
@@ -19,6 +21,8 @@ pub(super) struct Entry<'a> {
     pub(super) name: String,
     /// Its shape.
     pub(super) shape: Vec<usize>,
+    /// Whether optimizer steps change it.
+    pub(super) trainable: bool,
     /// Gives its elements when their turn comes, so that only one tensor is held at a time.
     pub(super) read: Box<dyn Fn() -> Result<Vec<f32>> + 'a>,
 }
@@ -69,44 +73,140 @@ pub(super) fn write_bytes(directory: &Path, name: &str, bytes: &[u8]) -> Result<
     })
 }
 
-/// Writes tensors as safetensors (little-endian f32), one at a time.
-pub(super) fn write_tensors(
-    directory: &Path,
-    name: &str,
-    metadata: &[(&str, String)],
-    entries: &[Entry<'_>],
-) -> Result<FileEntry> {
-    let path = directory.join(name);
-    let io = |e| io_error(&path, e);
-    let header = header(metadata, entries);
-    let mut file = HashingFile::create(&path).map_err(io)?;
-    file.write(&(header.len() as u64).to_le_bytes()).map_err(io)?;
-    file.write(header.as_bytes()).map_err(io)?;
-    let mut tensors = Vec::with_capacity(entries.len());
-    for entry in entries {
-        let elements = (entry.read)()?;
-        let bytes: &[u8] = bytemuck::cast_slice(&elements);
-        let offset = file.bytes;
-        file.write(bytes).map_err(io)?;
-        let sha256 = hexadecimal(&Sha256::digest(bytes));
-        tensors.push(TensorEntry {
+/// The folder that a checkpoint is written to.
+pub(super) struct Target<'a> {
+    directory: &'a Path,
+    writing: &'a Writing<'a>,
+    /// Bytes of tensors that are done, and in all.
+    done: Cell<u64>,
+    total: u64,
+}
+
+impl<'a> Target<'a> {
+    /// The folder `directory`, for `total` bytes of tensors.
+    pub(super) fn new(directory: &'a Path, writing: &'a Writing<'a>, total: u64) -> Self {
+        Self {
+            directory,
+            writing,
+            done: Cell::new(0),
+            total,
+        }
+    }
+
+    /// Writes tensors as safetensors (little-endian f32), one at a time; or links a file of the same bytes.
+    pub(super) fn write_tensors(
+        &self,
+        name: &str,
+        metadata: &[(&str, &str)],
+        entries: &[Entry<'_>],
+    ) -> Result<FileEntry> {
+        let header = header(metadata, entries);
+        let before = self.done.get();
+        if let Some(shared) = self.share(name, &header, entries)? {
+            return Ok(shared);
+        }
+        self.done.set(before);
+        let path = self.directory.join(name);
+        let io = |e| io_error(&path, e);
+        let mut file = HashingFile::create(&path).map_err(io)?;
+        file.write(&(header.len() as u64).to_le_bytes()).map_err(io)?;
+        file.write(header.as_bytes()).map_err(io)?;
+        let mut tensors = Vec::with_capacity(entries.len());
+        for entry in entries {
+            let elements = (entry.read)()?;
+            let bytes: &[u8] = bytemuck::cast_slice(&elements);
+            let offset = file.bytes;
+            for piece in bytes.chunks(PIECE) {
+                self.check_cancelled()?;
+                file.write(piece).map_err(io)?;
+            }
+            self.advance(bytes);
+            tensors.push(TensorEntry::of(entry, offset, bytes));
+        }
+        let (bytes, sha256) = file.finish().map_err(io)?;
+        Ok(FileEntry {
+            name: name.into(),
+            bytes,
+            sha256,
+            tensors,
+        })
+    }
+
+    /// Links a file of the library that has the same bytes, once it is known to be undamaged. None when there is none: as a
+    /// rule its first tensor already tells.
+    fn share(&self, name: &str, header: &str, entries: &[Entry<'_>]) -> Result<Option<FileEntry>> {
+        let library = self.writing.library;
+        if library.is_empty() {
+            return Ok(None);
+        }
+        let mut digest = Sha256::new();
+        let length = (header.len() as u64).to_le_bytes();
+        digest.update(length);
+        digest.update(header);
+        let mut offset = (length.len() + header.len()) as u64;
+        let mut tensors = Vec::with_capacity(entries.len());
+        for entry in entries {
+            self.check_cancelled()?;
+            let elements = (entry.read)()?;
+            let bytes: &[u8] = bytemuck::cast_slice(&elements);
+            let tensor = TensorEntry::of(entry, offset, bytes);
+            if !library.has_tensor(&tensor.sha256) {
+                return Ok(None);
+            }
+            digest.update(bytes);
+            offset += tensor.bytes;
+            self.advance(bytes);
+            tensors.push(tensor);
+        }
+        let entry = FileEntry {
+            name: name.into(),
+            bytes: offset,
+            sha256: hexadecimal(&digest.finalize()),
+            tensors,
+        };
+        let Some(found) = library.file(&entry.sha256) else {
+            return Ok(None);
+        };
+        // A checkpoint is whole whatever has happened to the others; one that was just deleted cannot be linked.
+        let linked = is_undamaged(found, &entry) && fs::hard_link(found, self.directory.join(name)).is_ok();
+        Ok(linked.then_some(entry))
+    }
+
+    fn advance(&self, bytes: &[u8]) {
+        self.done.set(self.done.get() + bytes.len() as u64);
+        (self.writing.progress)(self.done.get(), self.total);
+    }
+
+    fn check_cancelled(&self) -> Result<()> {
+        match (self.writing.cancelled)() {
+            true => Err(Error::Cancelled),
+            false => Ok(()),
+        }
+    }
+}
+
+impl TensorEntry {
+    fn of(entry: &Entry<'_>, offset: u64, bytes: &[u8]) -> Self {
+        Self {
             name: entry.name.clone(),
             offset,
             bytes: bytes.len() as u64,
-            sha256,
-        });
+            sha256: hexadecimal(&Sha256::digest(bytes)),
+        }
     }
-    let (bytes, sha256) = file.finish().map_err(io)?;
-    Ok(FileEntry {
-        name: name.into(),
-        bytes,
-        sha256,
-        tensors,
-    })
+}
+
+/// Whether the file at `path` has the size and the digest of `entry`.
+fn is_undamaged(path: &Path, entry: &FileEntry) -> bool {
+    let check = || -> std::io::Result<bool> {
+        let mut file = File::open(path)?;
+        Ok(file.metadata()?.len() == entry.bytes && digest(&mut file, 0, entry.bytes)? == entry.sha256)
+    };
+    check().unwrap_or(false)
 }
 
 /// The JSON header of a safetensors file, padded with spaces to a multiple of 8 bytes.
-fn header(metadata: &[(&str, String)], entries: &[Entry<'_>]) -> String {
+fn header(metadata: &[(&str, &str)], entries: &[Entry<'_>]) -> String {
     let mut header = Map::new();
     let metadata: Map<String, Value> = metadata.iter().map(|(k, v)| ((*k).to_owned(), json!(v))).collect();
     header.insert("__metadata__".into(), Value::Object(metadata));

@@ -7,7 +7,7 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 
 use super::manifest::{DIGEST_FILE_NAME, FILE_NAME, Manifest, digest_line};
-use super::{FIRST_MOMENT, MODEL_FILE, OPTIMIZER_FILE, SECOND_MOMENT, Saved, files};
+use super::{EXTENSION, FIRST_MOMENT, MODEL, OPTIMIZER, SECOND_MOMENT, Saved, files};
 use crate::config::from_settings;
 use crate::decoder::{Decoder, ParameterInfo, WeightType, load_decoder};
 use crate::error::{Error, Result};
@@ -111,12 +111,12 @@ pub fn read_manifest(directory: &Path) -> Result<(Manifest, Saved)> {
         Err(e) => return Err(files::io_error(&digest_path, e)),
     }
     let manifest = Manifest::parse(&path.display().to_string(), &bytes)?;
-    for name in [MODEL_FILE, OPTIMIZER_FILE, "config.json"] {
-        if !manifest.files.iter().any(|file| file.name == name) {
+    for (stem, extension) in [(MODEL, EXTENSION), (OPTIMIZER, EXTENSION), ("config", ".json")] {
+        if weight_files(&manifest, stem, extension).next().is_none() {
             return Err(invalid(
                 directory,
                 FILE_NAME,
-                format!("it does not list the file {name}"),
+                format!("it does not list the file {stem}{extension}"),
             ));
         }
     }
@@ -124,11 +124,19 @@ pub fn read_manifest(directory: &Path) -> Result<(Manifest, Saved)> {
     Ok((manifest, saved))
 }
 
+/// Names of the files that begin with `stem` and end with `extension`.
+fn weight_files<'a>(manifest: &'a Manifest, stem: &'a str, extension: &'a str) -> impl Iterator<Item = &'a str> {
+    let names = manifest.files.iter().map(|file| file.name.as_str());
+    names.filter(move |name| name.starts_with(stem) && name.ends_with(extension))
+}
+
 /// The moments, each put back into the decoder's layout.
 fn load_optimizer(directory: &Path, manifest: &Manifest, decoder: &Decoder) -> Result<AdamW> {
-    let path = directory.join(OPTIMIZER_FILE);
-    let mut tensors = candle_core::safetensors::load(&path, &Device::Cpu)
-        .map_err(|e| invalid(directory, OPTIMIZER_FILE, e.to_string()))?;
+    let mut tensors = HashMap::new();
+    for name in weight_files(manifest, OPTIMIZER, EXTENSION) {
+        let held = candle_core::safetensors::load(directory.join(name), &Device::Cpu);
+        tensors.extend(held.map_err(|e| invalid(directory, name, e.to_string()))?);
+    }
     let mut moments = Vec::with_capacity(decoder.parameters().len());
     for parameter in decoder.parameters() {
         let first = take(&mut tensors, directory, FIRST_MOMENT, parameter, decoder.device())?;
@@ -138,14 +146,14 @@ fn load_optimizer(directory: &Path, manifest: &Manifest, decoder: &Decoder) -> R
             (None, None) => None,
             _ => {
                 let reason = format!("it holds only one of the two moments of {:?}", parameter.name);
-                return Err(invalid(directory, OPTIMIZER_FILE, reason));
+                return Err(invalid(directory, OPTIMIZER, reason));
             }
         });
     }
     if let Some(name) = tensors.keys().next() {
         return Err(invalid(
             directory,
-            OPTIMIZER_FILE,
+            OPTIMIZER,
             format!("the model has no parameter for its tensor {name:?}"),
         ));
     }
@@ -173,7 +181,7 @@ fn take(
             "its tensor {name:?} is {:?} {shape:?}, not F32 {expected:?}",
             tensor.dtype()
         );
-        return Err(invalid(directory, OPTIMIZER_FILE, reason));
+        return Err(invalid(directory, OPTIMIZER, reason));
     }
     let elements = tensor.flatten_all()?.to_vec1()?;
     Ok(Some(from_transformers(elements, parameter)?.to_device(device)?))

@@ -7,9 +7,10 @@ use candle_core::Tensor;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use super::files::{Entry, hexadecimal, io_error, sync_directory, write_bytes, write_tensors};
+use super::files::{Entry, Target, hexadecimal, io_error, sync_directory, write_bytes};
+use super::library::Library;
 use super::manifest::{DIGEST_FILE_NAME, FILE_NAME, FileEntry, Manifest, digest_line};
-use super::{FIRST_MOMENT, MODEL_FILE, OPTIMIZER_FILE, SECOND_MOMENT, hugging_face};
+use super::{EXTENSION, FIRST_MOMENT, MODEL, OPTIMIZER, SECOND_MOMENT, hugging_face};
 use crate::decoder::{Decoder, ParameterId, ParameterInfo};
 use crate::error::{Error, Result};
 use crate::model::Model;
@@ -23,6 +24,16 @@ pub struct Details {
     pub tag: String,
     /// The training log, one value a step.
     pub log: Vec<Value>,
+}
+
+/// How a checkpoint is written.
+pub struct Writing<'a> {
+    /// Files that need not be written again: a file of the same bytes is linked instead.
+    pub library: &'a Library,
+    /// Asked often; once it says true, nothing is left.
+    pub cancelled: &'a dyn Fn() -> bool,
+    /// Told bytes of weights that are done, and in all.
+    pub progress: &'a dyn Fn(u64, u64),
 }
 
 /// A checkpoint that reached the disk.
@@ -55,6 +66,25 @@ impl Saved {
 /// [`Error::FailedPrecondition`] if `directory` exists or a parameter is not finite; [`Error::Io`] with the path.
 /// What was written is removed.
 pub fn save(directory: &Path, model: &Model, optimizer: &AdamW, details: Details) -> Result<Saved> {
+    let writing = Writing {
+        library: &Library::default(),
+        cancelled: &|| false,
+        progress: &|_, _| {},
+    };
+    save_with(directory, model, optimizer, details, &writing)
+}
+
+/// As [`save`], sharing what `writing` says.
+///
+/// # Errors
+/// As [`save`], and [`Error::Cancelled`].
+pub fn save_with(
+    directory: &Path,
+    model: &Model,
+    optimizer: &AdamW,
+    details: Details,
+    writing: &Writing<'_>,
+) -> Result<Saved> {
     if directory.symlink_metadata().is_ok() {
         let message = format!(
             "{} exists already; a checkpoint is never overwritten",
@@ -68,7 +98,7 @@ pub fn save(directory: &Path, model: &Model, optimizer: &AdamW, details: Details
     }
     fs::create_dir(&partial).map_err(|e| io_error(&partial, e))?;
     let publish = || {
-        let saved = write_all(&partial, model, optimizer, details)?;
+        let saved = write_all(&partial, model, optimizer, details, writing)?;
         sync_directory(&partial)?;
         fs::rename(&partial, directory).map_err(|e| io_error(directory, e))?;
         sync_directory(&parent)?;
@@ -99,12 +129,25 @@ fn partial_of(directory: &Path) -> Result<(PathBuf, PathBuf)> {
 }
 
 /// Writes every file into a fresh folder, the manifest and its digest last.
-fn write_all(partial: &Path, model: &Model, optimizer: &AdamW, details: Details) -> Result<Saved> {
+fn write_all(
+    partial: &Path,
+    model: &Model,
+    optimizer: &AdamW,
+    details: Details,
+    writing: &Writing<'_>,
+) -> Result<Saved> {
     let decoder = &model.decoder;
     let (config, end_tokens) = (decoder.config(), &model.end_tokens);
     let mut manifest = Manifest::new(model, optimizer.steps(), details);
-    manifest.files.push(write_parameters(partial, decoder)?);
-    manifest.files.push(write_moments(partial, decoder, optimizer)?);
+    let bytes = decoder.memory_bytes() + optimizer.memory_bytes();
+    let target = Target::new(partial, writing, bytes);
+    let parameters = write_split(&target, MODEL, &[("format", "pt")], parameter_entries(decoder))?;
+    if parameters.len() > 1 {
+        manifest.files.push(write_json(partial, INDEX, &index(&parameters))?);
+    }
+    manifest.files.extend(parameters);
+    let moments = moment_entries(decoder, optimizer);
+    manifest.files.extend(write_split(&target, OPTIMIZER, &[], moments)?);
     let config = hugging_face::config_json(config, end_tokens);
     manifest.files.push(write_json(partial, "config.json", &config)?);
     let generation = hugging_face::generation_config_json(end_tokens);
@@ -138,8 +181,52 @@ fn write_json(partial: &Path, name: &str, value: &Value) -> Result<FileEntry> {
     write_bytes(partial, name, &text)
 }
 
+/// Name of the file that says which parameter is where, as transformers reads it.
+const INDEX: &str = "model.safetensors.index.json";
+
+/// Writes tensors to one file, or those of frozen parameters to one and the others to a second: the first then stays the
+/// same from checkpoint to checkpoint, and is shared.
+fn write_split(
+    target: &Target<'_>,
+    stem: &str,
+    metadata: &[(&str, &str)],
+    entries: Vec<Entry<'_>>,
+) -> Result<Vec<FileEntry>> {
+    let (trained, frozen): (Vec<_>, Vec<_>) = entries.into_iter().partition(|entry| entry.trainable);
+    match (frozen.is_empty(), trained.is_empty()) {
+        (false, false) => [(frozen, 1), (trained, 2)]
+            .into_iter()
+            .map(|(entries, number)| {
+                let name = format!("{stem}-{number:05}-of-00002{EXTENSION}");
+                target.write_tensors(&name, metadata, &entries)
+            })
+            .collect(),
+        (frozen_is_empty, _) => {
+            let all = if frozen_is_empty { trained } else { frozen };
+            Ok(vec![target.write_tensors(
+                &format!("{stem}{EXTENSION}"),
+                metadata,
+                &all,
+            )?])
+        }
+    }
+}
+
+/// Contents of [`INDEX`].
+fn index(files: &[FileEntry]) -> Value {
+    let tensors = files
+        .iter()
+        .flat_map(|file| file.tensors.iter().map(move |tensor| (file, tensor)));
+    let map: serde_json::Map<String, Value> = tensors
+        .clone()
+        .map(|(file, tensor)| (tensor.name.clone(), json!(file.name)))
+        .collect();
+    let total_size: u64 = tensors.map(|(_, tensor)| tensor.bytes).sum();
+    json!({"metadata": {"total_size": total_size}, "weight_map": map})
+}
+
 /// Every parameter under its own name, and under those of the layers that share it.
-fn write_parameters(partial: &Path, decoder: &Decoder) -> Result<FileEntry> {
+fn parameter_entries(decoder: &Decoder) -> Vec<Entry<'_>> {
     let own = decoder.parameters().iter().enumerate();
     let own = own.map(|(index, parameter)| (parameter.name.clone(), ParameterId(index)));
     let entry = |(name, id): (String, ParameterId)| -> Entry<'_> {
@@ -147,6 +234,7 @@ fn write_parameters(partial: &Path, decoder: &Decoder) -> Result<FileEntry> {
         Entry {
             name,
             shape: parameter.shape.clone(),
+            trainable: parameter.trainable,
             read: Box::new(move || {
                 let elements = export(&decoder.weight(id).to_f32()?, parameter)?;
                 if let Some(element) = elements.iter().position(|element| !element.is_finite()) {
@@ -159,13 +247,11 @@ fn write_parameters(partial: &Path, decoder: &Decoder) -> Result<FileEntry> {
             }),
         }
     };
-    let entries: Vec<_> = own.chain(decoder.shared_names()).map(entry).collect();
-    // transformers asks for the format.
-    write_tensors(partial, MODEL_FILE, &[("format", "pt".into())], &entries)
+    own.chain(decoder.shared_names()).map(entry).collect()
 }
 
 /// The moments of every parameter that has some.
-fn write_moments(partial: &Path, decoder: &Decoder, optimizer: &AdamW) -> Result<FileEntry> {
+fn moment_entries<'a>(decoder: &'a Decoder, optimizer: &'a AdamW) -> Vec<Entry<'a>> {
     let mut entries = vec![];
     for (moments, parameter) in optimizer.moments.iter().zip(decoder.parameters()) {
         let Some(moments) = moments else { continue };
@@ -173,16 +259,12 @@ fn write_moments(partial: &Path, decoder: &Decoder, optimizer: &AdamW) -> Result
             entries.push(Entry {
                 name: format!("{prefix}{}", parameter.name),
                 shape: parameter.shape.clone(),
+                trainable: parameter.trainable,
                 read: Box::new(move || export(tensor, parameter)),
             });
         }
     }
-    write_tensors(
-        partial,
-        OPTIMIZER_FILE,
-        &[("step", optimizer.steps().to_string())],
-        &entries,
-    )
+    entries
 }
 
 /// All elements in transformers' layout.
