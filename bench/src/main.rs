@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used)] // A benchmark that cannot measure has nothing better to do than to stop.
 
 mod direct;
+mod durability;
 mod generation;
 mod overhead;
 mod parts;
@@ -27,13 +28,14 @@ fn main() {
         .unwrap_or(5);
     let mut results = Results::default();
     let only: Vec<String> = std::env::args().skip(1).collect();
-    let subjects: [(&str, fn() -> Measurements); 8] = [
+    let subjects: [(&str, fn() -> Measurements); 9] = [
         ("smollm2", generation::smollm2),
         ("gpt2", generation::gpt2),
         ("overhead", overhead::measurements),
         ("training", training::measurements),
         ("growth", training::growth),
         ("parts", parts::measurements),
+        ("durability", durability::measurements),
         ("scan", scan::measurements),
         ("gradients", scan::gradients),
     ];

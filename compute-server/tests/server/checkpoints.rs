@@ -134,6 +134,27 @@ async fn staged_checkpoints_are_rolled_back_and_published() {
 }
 
 #[tokio::test]
+async fn a_checkpoint_is_not_restored_as_another_architecture_or_shape() {
+    let server = TestServer::start(&[]);
+    let client = server.connect().await;
+    client.load(small("m")).await.unwrap();
+    client.checkpoint("m", None).await.unwrap();
+    for (config, named) in [
+        (r#"{"architecture": "llama"}"#, "architecture"),
+        (r#"{"layers": 3}"#, "layers"),
+        (r#"{"vocabulary": 281}"#, "vocabulary"),
+    ] {
+        let request = LoadModelRequest {
+            config_json: config.into(),
+            ..restore("r", "checkpoint://m/0")
+        };
+        let message = assert_status(client.load(request).await, Code::InvalidArgument, "22023");
+        assert!(message.contains(named), "{message}");
+    }
+    assert_eq!(client.models().await.len(), 1);
+}
+
+#[tokio::test]
 async fn a_damaged_checkpoint_is_refused_by_the_name_of_its_tensor() {
     let server = TestServer::start(&[]);
     let client = server.connect().await;
