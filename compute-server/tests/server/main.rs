@@ -11,6 +11,7 @@ mod durability;
 mod full_disk;
 mod generation;
 mod gradients;
+mod log_damage;
 mod operations;
 mod parameters;
 mod support;
