@@ -40,7 +40,10 @@ fn main() {
         ("gradients", scan::gradients),
     ];
     // One subject at a time, so that only one holds memory; within it everything is measured in turn.
-    for (_, subject) in subjects.iter().filter(|(name, _)| only.is_empty() || only.iter().any(|only| only == name)) {
+    for (_, subject) in subjects
+        .iter()
+        .filter(|(name, _)| only.is_empty() || only.iter().any(|only| only == name))
+    {
         let mut measurements = subject();
         for round in 0..=rounds {
             for measurement in &mut measurements {

@@ -88,7 +88,10 @@ impl Measurement for Optimizer {
         };
         vec![
             figure("kernel", nanoseconds(time)),
-            figure("floor: 28 bytes at the rate of x += a y", nanoseconds(sum) * 28.0 / 12.0),
+            figure(
+                "floor: 28 bytes at the rate of x += a y",
+                nanoseconds(sum) * 28.0 / 12.0,
+            ),
         ]
     }
 }
@@ -125,18 +128,27 @@ impl Measurement for Head {
             };
             let (hidden, weight) = (&self.hidden, &self.weight);
             let gradients = Some(gradients);
-            cross_entropy_head(hidden, weight, VOCABULARY, &targets, &token_weights, &mut losses, gradients);
+            cross_entropy_head(
+                hidden,
+                weight,
+                VOCABULARY,
+                &targets,
+                &token_weights,
+                &mut losses,
+                gradients,
+            );
         });
         // In two halves, as many logits as the kernel holds.
         let rows = TOKENS / 2;
-        let products = 2.0 * seconds(|| {
-            let hidden = MatrixRef::new(&self.hidden[..rows * WIDTH], rows, WIDTH);
-            let weight = MatrixRef::new(&self.weight, VOCABULARY, WIDTH);
-            matmul(hidden, weight.transpose(), false, &mut self.logits);
-            let logits = MatrixRef::new(&self.logits, rows, VOCABULARY);
-            matmul(logits, weight, false, &mut self.d_hidden[..rows * WIDTH]);
-            matmul(logits.transpose(), hidden, true, &mut self.d_weight);
-        });
+        let products = 2.0
+            * seconds(|| {
+                let hidden = MatrixRef::new(&self.hidden[..rows * WIDTH], rows, WIDTH);
+                let weight = MatrixRef::new(&self.weight, VOCABULARY, WIDTH);
+                matmul(hidden, weight.transpose(), false, &mut self.logits);
+                let logits = MatrixRef::new(&self.logits, rows, VOCABULARY);
+                matmul(logits, weight, false, &mut self.d_hidden[..rows * WIDTH]);
+                matmul(logits.transpose(), hidden, true, &mut self.d_weight);
+            });
         let figure = |path, seconds| Figure {
             subject: HEAD,
             path,

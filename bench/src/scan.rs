@@ -29,7 +29,8 @@ pub(crate) fn gradients() -> Measurements {
     let create = crate::training::CREATE_GPT2.replace(r#""tokenizer": "small""#, r#""learning_rate": 0.001"#);
     client.batch_execute(&create).unwrap();
     client.batch_execute(&create.replace("llm.", "b.")).unwrap();
-    let batch = "INSERT INTO llm.batches (model, tokens) SELECT 'm', array_agg(i * 101 % 50257) FROM generate_series(1, 64) i";
+    let batch =
+        "INSERT INTO llm.batches (model, tokens) SELECT 'm', array_agg(i * 101 % 50257) FROM generate_series(1, 64) i";
     client.batch_execute(batch).unwrap();
     vec![Box::new(Gradients {
         client,

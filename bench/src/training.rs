@@ -59,7 +59,10 @@ impl Measurement for OfShape {
     fn run(&mut self) -> Vec<Figure> {
         let fixture = Fixture::with_models();
         let mut client = fixture.connect();
-        let create = format!("INSERT INTO llm.models (name, seed, config) VALUES ('m', 1, '{}')", self.config);
+        let create = format!(
+            "INSERT INTO llm.models (name, seed, config) VALUES ('m', 1, '{}')",
+            self.config
+        );
         client.batch_execute(&create).unwrap();
         let length = self.length;
         let step = format!(

@@ -12,10 +12,10 @@ use crate::app::App;
 use crate::commit_log::FileChange;
 use crate::data_folder::{self, DataFolder, Staged};
 use crate::error::{Error, Result};
-use crate::names;
+use crate::names::{self, ModelKey};
 use crate::owner::ModelHandle;
 
-/// Model and step: what a checkpoint is known by.
+/// Model or adapter ([`ModelKey::to_text`]) and step: what a checkpoint is known by.
 pub(crate) type Key = (String, u64);
 
 /// Holds the model's name, which the folder's own name cannot always tell.
@@ -246,7 +246,25 @@ pub(crate) fn finish(folder: &DataFolder, changes: &[FileChange]) -> Result<()> 
 pub(crate) fn not_found(key: &Key) -> Error {
     Error::NotFound {
         kind: "checkpoint",
-        name: format!("{}/{}", key.0, key.1),
+        name: format!("{}/{}", key.0.replace('\n', "/"), key.1),
+    }
+}
+
+/// The error for a checkpoint that there is already.
+pub(crate) fn taken(key: &Key) -> Error {
+    Error::NameTaken {
+        kind: "checkpoint",
+        name: format!("{}/{}", key.0.replace('\n', "/"), key.1),
+    }
+}
+
+/// A row of the store as clients see it.
+pub(crate) fn published_row(row: v1::Checkpoint) -> v1::Checkpoint {
+    let ModelKey { model, adapter } = ModelKey::from_text(&row.model);
+    v1::Checkpoint {
+        model,
+        adapter: adapter.unwrap_or_default(),
+        ..row
     }
 }
 
@@ -278,6 +296,7 @@ fn read_row(model: &str, path: &Path) -> Result<(v1::Checkpoint, Arc<[FileEntry]
         bytes: saved.bytes,
         sha256: saved.sha256,
         path: String::new(),
+        adapter: String::new(),
         created_at: Some(prost_types::Timestamp {
             seconds: manifest.created_at,
             nanos: 0,

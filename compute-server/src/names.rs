@@ -23,6 +23,20 @@ impl ModelKey {
         }
     }
 
+    /// Both names as one text, which a file can hold: no name has a line feed in it.
+    pub(crate) fn to_text(&self) -> String {
+        match &self.adapter {
+            None => self.model.clone(),
+            Some(adapter) => format!("{}\n{adapter}", self.model),
+        }
+    }
+
+    /// The key of [`to_text`](Self::to_text).
+    pub(crate) fn from_text(text: &str) -> Self {
+        let (model, adapter) = text.split_once('\n').unwrap_or((text, ""));
+        Self::new(model, adapter)
+    }
+
     /// The kind of thing that it names.
     pub(crate) fn kind(&self) -> &'static str {
         match self.adapter {
@@ -90,6 +104,15 @@ pub(crate) fn encode(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_key_survives_as_text() {
+        for (model, adapter) in [("m", ""), ("m", "a"), ("a/b", "c d")] {
+            let key = ModelKey::new(model, adapter);
+            assert_eq!(ModelKey::from_text(&key.to_text()), key);
+        }
+        assert_ne!(encode(&ModelKey::new("m", "a").to_text()), encode("ma"));
+    }
 
     #[test]
     fn names_with_control_characters_or_of_10000_characters_are_refused() {

@@ -181,10 +181,7 @@ async fn begin(app: &Arc<App>, logged: &LoggedModel, base: &LogBase) -> Result<M
     let source = match base.origin.clone().and_then(|origin| origin.kind).ok_or_else(missing)? {
         origin::Kind::Created(tokenizer) => Located::Tokenizer(tokenizer),
         origin::Kind::Files(digest) => Located::Files(unchanged(app, &request.source, digest).await?),
-        origin::Kind::Saved(folder) => match &app.log {
-            Some(log) => Located::Checkpoint(log.base_path(&folder)),
-            None => return Err(missing()),
-        },
+        origin::Kind::Saved(folder) => saved(app, &folder)?,
     };
     let loading = Loading {
         config: parse_config(&request.config_json)?,
@@ -196,6 +193,12 @@ async fn begin(app: &Arc<App>, logged: &LoggedModel, base: &LogBase) -> Result<M
     start(app, logged, base, move || load(&loader, loading)).await
 }
 
+/// A state that was saved as a base.
+fn saved(app: &App, folder: &str) -> Result<Located> {
+    let log = app.log.as_ref().ok_or_else(missing)?;
+    Ok(Located::Checkpoint(log.base_path(folder)))
+}
+
 /// An adapter as its base has it.
 async fn begin_adapter(
     app: &Arc<App>,
@@ -204,11 +207,13 @@ async fn begin_adapter(
     base: &LogBase,
 ) -> Result<ModelHandle> {
     let request = base.adapter.clone().ok_or_else(missing)?;
-    if let Some(origin::Kind::Files(digest)) = base.origin.clone().and_then(|origin| origin.kind) {
-        unchanged(app, &request.source, digest).await?;
-    }
+    let source = match base.origin.clone().and_then(|origin| origin.kind).ok_or_else(missing)? {
+        origin::Kind::Created(_) => Located::Nothing,
+        origin::Kind::Files(digest) => Located::Files(unchanged(app, &request.source, digest).await?),
+        origin::Kind::Saved(folder) => saved(app, &folder)?,
+    };
     let (maker, model) = (Arc::clone(app), model.clone());
-    start(app, logged, base, move || make_adapter(&maker, model, request)).await
+    start(app, logged, base, move || make_adapter(&maker, model, request, source)).await
 }
 
 /// Gives what `load` loads a thread, under the number that it has in the log.

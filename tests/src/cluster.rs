@@ -128,9 +128,18 @@ impl Cluster {
     /// At the first statement that fails.
     pub fn restore(&self, database: &str, dump: &[u8]) {
         let mut file = tempfile::tempfile().expect("a temporary file can be made");
-        file.write_all(dump).and_then(|()| file.rewind()).expect("it can be written");
+        file.write_all(dump)
+            .and_then(|()| file.rewind())
+            .expect("it can be written");
         let mut psql = self.client_program("psql");
-        psql.args(["--quiet", "--no-psqlrc", "--set", "ON_ERROR_STOP=1", "--dbname", database]);
+        psql.args([
+            "--quiet",
+            "--no-psqlrc",
+            "--set",
+            "ON_ERROR_STOP=1",
+            "--dbname",
+            database,
+        ]);
         let output = psql.stdin(file).output().expect("psql can be run");
         let errors = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "psql: {errors}");

@@ -5,16 +5,19 @@ use std::sync::Arc;
 use candle_compute_proto::v1;
 use candle_compute_proto::v1::adapters_service_server::AdaptersService;
 use candle_models::adapters::{self, LoraConfig, TargetModules};
-use candle_models::training::AdamW;
+use candle_models::training::{AdamW, checkpoint};
 use candle_models::{Decoder, Model};
 use tonic::{Request, Response, Status};
 
+use super::load::Located;
 use super::{Service, connection};
 use crate::app::App;
+use crate::checkpoints;
 use crate::commit_log::{LogBase, Origin, origin};
+use crate::data_folder;
 use crate::error::{Error, Result};
 use crate::names::{self, ModelKey};
-use crate::owner::{ModelHandle, NewBase, NewModel, View};
+use crate::owner::{ModelHandle, NewBase, NewModel, View, log_row_from_json};
 use crate::requests::Phase;
 use crate::sources::{self, Source};
 use crate::transactions::{Reader, Scope, WriteKind};
@@ -38,12 +41,13 @@ impl AdaptersService for Service {
             }
             .into());
         }
+        let source = locate(&self.app, &scope, &request.source)?;
         let slot = self.app.model_slot()?;
         let in_transaction = request.transaction.is_some();
         let guard = self.app.requests.begin("load", &request.model);
         guard.set_phase(Phase::Running);
         let (app, base) = (Arc::clone(&self.app), model.clone());
-        let made = tokio::task::spawn_blocking(move || make(&app, base, request)).await;
+        let made = tokio::task::spawn_blocking(move || make(&app, base, request, source)).await;
         let mut new = made.map_err(|error| Error::Internal(format!("making an adapter failed: {error}")))??;
         new.slot = Some(slot);
         let adapter = ModelHandle::start(new, self.app.config.limits, Arc::clone(&self.app.memory))?;
@@ -131,47 +135,64 @@ fn describe(adapter: &ModelHandle, view: &View, staged: bool) -> Option<v1::Adap
     Some(row)
 }
 
+/// Finds a source, as `scope` sees it. In `checkpoint://MODEL/ADAPTER/STEP` names may hold slashes themselves.
+fn locate(app: &App, scope: &Scope, source: &str) -> Result<Located> {
+    match Source::parse(source)? {
+        Source::Nothing => Ok(Located::Nothing),
+        Source::Path(path) => sources::locate(&app.config.models_dir, &path).map(Located::Files),
+        Source::Checkpoint { model: names, step } => {
+            let keys = names.match_indices('/').map(|(slash, _)| {
+                let key = ModelKey::new(&names[..slash], &names[slash + 1..]);
+                (key.to_text(), step)
+            });
+            let mut paths = keys.filter_map(|key| scope.reader()?.checkpoint_path(&key));
+            let path = paths
+                .next()
+                .ok_or_else(|| checkpoints::not_found(&(names.clone(), step)))?;
+            Ok(Located::Checkpoint(path))
+        }
+    }
+}
+
 /// Makes or reads the factors. Takes long; called on a thread that may block.
-pub(crate) fn make(app: &App, base: ModelHandle, request: v1::CreateAdapterRequest) -> Result<NewModel> {
+pub(crate) fn make(
+    app: &App,
+    base: ModelHandle,
+    request: v1::CreateAdapterRequest,
+    source: Located,
+) -> Result<NewModel> {
     let facts = base.facts();
-    let mut origin = origin::Kind::Created(String::new());
-    let decoder = {
-        let state = facts.base.read();
-        match Source::parse(&request.source)? {
-            Source::Nothing => adapters::create(&state.decoder, &config(&request)?, request.seed.unwrap_or(0) as u64)?,
-            Source::Path(path) => {
-                let directory = sources::locate(&app.config.models_dir, &path)?;
-                if app.log.is_some() {
-                    origin = origin::Kind::Files(sources::begin_digest(&directory).finish(&directory)?);
-                }
-                let loaded = adapters::load(&directory, &state.decoder);
-                loaded.map_err(|error| sources::relative(error, &app.config.models_dir))?
+    let seed = request.seed.unwrap_or(0);
+    let log_base = match app.log {
+        Some(_) => Some(log_base(app, &base, &request, &source)?),
+        None => None,
+    };
+    let (decoder, optimizer, log) = {
+        let base = facts.base.read();
+        let untrained = |decoder| (decoder, AdamW::new(), Vec::new());
+        match source {
+            Located::Nothing | Located::Tokenizer(_) => {
+                untrained(adapters::create(&base.decoder, &config(&request)?, seed as u64)?)
             }
-            Source::Checkpoint { .. } => {
-                return Err(Error::Model(candle_models::Error::Unsupported(
-                    "an adapter is loaded from a folder as PEFT saves it".to_owned(),
-                )));
+            Located::Files(directory) => {
+                let loaded = adapters::load(&directory, &base.decoder);
+                untrained(loaded.map_err(|error| sources::relative(error, &app.config.models_dir))?)
+            }
+            Located::Checkpoint(directory) => {
+                let loaded = checkpoint::load_adapter(&directory, &base.decoder);
+                let (decoder, optimizer, manifest) =
+                    loaded.map_err(|error| sources::relative(error, &app.config.data_dir))?;
+                let rows = manifest.log.iter();
+                let log = rows.map(|row| log_row_from_json(&request.model, row)).collect();
+                (decoder, optimizer, log)
             }
         }
     };
     check_given(&decoder, &request)?;
-    let memory = app.memory.reserve("an adapter", decoder.memory_bytes())?;
+    let memory = decoder.memory_bytes() + optimizer.memory_bytes();
+    let memory = app.memory.reserve("an adapter", memory)?;
     let settings = facts.base.read().settings.clone();
-    let seed = request.source.is_empty().then(|| request.seed.unwrap_or(0));
-    let log_base = app.log.is_some().then(|| NewBase {
-        base: LogBase {
-            request: None,
-            seed: None,
-            created_at: None,
-            origin: Some(Origin { kind: Some(origin) }),
-            adapter: Some(v1::CreateAdapterRequest {
-                transaction: None,
-                ..request.clone()
-            }),
-            of: base.id(),
-        },
-        files: None,
-    });
+    let seed = request.source.is_empty().then_some(seed);
     Ok(NewModel {
         name: request.model,
         source: request.source,
@@ -185,13 +206,42 @@ pub(crate) fn make(app: &App, base: ModelHandle, request: v1::CreateAdapterReque
             config: serde_json::Value::Object(facts.config.clone()),
         },
         adapter: Some((request.name, base)),
-        optimizer: AdamW::new(),
+        optimizer,
         settings,
-        log: Vec::new(),
+        log,
         memory,
         slot: None,
         logged: None,
         base: log_base,
+    })
+}
+
+/// How the commit log makes an adapter again.
+fn log_base(app: &App, model: &ModelHandle, request: &v1::CreateAdapterRequest, source: &Located) -> Result<NewBase> {
+    let (mut files, mut kind) = (None, None);
+    match source {
+        Located::Nothing | Located::Tokenizer(_) => kind = Some(origin::Kind::Created(String::new())),
+        Located::Files(path) => kind = Some(origin::Kind::Files(sources::begin_digest(path).finish(path)?)),
+        Located::Checkpoint(path) => {
+            let staged = app.folder.stage();
+            data_folder::link_folder(path, staged.path())
+                .map_err(|error| Error::io("keeping the checkpoint that an adapter is restored from", error))?;
+            files = Some(staged);
+        }
+    }
+    Ok(NewBase {
+        base: LogBase {
+            request: None,
+            seed: None,
+            created_at: None,
+            origin: Some(Origin { kind }),
+            adapter: Some(v1::CreateAdapterRequest {
+                transaction: None,
+                ..request.clone()
+            }),
+            of: model.id(),
+        },
+        files,
     })
 }
 

@@ -7,7 +7,7 @@ use tonic::{Request, Response, Status};
 use super::{Service, connection};
 use crate::checkpoints;
 use crate::error::Error;
-use crate::names::MAX_NAME_CHARACTERS;
+use crate::names::{MAX_NAME_CHARACTERS, ModelKey};
 use crate::transactions::{Reader, Scope, WriteKind};
 
 #[tonic::async_trait]
@@ -22,18 +22,14 @@ impl CheckpointsService for Service {
             return Err(Error::invalid(format!("the tag has more than {MAX_NAME_CHARACTERS} characters")).into());
         }
         let scope = Scope::open(&self.app, request.transaction.as_ref(), connection)?;
-        let model = scope.model(&request.model)?;
+        let model = scope.find(&request.model, &request.adapter)?;
         let step = model.describe(&scope.view()).step;
-        let key = (request.model.clone(), step);
+        let key = (model.key().to_text(), step);
         if scope
             .reader()
             .is_some_and(|reader| reader.checkpoint_path(&key).is_some())
         {
-            return Err(Error::NameTaken {
-                kind: "checkpoint",
-                name: format!("{}/{step}", request.model),
-            }
-            .into());
+            return Err(checkpoints::taken(&key).into());
         }
         let guard = self.app.requests.begin("checkpoint", &request.model);
         let (view, tag) = (scope.view(), request.tag);
@@ -41,11 +37,13 @@ impl CheckpointsService for Service {
         let files = saving
             .write(self.app.checkpoints.stage(), self.app.library(&model), Some(guard))
             .await?;
-        let staged = self.app.checkpoints.describe(&request.model, files)?;
+        let staged = self.app.checkpoints.describe(&key.0, files)?;
         let row = staged.row.clone();
         scope.push(WriteKind::CreateCheckpoint(staged))?;
         scope.close().await?;
-        Ok(Response::new(v1::CreateCheckpointResponse { checkpoint: Some(row) }))
+        Ok(Response::new(v1::CreateCheckpointResponse {
+            checkpoint: Some(checkpoints::published_row(row)),
+        }))
     }
 
     async fn list_checkpoints(
@@ -54,8 +52,11 @@ impl CheckpointsService for Service {
     ) -> Result<Response<v1::ListCheckpointsResponse>, Status> {
         let request = request.into_inner();
         let reader = Reader::open(&self.app, request.transaction.as_ref())?;
-        let mut checkpoints = reader.checkpoints();
-        checkpoints.retain(|row| request.models.is_empty() || request.models.contains(&row.model));
+        let rows = reader.checkpoints().into_iter().map(checkpoints::published_row);
+        let wanted = |row: &v1::Checkpoint| {
+            row.adapter == request.adapter && (request.models.is_empty() || request.models.contains(&row.model))
+        };
+        let checkpoints = rows.filter(wanted).collect();
         Ok(Response::new(v1::ListCheckpointsResponse { checkpoints }))
     }
 
@@ -66,7 +67,7 @@ impl CheckpointsService for Service {
         let connection = connection(&request);
         let request = request.into_inner();
         let scope = Scope::open(&self.app, request.transaction.as_ref(), connection)?;
-        let key = (request.model, request.step);
+        let key = (ModelKey::new(&request.model, &request.adapter).to_text(), request.step);
         if scope
             .reader()
             .is_none_or(|reader| reader.checkpoint_path(&key).is_none())

@@ -16,7 +16,7 @@ impl App {
         let Some(log) = &self.log else { return };
         let saved = saved
             .iter()
-            .filter_map(|name| self.registry.find(&ModelKey::new(name, "")));
+            .filter_map(|name| self.registry.find(&ModelKey::from_text(name)));
         let saved = saved.filter(|model| log.is_worthwhile(model.id()));
         let due = changed.iter().filter(|model| log.is_due(model.id())).cloned();
         for model in due.chain(saved) {

@@ -16,7 +16,7 @@ impl App {
             _ => None,
         });
         for name in made.collect::<BTreeSet<String>>() {
-            let key = ModelKey::new(&name, "");
+            let key = ModelKey::from_text(&name);
             let Some(model) = transaction.model(&key, self.registry.find(&key)) else {
                 continue;
             };

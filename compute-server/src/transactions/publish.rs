@@ -119,10 +119,7 @@ impl App {
                         .entry(key.clone())
                         .or_insert_with(|| self.checkpoints.contains(&key));
                     if std::mem::replace(present, true) {
-                        return Err(Error::NameTaken {
-                            kind: "checkpoint",
-                            name: format!("{}/{}", key.0, key.1),
-                        });
+                        return Err(checkpoints::taken(&key));
                     }
                 }
                 WriteKind::DeleteCheckpoint(key) => {

@@ -508,3 +508,87 @@ async fn an_adapter_that_peft_saved_is_loaded() {
         assert_status(client.adapt(other).await, Code::InvalidArgument, "22023");
     }
 }
+
+#[tokio::test]
+async fn a_checkpoint_of_an_adapter_goes_on_where_it_was_made() {
+    let (server, client) = server().await;
+    trained(&client, "a").await;
+    let request = |adapter: &str| CreateCheckpointRequest {
+        model: "m".into(),
+        tag: "half-way".into(),
+        adapter: adapter.into(),
+        ..Default::default()
+    };
+    let mut checkpoints = client.checkpoints.clone();
+    let saved = checkpoints.create_checkpoint(request("a")).await.unwrap().into_inner();
+    let saved = saved.checkpoint.unwrap();
+    assert_eq!(
+        (saved.model.as_str(), saved.adapter.as_str(), saved.step),
+        ("m", "a", 3)
+    );
+    assert_status(
+        checkpoints.create_checkpoint(request("a")).await,
+        Code::AlreadyExists,
+        "42710",
+    );
+    // The model has one of its own, and each is listed with its own.
+    checkpoints.create_checkpoint(request("")).await.unwrap();
+    let mut listed = async |adapter: &str| {
+        let request = ListCheckpointsRequest {
+            adapter: adapter.into(),
+            ..Default::default()
+        };
+        let listed = checkpoints.list_checkpoints(request).await.unwrap().into_inner();
+        listed.checkpoints.into_iter().map(|row| row.step).collect::<Vec<_>>()
+    };
+    assert_eq!(
+        (listed("a").await, listed("").await, listed("x").await),
+        (vec![3], vec![0], vec![])
+    );
+
+    // After a restart, over the same model: the next step is the same bit for bit.
+    let go_on = async |client: &Client, name: &str| {
+        client.train_adapter(name, None, &[B, A]).await.unwrap();
+        assert_eq!(client.step_adapter(name, None).await.unwrap(), 4);
+        client.parameters_of("m", name, None).await.unwrap()
+    };
+    let straight = go_on(&client, "a").await;
+    let data = server.kill();
+    let server = TestServer::start_in(data, &[]);
+    let client = server.connect().await;
+    let restored = |name: &str, source: &str| CreateAdapterRequest {
+        model: "m".into(),
+        name: name.into(),
+        source: source.into(),
+        ..Default::default()
+    };
+    let row = client.adapt(restored("b", "checkpoint://m/a/3")).await.unwrap();
+    assert_eq!(
+        (row.step, row.rank, row.target_modules),
+        (3, 4, vec!["all-linear".to_owned()])
+    );
+    assert_eq!(go_on(&client, "b").await, straight);
+    let missing = client.adapt(restored("c", "checkpoint://m/a/4")).await;
+    assert_status(missing, Code::NotFound, "42704");
+    let models = client.adapt(restored("c", "checkpoint://m/0")).await;
+    assert_status(models, Code::NotFound, "42704");
+    let delete = |step| DeleteCheckpointRequest {
+        model: "m".into(),
+        step,
+        adapter: "a".into(),
+        ..Default::default()
+    };
+    let mut checkpoints = client.checkpoints.clone();
+    checkpoints.delete_checkpoint(delete(3)).await.unwrap();
+    assert_status(checkpoints.delete_checkpoint(delete(3)).await, Code::NotFound, "42704");
+    // What was restored survives a crash, though the checkpoint is gone.
+    let server = TestServer::start_in(server.kill(), &[]);
+    let client = server.connect().await;
+    assert_eq!(client.parameters_of("m", "b", None).await.unwrap(), straight);
+    client.merge_adapter("b", None).await.unwrap();
+    assert_status(
+        client.checkpoints.clone().create_checkpoint(request("b")).await,
+        Code::FailedPrecondition,
+        "55000",
+    );
+}

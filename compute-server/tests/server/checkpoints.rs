@@ -109,6 +109,7 @@ async fn staged_checkpoints_are_rolled_back_and_published() {
             transaction,
             model: "m".into(),
             step: 1,
+            adapter: String::new(),
         };
         let mut checkpoints = client.checkpoints.clone();
         async move { checkpoints.delete_checkpoint(request).await }
@@ -184,6 +185,7 @@ async fn tagged(client: &Client, transaction: Option<TransactionContext>, tag: &
         transaction,
         model: "m".into(),
         tag: tag.into(),
+        adapter: String::new(),
     };
     client.checkpoints.clone().create_checkpoint(request).await.unwrap();
 }
@@ -248,6 +250,7 @@ async fn frozen_parameters_take_no_space_in_a_second_checkpoint() {
         transaction: None,
         model: "m".into(),
         step: 1,
+        adapter: String::new(),
     };
     client.checkpoints.clone().delete_checkpoint(delete).await.unwrap();
     assert_eq!(client.list_checkpoints(None).await[0].shared_bytes, 0);

@@ -407,6 +407,7 @@ async fn a_model_restored_from_a_checkpoint_survives_the_deletion_of_that_checkp
         transaction: None,
         model: "m".into(),
         step: 1,
+        adapter: String::new(),
     };
     client.checkpoints.clone().delete_checkpoint(delete).await.unwrap();
     let before = client.committed("r").await;

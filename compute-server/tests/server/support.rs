@@ -323,6 +323,7 @@ impl Client {
             transaction,
             model: model.into(),
             tag: "t".into(),
+            adapter: String::new(),
         };
         Ok(self
             .checkpoints
@@ -338,6 +339,7 @@ impl Client {
         let request = ListCheckpointsRequest {
             transaction,
             models: vec![],
+            adapter: String::new(),
         };
         self.checkpoints
             .clone()

@@ -4,7 +4,8 @@ use candle_compute_proto::v1::{Checkpoint, CreateCheckpointRequest, DeleteCheckp
 
 use crate::client::{read, write};
 use crate::error::Error;
-use crate::relation::{Call, Column, Inputs, Relation, Row, Rows, Work, Writer, Writes, key, output, stored};
+use crate::relation::{Call, Column, Inputs, Relation, Row, Rows, Work, Writer, Writes, choice, key, output, stored};
+use crate::relations::adapters;
 use crate::values::{Kind, Value};
 
 /// One row per checkpoint.
@@ -19,6 +20,7 @@ const COLUMNS: &[Column] = &[
     output("sha256", Kind::Text),
     output("path", Kind::Text),
     output("created_at", Kind::Timestamp),
+    choice("adapter", Kind::Text),
 ];
 
 impl Relation for Checkpoints {
@@ -35,6 +37,7 @@ impl Relation for Checkpoints {
             let request = ListCheckpointsRequest {
                 transaction: call.transaction,
                 models: call.inputs.wanted("model"),
+                adapter: adapters::named(&call.inputs)?,
             };
             for checkpoint in read!(call.client, checkpoints.list_checkpoints(request))
                 .await?
@@ -57,7 +60,7 @@ impl Relation for Checkpoints {
     }
 
     fn identity(&self) -> &'static [&'static str] {
-        &["model", "step"]
+        &["model", "step", "adapter"]
     }
 
     fn insert(&self, writer: Writer, inputs: Vec<Inputs>) -> Work<Vec<Row>> {
@@ -68,6 +71,7 @@ impl Relation for Checkpoints {
                     transaction: writer.transaction.clone(),
                     model: inputs.required("model")?,
                     tag: inputs.text("tag").unwrap_or_default(),
+                    adapter: adapters::named(&inputs)?,
                 };
                 let made = write!(writer.client, checkpoints.create_checkpoint(request)).await?;
                 rows.push(row(made.checkpoint.ok_or_else(|| Error::protocol("checkpoint"))?));
@@ -85,6 +89,7 @@ impl Relation for Checkpoints {
                     .integer("step")
                     .and_then(|step| u64::try_from(step).ok())
                     .unwrap_or_default(),
+                adapter: adapters::named(&row)?,
             };
             write!(writer.client, checkpoints.delete_checkpoint(request)).await?;
             Ok(())
@@ -102,5 +107,6 @@ fn row(checkpoint: Checkpoint) -> Row {
         checkpoint.sha256.into(),
         checkpoint.path.into(),
         Value::time(checkpoint.created_at),
+        Value::Echo,
     ]
 }

@@ -136,10 +136,6 @@ impl Arguments {
             None
         };
         let checkpoint_every = at_least_one("checkpoint_every", self.checkpoint_every)?.map(i64::from);
-        if checkpoint_every.is_some() && !trained.adapter.is_empty() {
-            let code = PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED;
-            return Err(Error::new(code, "checkpoint_every saves models, not adapters"));
-        }
         let evaluation = match (self.eval_query, at_least_one("eval_every", self.eval_every)?) {
             (None, None) => None,
             (Some(query), every) => Some((query, every.map_or(steps, i64::from))),

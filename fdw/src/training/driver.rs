@@ -211,6 +211,7 @@ impl Driver<'_> {
             transaction: Some(transaction::writing(client)?),
             model: self.plan.trained.model.clone(),
             tag: String::new(),
+            adapter: self.plan.trained.adapter.clone(),
         };
         match self
             .progress

@@ -53,6 +53,10 @@ impl Decoder {
         if self.is_adapted() {
             return Err(Error::Unsupported("an adapter of an adapter is not supported".into()));
         }
+        if !self.shared_names().is_empty() {
+            let message = "a model whose layers share parameters takes no adapters: PEFT has no file for them";
+            return Err(Error::Unsupported(message.into()));
+        }
         let mut decoder = self.share();
         let frozen = decoder.parameters.iter_mut();
         frozen.for_each(|parameter| parameter.trainable = false);

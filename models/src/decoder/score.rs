@@ -55,7 +55,12 @@ impl Decoder {
             // Rows without a target are computed with those that have one, and left out.
             let present: Vec<u32> = targets.iter().map(|target| target.unwrap_or(0)).collect();
             let block = log_probabilities(&hidden, head, &present)?;
-            losses.extend(block.into_iter().zip(targets).map(|(value, target)| target.map(|_| -value)));
+            losses.extend(
+                block
+                    .into_iter()
+                    .zip(targets)
+                    .map(|(value, target)| target.map(|_| -value)),
+            );
             Ok(())
         })?;
         Ok(losses)

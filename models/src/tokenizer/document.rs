@@ -107,7 +107,11 @@ impl<'a> Documents<'a> {
         let own_end = self.behind.last().is_some_and(|last| Some(*last) == self.end);
         let ended = usize::from(!own_end && self.end.is_some() && rest.last().copied() == self.end);
         let rest = &rest[..rest.len() - ended];
-        let behind = if rest.ends_with(&self.behind) { self.behind.len() } else { 0 };
+        let behind = if rest.ends_with(&self.behind) {
+            self.behind.len()
+        } else {
+            0
+        };
         (front, ended + behind)
     }
 

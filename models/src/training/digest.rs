@@ -19,7 +19,10 @@ pub fn digest(decoder: &Decoder, optimizer: &AdamW) -> Result<String> {
     hash.update(optimizer.steps().to_le_bytes());
     for (index, parameter) in decoder.parameters().iter().enumerate() {
         let (shape, trainable) = (&parameter.shape, parameter.trainable);
-        hash.update(format!("{} {shape:?} {} {trainable}\n", parameter.name, parameter.dtype));
+        hash.update(format!(
+            "{} {shape:?} {} {trainable}\n",
+            parameter.name, parameter.dtype
+        ));
         match decoder.weight(ParameterId(index)) {
             Weight::Dense(tensor) => update(&mut hash, tensor)?,
             Weight::Quantized(tensor) => hash.update(tensor.data()?),

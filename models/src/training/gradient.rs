@@ -196,7 +196,9 @@ impl Gradient {
         let weight = tokens as f64;
         let scaled = |element: f32| (f64::from(element) * weight) as f32;
         // Without an early exit the check is several times as fast.
-        let finite = mean.iter().fold(true, |finite, element| finite & scaled(*element).is_finite());
+        let finite = mean
+            .iter()
+            .fold(true, |finite, element| finite & scaled(*element).is_finite());
         if !finite && let Some(at) = mean.iter().position(|element| !scaled(*element).is_finite()) {
             let element = mean[at];
             return Err(refuse(format!(

@@ -55,11 +55,7 @@ pub(crate) fn change_range(
 
 /// Calls `visit` for each of the elements `range` of a matrix in transformers' shape `[in, out]`, with its place in the range
 /// and its place in the decoder's layout `[out, in]`. In tiles, so that of both layouts whole cache lines are used.
-fn for_each_transposed(
-    range: Range<usize>,
-    (inputs, outputs): (usize, usize),
-    mut visit: impl FnMut(usize, usize),
-) {
+fn for_each_transposed(range: Range<usize>, (inputs, outputs): (usize, usize), mut visit: impl FnMut(usize, usize)) {
     /// Rows of a tile: a cache line of the decoder's layout.
     const ROWS: usize = 16;
     /// Columns of a tile: few enough that lines a power of two apart do not push each other out.

@@ -290,6 +290,12 @@ fn what_cannot_be_is_refused_by_its_name() {
         adapters::create(&adapter, &default, 0),
         Err(Error::Unsupported(_))
     ));
+    let sharing = json!({"architecture": "gpt2", "layers": 2, "width": 64, "heads": 4, "context_length": 32,
+        "vocabulary": 90, "share": "all"});
+    let sharing = config::from_settings(sharing.as_object().unwrap(), None).unwrap();
+    let sharing = Decoder::initialize(sharing, &Device::Cpu, None, 5).unwrap();
+    let refused = adapters::create(&sharing, &default, 0);
+    assert!(matches!(refused, Err(Error::Unsupported(_))));
     assert!(matches!(TargetModules::from_names(&[]), Err(Error::InvalidArgument(_))));
     let quantised = seeded("gpt2", "q8_0");
     let delta = Delta::of(&adapters::create(&quantised, &default, 0).unwrap()).unwrap();

@@ -14,7 +14,12 @@ INSERT INTO llm.models (name, config) VALUES ('other', '{"architecture": "gpt2",
 
 fn texts(client: &mut Client, model: &str) -> Vec<String> {
     let query = "SELECT candle.detokenize($1, tokens) FROM candle.dataset WHERE model = $1 ORDER BY id";
-    client.query(query, &[&model]).unwrap().iter().map(|row| row.get(0)).collect()
+    client
+        .query(query, &[&model])
+        .unwrap()
+        .iter()
+        .map(|row| row.get(0))
+        .collect()
 }
 
 #[test]
@@ -52,7 +57,10 @@ fn a_dataset_moves_to_another_vocabulary_and_back() {
         .unwrap();
     assert!(row.get::<_, bool>(0) && row.get::<_, bool>(2) && row.get::<_, bool>(3) && row.get::<_, bool>(4));
     assert_eq!(row.get::<_, i64>(1), 0);
-    assert!(row.get::<_, i64>(5) > 0, "some token of the larger vocabulary spans the third and the fourth");
+    assert!(
+        row.get::<_, i64>(5) > 0,
+        "some token of the larger vocabulary spans the third and the fourth"
+    );
     // What counts in characters: all that counted still does, and only whole tokens more.
     let wrong: i64 = client
         .query_one(
@@ -90,7 +98,10 @@ fn an_interrupted_conversion_goes_on() {
         )
         .unwrap();
     let made = [
-        ("tiny", "CALL candle.tokenize_dataset('d', 'tiny', 'SELECT i AS id, ''text number '' || i AS text FROM generate_series(1, 300) i')"),
+        (
+            "tiny",
+            "CALL candle.tokenize_dataset('d', 'tiny', 'SELECT i AS id, ''text number '' || i AS text FROM generate_series(1, 300) i')",
+        ),
         ("other", "CALL candle.retokenize_dataset('d', 'tiny', 'other')"),
     ];
     for (model, call) in made {
@@ -98,7 +109,9 @@ fn an_interrupted_conversion_goes_on() {
         let stored = "SELECT count(*), max(id) FROM candle.dataset WHERE model = $1";
         let row = client.query_one(stored, &[&model]).unwrap();
         assert_eq!((row.get::<_, i64>(0), row.get::<_, i64>(1)), (192, 192));
-        client.batch_execute("ALTER TABLE candle.dataset DISABLE TRIGGER failing").unwrap();
+        client
+            .batch_execute("ALTER TABLE candle.dataset DISABLE TRIGGER failing")
+            .unwrap();
         if model == "tiny" {
             let other = "CALL candle.tokenize_dataset('d', 'tiny', 'SELECT ''another''')";
             expect_failure(client.batch_execute(other), "42710");
@@ -107,15 +120,22 @@ fn an_interrupted_conversion_goes_on() {
         let row = client.query_one(stored, &[&model]).unwrap();
         assert_eq!((row.get::<_, i64>(0), row.get::<_, i64>(1)), (300, 300));
         expect_failure(client.batch_execute(call), "42710");
-        client.batch_execute("ALTER TABLE candle.dataset ENABLE TRIGGER failing").unwrap();
+        client
+            .batch_execute("ALTER TABLE candle.dataset ENABLE TRIGGER failing")
+            .unwrap();
     }
     assert_eq!(texts(&mut client, "other")[299], "text number 300<|endoftext|>");
     // In a transaction block all or nothing.
     client.batch_execute("DROP TRIGGER failing ON candle.dataset").unwrap();
     let mut transaction = client.transaction().unwrap();
-    transaction.batch_execute("CALL candle.tokenize_dataset('e', 'tiny', 'SELECT ''a'' FROM generate_series(1, 200)')").unwrap();
+    transaction
+        .batch_execute("CALL candle.tokenize_dataset('e', 'tiny', 'SELECT ''a'' FROM generate_series(1, 200)')")
+        .unwrap();
     transaction.rollback().unwrap();
-    let rows: i64 = client.query_one("SELECT count(*) FROM candle.dataset WHERE name = 'e'", &[]).unwrap().get(0);
+    let rows: i64 = client
+        .query_one("SELECT count(*) FROM candle.dataset WHERE name = 'e'", &[])
+        .unwrap()
+        .get(0);
     assert_eq!(rows, 0);
     fixture.assert_idle();
 }
@@ -137,10 +157,22 @@ fn bad_datasets_are_refused() {
         ("tokenize_dataset('d', 'nobody', 'SELECT 1')", "42704", "nobody"),
         ("tokenize_dataset('cut', 'tiny', 'SELECT 1')", "42710", "cut"),
         ("tokenize_dataset('d', 'tiny', 'SELECT NULL::text')", "22004", "NULL"),
-        ("tokenize_dataset('d', 'tiny', 'SELECT NULL::int AS id, ''a'' AS text')", "22004", "ids"),
+        (
+            "tokenize_dataset('d', 'tiny', 'SELECT NULL::int AS id, ''a'' AS text')",
+            "22004",
+            "ids",
+        ),
         ("tokenize_dataset('d', 'tiny', 'SELECT 1 AS id')", "22023", "texts"),
-        ("tokenize_dataset('d', 'tiny', 'SELECT ''a'' AS id, ''a'' AS text')", "22023", "integer"),
-        ("tokenize_dataset('d', 'tiny', 'SELECT 1, ''a'' FROM generate_series(1, 2)')", "23505", "duplicate"),
+        (
+            "tokenize_dataset('d', 'tiny', 'SELECT ''a'' AS id, ''a'' AS text')",
+            "22023",
+            "integer",
+        ),
+        (
+            "tokenize_dataset('d', 'tiny', 'SELECT 1, ''a'' FROM generate_series(1, 2)')",
+            "23505",
+            "duplicate",
+        ),
         ("retokenize_dataset('d', 'tiny', 'other')", "42704", "dataset"),
         ("retokenize_dataset('cut', 'tiny', 'tiny')", "22023", "both"),
         ("retokenize_dataset('cut', 'tiny', 'nobody')", "42704", "nobody"),
@@ -150,7 +182,9 @@ fn bad_datasets_are_refused() {
         assert!(message.contains(word), "{call}: {message}");
     }
     // Tokens that end within a character are carried over as what they show, and counted.
-    client.batch_execute("CALL candle.retokenize_dataset('cut', 'tiny', 'other')").unwrap();
+    client
+        .batch_execute("CALL candle.retokenize_dataset('cut', 'tiny', 'other')")
+        .unwrap();
     let inexact: i64 = client
         .query_one("SELECT inexact FROM candle.dataset_conversions WHERE name = 'cut'", &[])
         .unwrap()
@@ -180,9 +214,17 @@ fn datasets_and_runs_are_dumped_and_restored() {
     let to = cluster.create_database();
     cluster.restore(&to, &cluster.dump(&from));
     let mut restored = cluster.connect(&to);
-    for table in ["dataset", "dataset_conversions", "training_runs", "training_evaluations"] {
+    for table in [
+        "dataset",
+        "dataset_conversions",
+        "training_runs",
+        "training_evaluations",
+    ] {
         let digest = format!("SELECT md5(string_agg(t::text, '' ORDER BY t::text)), count(*) FROM candle.{table} t");
-        let (a, b) = (client.query_one(&digest, &[]).unwrap(), restored.query_one(&digest, &[]).unwrap());
+        let (a, b) = (
+            client.query_one(&digest, &[]).unwrap(),
+            restored.query_one(&digest, &[]).unwrap(),
+        );
         assert!(a.get::<_, i64>(1) > 0);
         assert_eq!(a.get::<_, String>(0), b.get::<_, String>(0), "{table}");
     }
@@ -190,6 +232,9 @@ fn datasets_and_runs_are_dumped_and_restored() {
     restored
         .batch_execute("CALL candle.train('tiny', 'SELECT * FROM candle.dataset', 5, batch_size => 1)")
         .unwrap();
-    let done: i64 = restored.query_one("SELECT done FROM candle.training_runs", &[]).unwrap().get(0);
+    let done: i64 = restored
+        .query_one("SELECT done FROM candle.training_runs", &[])
+        .unwrap()
+        .get(0);
     assert_eq!(done, 5);
 }

@@ -157,7 +157,8 @@ fn what_is_committed_survives_a_kill_and_training_goes_on() {
              UPDATE llm.models SET config = '{\"learning_rate\": 0.5}' WHERE name = 'tiny';",
         )
         .unwrap();
-    let state = "SELECT (SELECT string_agg(md5(data), '' ORDER BY parameter, chunk) FROM llm.parameters WHERE model = 'tiny')
+    let state =
+        "SELECT (SELECT string_agg(md5(data), '' ORDER BY parameter, chunk) FROM llm.parameters WHERE model = 'tiny')
              || (SELECT string_agg(md5(data), '' ORDER BY parameter, chunk) FROM llm.gradients WHERE model = 'tiny')
              || (SELECT string_agg(s::text, '') FROM llm.optimizer_steps s WHERE model = 'tiny')
              || (SELECT config::text || step FROM llm.models WHERE name = 'tiny')";
@@ -174,7 +175,10 @@ fn what_is_committed_survives_a_kill_and_training_goes_on() {
         .batch_execute("INSERT INTO llm.optimizer_steps (model) VALUES ('tiny')")
         .unwrap();
     let row = client
-        .query_one("SELECT learning_rate, tokens FROM llm.optimizer_steps WHERE model = 'tiny' AND step = 2", &[])
+        .query_one(
+            "SELECT learning_rate, tokens FROM llm.optimizer_steps WHERE model = 'tiny' AND step = 2",
+            &[],
+        )
         .unwrap();
     assert_eq!((row.get::<_, f64>(0), row.get::<_, i64>(1)), (0.5, 2));
 }
@@ -202,7 +206,10 @@ fn committed_checkpoints_survive_a_kill() {
         .unwrap()
         .get(0);
     assert_eq!(tag, "kept");
-    let after: f64 = client.query_one(&loss.replace("'tiny'", "'restored'"), &[]).unwrap().get(0);
+    let after: f64 = client
+        .query_one(&loss.replace("'tiny'", "'restored'"), &[])
+        .unwrap()
+        .get(0);
     assert_eq!(before.to_bits(), after.to_bits());
 }
 

@@ -10,7 +10,9 @@ const QUERY: &str = "SELECT description FROM pg_description ORDER BY objoid, cla
 
 /// Another model like `tiny`.
 fn copy(client: &mut Client, name: &str) {
-    let insert = format!("INSERT INTO llm.models (name, config, seed) SELECT '{name}', config, seed FROM llm.models WHERE name = 'tiny'");
+    let insert = format!(
+        "INSERT INTO llm.models (name, config, seed) SELECT '{name}', config, seed FROM llm.models WHERE name = 'tiny'"
+    );
     client.batch_execute(&insert).unwrap();
 }
 
@@ -32,7 +34,12 @@ fn number(client: &mut Client, query: &str) -> i64 {
 
 fn losses(client: &mut Client, model: &str) -> Vec<f64> {
     let query = "SELECT loss FROM llm.optimizer_steps WHERE model = $1 ORDER BY step";
-    client.query(query, &[&model]).unwrap().iter().map(|row| row.get(0)).collect()
+    client
+        .query(query, &[&model])
+        .unwrap()
+        .iter()
+        .map(|row| row.get(0))
+        .collect()
 }
 
 #[test]
@@ -46,17 +53,34 @@ fn a_run_that_is_left_and_gone_on_with_equals_a_straight_one() {
         client.batch_execute(&call("parts", steps, "")).unwrap();
     }
     assert_eq!(losses(&mut client, "tiny"), losses(&mut client, "parts"));
-    assert_eq!(weights(&mut client, "llm", "tiny"), weights(&mut client, "llm", "parts"));
+    assert_eq!(
+        weights(&mut client, "llm", "tiny"),
+        weights(&mut client, "llm", "parts")
+    );
     let row = client
-        .query_one("SELECT done, epoch, steps FROM candle.training_runs WHERE model = 'parts'", &[])
+        .query_one(
+            "SELECT done, epoch, steps FROM candle.training_runs WHERE model = 'parts'",
+            &[],
+        )
         .unwrap();
     let (done, epoch, steps): (i64, i64, i64) = (row.get(0), row.get(1), row.get(2));
     assert!(done == 70 && steps == 70 && epoch >= 1, "{done} {epoch} {steps}");
     // Another seed is another run, in another order.
     client.batch_execute(&call("parts", 1, ", seed => 1")).unwrap();
-    assert_eq!(number(&mut client, "SELECT count(*) FROM candle.training_runs WHERE model = 'parts'"), 2);
-    client.batch_execute(&call("parts", 1, ", seed => 1, restart => true")).unwrap();
-    assert_eq!(number(&mut client, "SELECT step FROM llm.models WHERE name = 'parts'"), 72);
+    assert_eq!(
+        number(
+            &mut client,
+            "SELECT count(*) FROM candle.training_runs WHERE model = 'parts'"
+        ),
+        2
+    );
+    client
+        .batch_execute(&call("parts", 1, ", seed => 1, restart => true"))
+        .unwrap();
+    assert_eq!(
+        number(&mut client, "SELECT step FROM llm.models WHERE name = 'parts'"),
+        72
+    );
     fixture.assert_idle();
 }
 
@@ -75,18 +99,32 @@ fn concatenated_rows_go_on_too() {
         )
         .unwrap();
     expect_failure(client.batch_execute(&call("parts", 12, further)), "P0001");
-    assert_eq!(number(&mut client, "SELECT step FROM llm.models WHERE name = 'parts'"), 4);
-    client.batch_execute("DROP TRIGGER five ON candle.training_runs").unwrap();
+    assert_eq!(
+        number(&mut client, "SELECT step FROM llm.models WHERE name = 'parts'"),
+        4
+    );
+    client
+        .batch_execute("DROP TRIGGER five ON candle.training_runs")
+        .unwrap();
     client.batch_execute(&call("parts", 12, further)).unwrap();
-    assert_eq!(weights(&mut client, "llm", "tiny"), weights(&mut client, "llm", "parts"));
+    assert_eq!(
+        weights(&mut client, "llm", "tiny"),
+        weights(&mut client, "llm", "parts")
+    );
     let rates: Vec<f64> = client
-        .query("SELECT learning_rate FROM llm.optimizer_steps WHERE model = 'parts' ORDER BY step", &[])
+        .query(
+            "SELECT learning_rate FROM llm.optimizer_steps WHERE model = 'parts' ORDER BY step",
+            &[],
+        )
         .unwrap()
         .iter()
         .map(|row| row.get(0))
         .collect();
     assert!((rates[0] - 0.01 / 3.0).abs() < 1e-12 && rates[2] == 0.01 && rates[11] < rates[4]);
-    let tokens = number(&mut client, "SELECT min(tokens) FROM llm.optimizer_steps WHERE model = 'parts' AND step < 4");
+    let tokens = number(
+        &mut client,
+        "SELECT min(tokens) FROM llm.optimizer_steps WHERE model = 'parts' AND step < 4",
+    );
     assert_eq!(tokens, 2 * 31, "whole rows");
 }
 
@@ -113,11 +151,26 @@ fn an_adapter_is_trained_alone() {
     assert_eq!(before, weights(&mut client, "llm", "tiny"));
     let trained: String = client.query_one(factors, &[&"tiny"]).unwrap().get(0);
     assert_ne!(made, trained);
-    assert_eq!(trained, client.query_one(factors, &[&"parts"]).unwrap().get::<_, String>(0));
+    assert_eq!(
+        trained,
+        client.query_one(factors, &[&"parts"]).unwrap().get::<_, String>(0)
+    );
     let measured = "SELECT loss FROM candle.training_evaluations WHERE model = 'tiny' ORDER BY step";
-    let losses: Vec<f64> = client.query(measured, &[]).unwrap().iter().map(|row| row.get(0)).collect();
-    assert!(losses.len() == 2 && losses[0] != losses[1], "measured with the adapter: {losses:?}");
-    expect_failure(client.batch_execute(&call("tiny", 9, ", adapter => 'a', checkpoint_every => 1")), "0A000");
+    let losses: Vec<f64> = client
+        .query(measured, &[])
+        .unwrap()
+        .iter()
+        .map(|row| row.get(0))
+        .collect();
+    assert!(
+        losses.len() == 2 && losses[0] != losses[1],
+        "measured with the adapter: {losses:?}"
+    );
+    client
+        .batch_execute(&call("tiny", 3, ", adapter => 'a', seed => 9, checkpoint_every => 3"))
+        .unwrap();
+    let saved = "SELECT count(*) FROM llm.checkpoints WHERE model = 'tiny' AND adapter = 'a'";
+    assert_eq!(1, client.query_one(saved, &[]).unwrap().get::<_, i64>(0));
     expect_failure(client.batch_execute(&call("tiny", 1, ", adapter => 'b'")), "42704");
     fixture.assert_idle();
 }
@@ -145,7 +198,10 @@ fn a_cancelled_run_goes_on_where_it_stopped() {
     });
     wait_for_steps(&mut client, "parts", 5);
     let row = client
-        .query_one("SELECT phase, done, total, model FROM llm.requests WHERE kind = 'train'", &[])
+        .query_one(
+            "SELECT phase, done, total, model FROM llm.requests WHERE kind = 'train'",
+            &[],
+        )
         .unwrap();
     assert_eq!((row.get::<_, i64>(2), row.get::<_, &str>(3)), (1_000_000, "parts"));
     let asked = Instant::now();
@@ -160,14 +216,22 @@ fn a_cancelled_run_goes_on_where_it_stopped() {
     let thread = std::thread::spawn(move || running.batch_execute(&long));
     let done = number(&mut client, "SELECT done FROM candle.training_runs");
     wait_for_steps(&mut client, "parts", done + 3);
-    assert_eq!(client.execute("DELETE FROM llm.requests WHERE kind = 'train'", &[]).unwrap(), 1);
+    assert_eq!(
+        client
+            .execute("DELETE FROM llm.requests WHERE kind = 'train'", &[])
+            .unwrap(),
+        1
+    );
     let message = expect_failure(thread.join().unwrap(), "57014");
     assert!(message.contains("DELETE"), "{message}");
     fixture.assert_idle();
     let steps = i32::try_from(number(&mut client, "SELECT done FROM candle.training_runs")).unwrap() + 2;
     client.batch_execute(&call("parts", steps, "")).unwrap();
     client.batch_execute(&call("tiny", steps, "")).unwrap();
-    assert_eq!(weights(&mut client, "llm", "tiny"), weights(&mut client, "llm", "parts"));
+    assert_eq!(
+        weights(&mut client, "llm", "tiny"),
+        weights(&mut client, "llm", "parts")
+    );
     fixture.assert_idle();
 }
 
@@ -179,7 +243,10 @@ fn losses_are_measured_and_checkpoints_made_between_steps() {
         eval_every => 2, checkpoint_every => 3";
     client.batch_execute(&call("tiny", 6, further)).unwrap();
     let rows = client
-        .query("SELECT step, loss, perplexity, tokens FROM candle.training_evaluations ORDER BY step", &[])
+        .query(
+            "SELECT step, loss, perplexity, tokens FROM candle.training_evaluations ORDER BY step",
+            &[],
+        )
         .unwrap();
     let steps: Vec<i64> = rows.iter().map(|row| row.get(0)).collect();
     assert_eq!(steps, [2, 4, 6]);
@@ -196,7 +263,12 @@ fn losses_are_measured_and_checkpoints_made_between_steps() {
     let (scored, count): (f64, i64) = (row.get(0), row.get(1));
     assert!((scored - loss).abs() < 1e-5, "{scored} {loss}");
     assert_eq!(count, rows[2].get::<_, i64>(3), "every target is counted once");
-    let saved = client.query("SELECT step FROM llm.checkpoints WHERE model = 'tiny' ORDER BY step", &[]).unwrap();
+    let saved = client
+        .query(
+            "SELECT step FROM llm.checkpoints WHERE model = 'tiny' ORDER BY step",
+            &[],
+        )
+        .unwrap();
     let saved: Vec<i64> = saved.iter().map(|row| row.get(0)).collect();
     assert_eq!(saved, [3, 6]);
     // A model that was put back goes on from there, and comes to the same end.
@@ -263,7 +335,9 @@ fn a_transaction_block_takes_one_step_and_can_undo_it() {
     assert!(message.contains("outside of BEGIN"), "{message}");
     transaction.rollback().unwrap();
     let mut transaction = client.transaction().unwrap();
-    transaction.batch_execute(&call("tiny", 1, ", eval_query => 'SELECT ''a b c''', eval_every => 1")).unwrap();
+    transaction
+        .batch_execute(&call("tiny", 1, ", eval_query => 'SELECT ''a b c''', eval_every => 1"))
+        .unwrap();
     transaction.rollback().unwrap();
     assert_eq!(before, weights(&mut client, "llm", "tiny"));
     assert_eq!(number(&mut client, "SELECT count(*) FROM candle.training_runs"), 0);
@@ -277,7 +351,9 @@ fn a_transaction_block_takes_one_step_and_can_undo_it() {
     );
     client.batch_execute(&block).unwrap();
     // A block without one lets it commit.
-    client.batch_execute(&format!("DO $$ BEGIN {}; END $$", call("tiny", 3, ""))).unwrap();
+    client
+        .batch_execute(&format!("DO $$ BEGIN {}; END $$", call("tiny", 3, "")))
+        .unwrap();
     assert_eq!(number(&mut client, "SELECT done FROM candle.training_runs"), 3);
     fixture.assert_idle();
 }
@@ -315,18 +391,50 @@ fn bad_arguments_are_named() {
         ("'tiny', NULL, 1", "22004", "query"),
         ("'nobody', 'SELECT 1', 1", "42704", "nobody"),
         ("'tiny', 'SELECT 1', 1, batch_size => 0", "22023", "batch_size"),
-        ("'tiny', 'SELECT 1', 1, sequence_length => 65", "22023", "context length 64"),
-        ("'tiny', 'SELECT 1', 1, schedule => 'steep'", "22023", "constant, linear, cosine"),
-        ("'tiny', 'SELECT 1', 5, schedule => 'linear', warmup => 5", "22023", "warmup"),
+        (
+            "'tiny', 'SELECT 1', 1, sequence_length => 65",
+            "22023",
+            "context length 64",
+        ),
+        (
+            "'tiny', 'SELECT 1', 1, schedule => 'steep'",
+            "22023",
+            "constant, linear, cosine",
+        ),
+        (
+            "'tiny', 'SELECT 1', 5, schedule => 'linear', warmup => 5",
+            "22023",
+            "warmup",
+        ),
         ("'tiny', 'SELECT 1', 5, warmup => -1", "22023", "warmup"),
-        ("'tiny', 'SELECT 1', 1, learning_rate => 'NaN'", "22023", "learning_rate"),
+        (
+            "'tiny', 'SELECT 1', 1, learning_rate => 'NaN'",
+            "22023",
+            "learning_rate",
+        ),
         ("'tiny', 'SELECT 1', 1, min_learning_rate => 0.1", "22023", "schedule"),
         ("'tiny', 'SELECT 1', 1, eval_every => 1", "22023", "eval_query"),
-        ("'tiny', 'SELECT 1', 1, eval_query => 'SELECT 1', eval_every => 0", "22023", "eval_every"),
-        ("'tiny', 'SELECT 1', 1, checkpoint_every => -3", "22023", "checkpoint_every"),
-        ("'tiny', 'SELECT 1', 1, packing => 'tight'", "22023", "documents, concatenate"),
+        (
+            "'tiny', 'SELECT 1', 1, eval_query => 'SELECT 1', eval_every => 0",
+            "22023",
+            "eval_every",
+        ),
+        (
+            "'tiny', 'SELECT 1', 1, checkpoint_every => -3",
+            "22023",
+            "checkpoint_every",
+        ),
+        (
+            "'tiny', 'SELECT 1', 1, packing => 'tight'",
+            "22023",
+            "documents, concatenate",
+        ),
         ("'tiny', 'SELECT 1', 1, workers => ARRAY['nowhere']", "3F000", "nowhere"),
-        ("'tiny', 'SELECT 1', 1, workers => ARRAY['llm', 'llm']", "22023", "already"),
+        (
+            "'tiny', 'SELECT 1', 1, workers => ARRAY['llm', 'llm']",
+            "22023",
+            "already",
+        ),
         ("'tiny', 'SELECT 1', 1, workers => '{}'", "22023", "workers"),
         ("'tiny', 'SELECT WHERE false', 1", "22023", "columns"),
         ("'tiny', 'SELECT 1 WHERE false', 1", "P0002", "no texts"),
@@ -334,14 +442,21 @@ fn bad_arguments_are_named() {
         ("'tiny', 'SELECT ''{a}''::text[]', 1", "22023", "integer[]"),
         ("'tiny', 'SELECT ''{1,2,9999}''::int[]', 1", "22023", "9999"),
         ("'tiny', 'SELECT ''{1,NULL}''::int[]', 1", "22023", "NULL"),
-        ("'tiny', 'SELECT ''{1,2}''::int[] AS tokens, ''{t}''::bool[] AS loss_mask', 1", "22023", "loss_mask"),
+        (
+            "'tiny', 'SELECT ''{1,2}''::int[] AS tokens, ''{t}''::bool[] AS loss_mask', 1",
+            "22023",
+            "loss_mask",
+        ),
         ("'tiny', 'SELEC', 1", "42601", "syntax"),
         ("'tiny', 'SELECT 1/0', 1", "22012", "division"),
     ] {
         let message = expect_failure(client.batch_execute(&format!("CALL candle.train({arguments})")), state);
         assert!(message.contains(word), "{arguments}: {message}");
     }
-    assert_eq!(number(&mut client, "SELECT step FROM llm.models WHERE name = 'tiny'"), 0);
+    assert_eq!(
+        number(&mut client, "SELECT step FROM llm.models WHERE name = 'tiny'"),
+        0
+    );
     assert_eq!(number(&mut client, "SELECT count(*) FROM candle.training_runs"), 0);
     client.batch_execute("SET default_transaction_read_only = on").unwrap();
     expect_failure(client.batch_execute(&call("tiny", 1, "")), "25006");

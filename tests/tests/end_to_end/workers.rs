@@ -13,7 +13,11 @@ const DOCUMENTS: &str = "SELECT array_agg((d * 37 + i * 11) % 9000) FROM generat
 
 fn create(client: &mut Client, schemas: &[&str]) {
     for schema in schemas {
-        client.batch_execute(&format!("INSERT INTO {schema}.models (name, config, seed) VALUES {NET}")).unwrap();
+        client
+            .batch_execute(&format!(
+                "INSERT INTO {schema}.models (name, config, seed) VALUES {NET}"
+            ))
+            .unwrap();
     }
 }
 
@@ -54,7 +58,10 @@ fn three_workers_equal_one_server_and_each_other() {
     client.batch_execute(&call(9, "")).unwrap();
     client.batch_execute("RESET candle_fdw.server").unwrap();
     let first = bytes(&mut client, "llm");
-    assert!(first == bytes(&mut client, "b") && first == bytes(&mut client, "c"), "bit for bit");
+    assert!(
+        first == bytes(&mut client, "b") && first == bytes(&mut client, "c"),
+        "bit for bit"
+    );
     assert_eq!(steps(&mut client, "llm").len(), 9);
     let (found, expected) = (steps(&mut client, "llm"), steps(&mut client, "one"));
     for (found, expected) in found.iter().zip(&expected) {
@@ -86,7 +93,13 @@ fn a_dead_worker_is_named_and_nothing_is_changed() {
     let message = expect_failure(fixture.connect().batch_execute(&call(4, workers)), "HV00N");
     assert!(message.contains("worker \"b\""), "{message}");
     assert!(before == bytes(&mut client, "llm"));
-    assert_eq!(client.query_one("SELECT done FROM candle.training_runs", &[]).unwrap().get::<_, i64>(0), 2);
+    assert_eq!(
+        client
+            .query_one("SELECT done FROM candle.training_runs", &[])
+            .unwrap()
+            .get::<_, i64>(0),
+        2
+    );
     fixture.assert_idle();
 }
 
@@ -118,5 +131,7 @@ fn workers_in_different_states_are_refused() {
     let message = expect_failure(other.batch_execute(&call(4, workers)), "42501");
     assert!(message.contains("\"b\""), "{message}");
     drop(other);
-    client.batch_execute("DROP OWNED BY worker_user; DROP USER worker_user").unwrap();
+    client
+        .batch_execute("DROP OWNED BY worker_user; DROP USER worker_user")
+        .unwrap();
 }

@@ -7,7 +7,8 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 
 use super::manifest::{DIGEST_FILE_NAME, FILE_NAME, Manifest, digest_line};
-use super::{EXTENSION, FIRST_MOMENT, MODEL, OPTIMIZER, SECOND_MOMENT, Saved, files};
+use super::{EXTENSION, FIRST_MOMENT, OPTIMIZER, SECOND_MOMENT, Saved, files};
+use crate::adapters;
 use crate::config::from_settings;
 use crate::decoder::{Decoder, ParameterInfo, WeightType, load_decoder};
 use crate::error::{Error, Result};
@@ -33,6 +34,10 @@ pub struct Restored {
 /// [`Error::InvalidFile`] that names the damaged file and tensor; [`Error::Io`].
 pub fn load(directory: &Path, device: &Device) -> Result<Restored> {
     let manifest = verify(directory)?;
+    if manifest.adapter {
+        let reason = "it is the checkpoint of an adapter, which is loaded over a model".into();
+        return Err(invalid(directory, FILE_NAME, reason));
+    }
     let source = open_hugging_face(directory)?;
     let mut decoder = load_decoder(
         from_settings(&manifest.decoder, None)?,
@@ -40,17 +45,7 @@ pub fn load(directory: &Path, device: &Device) -> Result<Restored> {
         device,
         Some(WeightType::F32),
     )?;
-    for name in &manifest.frozen {
-        let unknown = |_| {
-            invalid(
-                directory,
-                FILE_NAME,
-                format!("it freezes the unknown parameter {name:?}"),
-            )
-        };
-        let parameter = decoder.parameter_id(name).map_err(unknown)?;
-        decoder.set_trainable(parameter, false);
-    }
+    freeze(directory, &manifest, &mut decoder)?;
     let optimizer = load_optimizer(directory, &manifest, &decoder)?;
     let text = source.text_assets()?;
     let model = Model {
@@ -65,6 +60,36 @@ pub fn load(directory: &Path, device: &Device) -> Result<Restored> {
         optimizer,
         manifest,
     })
+}
+
+/// Restores the checkpoint of an adapter over `base`, which must be the model that it was trained on: the checkpoint does
+/// not hold that. The adapted decoder, its optimizer, and the manifest.
+///
+/// # Errors
+/// As [`load`], and as [`adapters::load`].
+pub fn load_adapter(directory: &Path, base: &Decoder) -> Result<(Decoder, AdamW, Manifest)> {
+    let manifest = verify(directory)?;
+    if !manifest.adapter {
+        let reason = "it is the checkpoint of a model, not of an adapter".into();
+        return Err(invalid(directory, FILE_NAME, reason));
+    }
+    let mut decoder = adapters::load(directory, base)?;
+    freeze(directory, &manifest, &mut decoder)?;
+    let optimizer = load_optimizer(directory, &manifest, &decoder)?;
+    Ok((decoder, optimizer, manifest))
+}
+
+/// Freezes the parameters that were frozen.
+fn freeze(directory: &Path, manifest: &Manifest, decoder: &mut Decoder) -> Result<()> {
+    for name in &manifest.frozen {
+        let unknown = |_| {
+            let reason = format!("it freezes the unknown parameter {name:?}");
+            invalid(directory, FILE_NAME, reason)
+        };
+        let parameter = decoder.parameter_id(name).map_err(unknown)?;
+        decoder.set_trainable(parameter, false);
+    }
+    Ok(())
 }
 
 /// Checks sizes and digests of all files of a checkpoint.
@@ -111,7 +136,8 @@ pub fn read_manifest(directory: &Path) -> Result<(Manifest, Saved)> {
         Err(e) => return Err(files::io_error(&digest_path, e)),
     }
     let manifest = Manifest::parse(&path.display().to_string(), &bytes)?;
-    for (stem, extension) in [(MODEL, EXTENSION), (OPTIMIZER, EXTENSION), ("config", ".json")] {
+    let [weights, config] = manifest.stems();
+    for (stem, extension) in [(weights, EXTENSION), (OPTIMIZER, EXTENSION), (config, ".json")] {
         if weight_files(&manifest, stem, extension).next().is_none() {
             return Err(invalid(
                 directory,

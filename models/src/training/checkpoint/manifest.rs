@@ -4,8 +4,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-use super::Details;
 use super::files::hexadecimal;
+use super::{Details, MODEL};
 use crate::config::to_settings;
 use crate::error::{Error, Result};
 use crate::model::Model;
@@ -31,6 +31,9 @@ pub struct Manifest {
     pub step: u64,
     /// Seconds since the Unix epoch at which it was made.
     pub created_at: i64,
+    /// Whether it is of an adapter, in PEFT's files, rather than of a model.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub adapter: bool,
     /// The exact shape and kind of the decoder, as [`from_settings`](crate::config::from_settings) reads it.
     pub decoder: Map<String, Value>,
     /// The model's configuration as `models.config` shows it.
@@ -82,9 +85,8 @@ pub(super) fn digest_line(manifest: &[u8]) -> String {
 impl Manifest {
     /// A manifest of the present version, with no files yet.
     pub(super) fn new(model: &Model, step: u64, details: Details) -> Self {
-        let frozen = model
-            .decoder
-            .parameters()
+        let decoder = &model.decoder;
+        let frozen = decoder.parameters()[decoder.own_parameters()]
             .iter()
             .filter(|parameter| !parameter.trainable);
         Self {
@@ -93,12 +95,21 @@ impl Manifest {
             tag: details.tag,
             step,
             created_at: time::OffsetDateTime::now_utc().unix_timestamp(),
-            decoder: to_settings(model.decoder.config()),
+            adapter: decoder.is_adapted(),
+            decoder: to_settings(decoder.config()),
             config: model.config.clone(),
             frozen: frozen.map(|parameter| parameter.name.clone()).collect(),
             end_tokens: model.end_tokens.clone(),
             log: details.log,
             files: vec![],
+        }
+    }
+
+    /// What the names of the files begin with that hold the parameters and that describe them.
+    pub(super) fn stems(&self) -> [&'static str; 2] {
+        match self.adapter {
+            false => [MODEL, "config"],
+            true => ["adapter_model", "adapter_config"],
         }
     }
 

@@ -12,6 +12,9 @@
 //! | `tokenizer.json`, `tokenizer_config.json` | the tokenizer and the chat template, if there are any |
 //! | `manifest.json` | step, exact configuration, training log, and size and SHA-256 of every file and tensor |
 //! | `manifest.sha256` | SHA-256 of the manifest, as `sha256sum` writes it |
+//!
+//! That of an adapter is a folder that PEFT can open: `adapter_model.safetensors` and `adapter_config.json` instead of what
+//! describes a model.
 
 mod files;
 mod hugging_face;
@@ -21,7 +24,7 @@ mod manifest;
 mod save;
 
 pub use library::Library;
-pub use load::{Restored, load, read_manifest, verify};
+pub use load::{Restored, load, load_adapter, read_manifest, verify};
 pub use manifest::{FileEntry, Manifest, TensorEntry};
 pub use save::{Details, Saved, Writing, save, save_with};
 

@@ -11,6 +11,7 @@ use super::files::{Entry, Target, hexadecimal, io_error, sync_directory, write_b
 use super::library::Library;
 use super::manifest::{DIGEST_FILE_NAME, FILE_NAME, FileEntry, Manifest, digest_line};
 use super::{EXTENSION, FIRST_MOMENT, MODEL, OPTIMIZER, SECOND_MOMENT, hugging_face};
+use crate::adapters;
 use crate::decoder::{Decoder, ParameterId, ParameterInfo};
 use crate::error::{Error, Result};
 use crate::model::Model;
@@ -56,14 +57,15 @@ impl Saved {
     }
 }
 
-/// Saves a model and its optimizer as the folder `directory`, whose parent must exist.
+/// Saves a model, or the adapter of an adapted one, and its optimizer as the folder `directory`, whose parent must exist.
 ///
 /// The files are written to a sibling folder (`.NAME.partial`), flushed to the disk with their folder, and renamed: after
 /// a crash the checkpoint is there whole, or not at all. Weights that are held quantised or in half precision are
 /// written as f32.
 ///
 /// # Errors
-/// [`Error::FailedPrecondition`] if `directory` exists or a parameter is not finite; [`Error::Io`] with the path.
+/// [`Error::FailedPrecondition`] if `directory` exists, a parameter is not finite, or the adapter has been merged;
+/// [`Error::Io`] with the path.
 /// What was written is removed.
 pub fn save(directory: &Path, model: &Model, optimizer: &AdamW, details: Details) -> Result<Saved> {
     let writing = Writing {
@@ -91,6 +93,10 @@ pub fn save_with(
             directory.display()
         );
         return Err(Error::FailedPrecondition(message));
+    }
+    if model.decoder.is_merged() {
+        let message = "the adapter has been merged into its model; save the model";
+        return Err(Error::FailedPrecondition(message.into()));
     }
     let (partial, parent) = partial_of(directory)?;
     if partial.exists() {
@@ -137,18 +143,39 @@ fn write_all(
     writing: &Writing<'_>,
 ) -> Result<Saved> {
     let decoder = &model.decoder;
-    let (config, end_tokens) = (decoder.config(), &model.end_tokens);
     let mut manifest = Manifest::new(model, optimizer.steps(), details);
     let bytes = decoder.memory_bytes() + optimizer.memory_bytes();
     let target = Target::new(partial, writing, bytes);
-    let parameters = write_split(&target, MODEL, &[("format", "pt")], parameter_entries(decoder))?;
+    let (format, entries) = ([("format", "pt")], parameter_entries(decoder));
+    let parameters = match decoder.is_adapted() {
+        false => write_split(&target, MODEL, &format, entries)?,
+        // PEFT reads one file.
+        true => vec![target.write_tensors(adapters::WEIGHTS_FILE, &format, &entries)?],
+    };
     if parameters.len() > 1 {
         manifest.files.push(write_json(partial, INDEX, &index(&parameters))?);
     }
     manifest.files.extend(parameters);
     let moments = moment_entries(decoder, optimizer);
     manifest.files.extend(write_split(&target, OPTIMIZER, &[], moments)?);
-    let config = hugging_face::config_json(config, end_tokens);
+    match decoder.lora_config() {
+        None => write_descriptions(partial, model, &mut manifest)?,
+        Some(lora) => {
+            let config = adapters::config_json(lora, decoder.config().architecture);
+            let config = write_json(partial, adapters::CONFIG_FILE, &config)?;
+            manifest.files.push(config);
+        }
+    }
+    let text = serde_json::to_vec_pretty(&manifest).map_err(|e| io_error(&partial.join(FILE_NAME), e.into()))?;
+    write_bytes(partial, FILE_NAME, &text)?;
+    write_bytes(partial, DIGEST_FILE_NAME, digest_line(&text).as_bytes())?;
+    Ok(Saved::of(&manifest, &text))
+}
+
+/// Writes what transformers needs beside the weights of a model.
+fn write_descriptions(partial: &Path, model: &Model, manifest: &mut Manifest) -> Result<()> {
+    let end_tokens = &model.end_tokens;
+    let config = hugging_face::config_json(model.decoder.config(), end_tokens);
     manifest.files.push(write_json(partial, "config.json", &config)?);
     let generation = hugging_face::generation_config_json(end_tokens);
     manifest
@@ -170,10 +197,7 @@ fn write_all(
             .files
             .push(write_json(partial, "tokenizer_config.json", &tokenizer_config)?);
     }
-    let text = serde_json::to_vec_pretty(&manifest).map_err(|e| io_error(&partial.join(FILE_NAME), e.into()))?;
-    write_bytes(partial, FILE_NAME, &text)?;
-    write_bytes(partial, DIGEST_FILE_NAME, digest_line(&text).as_bytes())?;
-    Ok(Saved::of(&manifest, &text))
+    Ok(())
 }
 
 fn write_json(partial: &Path, name: &str, value: &Value) -> Result<FileEntry> {
@@ -225,10 +249,10 @@ fn index(files: &[FileEntry]) -> Value {
     json!({"metadata": {"total_size": total_size}, "weight_map": map})
 }
 
-/// Every parameter under its own name, and under those of the layers that share it.
+/// Every parameter of its own under its own name, and under those of the layers that share it.
 fn parameter_entries(decoder: &Decoder) -> Vec<Entry<'_>> {
-    let own = decoder.parameters().iter().enumerate();
-    let own = own.map(|(index, parameter)| (parameter.name.clone(), ParameterId(index)));
+    let own = decoder.own_parameters();
+    let own = own.map(|index| (decoder.parameters()[index].name.clone(), ParameterId(index)));
     let entry = |(name, id): (String, ParameterId)| -> Entry<'_> {
         let parameter = &decoder.parameters()[id.0];
         Entry {
