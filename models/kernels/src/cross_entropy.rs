@@ -230,7 +230,7 @@ fn softmax_scaled<S: Simd>(s: S, logits: &mut [f32], log_sum_exp: f32, weight: f
 mod tests {
     use super::*;
     use crate::WeightFormat;
-    use crate::test_util::{assert_close, numeric_gradient, random};
+    use crate::test_util::{assert_close, at_every_level, numeric_gradient, random};
 
     /// Losses by the definition in double precision.
     fn oracle(hidden: &[f32], weight: &[f32], vocabulary: usize, targets: &[i64]) -> Vec<f32> {
@@ -265,82 +265,88 @@ mod tests {
 
     #[test]
     fn losses_agree_with_the_definition() {
-        for (tokens, width, vocabulary) in [(1, 1, 1), (7, 33, 65), (40, 16, 100)] {
+        at_every_level(|| {
+            for (tokens, width, vocabulary) in [(1, 1, 1), (7, 33, 65), (40, 16, 100)] {
+                let (hidden, weight) = (random(tokens * width, 1), random(vocabulary * width, 2));
+                let targets = targets(tokens, vocabulary);
+                let want = oracle(&hidden, &weight, vocabulary, &targets);
+                let mut losses = vec![f32::NAN; tokens];
+                cross_entropy_head(
+                    &hidden,
+                    &weight,
+                    vocabulary,
+                    &targets,
+                    &vec![1.0; tokens],
+                    &mut losses,
+                    None,
+                );
+                assert_close(&losses, &want, 1e-5);
+                let mut out = vec![f32::NAN; tokens];
+                log_probabilities(
+                    &hidden,
+                    Weights::from_f32(&weight, vocabulary, width),
+                    &targets,
+                    &mut out,
+                );
+                assert_close(&out.iter().map(|value| -value).collect::<Vec<_>>(), &want, 1e-5);
+            }
+        });
+    }
+
+    #[test]
+    fn a_head_in_half_precision_gives_log_probabilities() {
+        at_every_level(|| {
+            let (width, vocabulary) = (32, 50);
+            let weight: Vec<half::f16> = random(vocabulary * width, 2)
+                .into_iter()
+                .map(half::f16::from_f32)
+                .collect();
+            let expanded: Vec<f32> = weight.iter().map(|value| value.to_f32()).collect();
+            let hidden = random(6 * width, 1);
+            let weights = Weights {
+                format: WeightFormat::F16,
+                data: bytemuck::cast_slice(&weight),
+                rows: vocabulary,
+                columns: width,
+            };
+            let mut out = [0.0; 6];
+            log_probabilities(&hidden, weights, &targets(6, vocabulary), &mut out);
+            let want = oracle(&hidden, &expanded, vocabulary, &targets(6, vocabulary));
+            assert_close(&out.map(|value| -value), &want, 1e-5);
+        });
+    }
+
+    #[test]
+    fn gradients_agree_with_differences() {
+        at_every_level(|| {
+            let (tokens, width, vocabulary) = (6, 5, 19);
             let (hidden, weight) = (random(tokens * width, 1), random(vocabulary * width, 2));
-            let targets = targets(tokens, vocabulary);
-            let want = oracle(&hidden, &weight, vocabulary, &targets);
-            let mut losses = vec![f32::NAN; tokens];
+            let (targets, token_weights) = (targets(tokens, vocabulary), random(tokens, 3));
+            let loss = |hidden: &[f32], weight: &[f32]| {
+                let losses = oracle(hidden, weight, vocabulary, &targets);
+                crate::test_util::weighted_sum(&token_weights, &losses)
+            };
+            let want_hidden = numeric_gradient(&hidden, 1e-2, |hidden| loss(hidden, &weight));
+            let want_weight = numeric_gradient(&weight, 1e-2, |weight| loss(&hidden, weight));
+            let (mut d_hidden, mut d_weight) = (vec![f32::NAN; hidden.len()], vec![0.5; weight.len()]);
+            let gradients = HeadGradients {
+                d_hidden: &mut d_hidden,
+                d_weight: &mut d_weight,
+            };
+            let mut losses = vec![0.0; tokens];
             cross_entropy_head(
                 &hidden,
                 &weight,
                 vocabulary,
                 &targets,
-                &vec![1.0; tokens],
+                &token_weights,
                 &mut losses,
-                None,
+                Some(gradients),
             );
-            assert_close(&losses, &want, 1e-5);
-            let mut out = vec![f32::NAN; tokens];
-            log_probabilities(
-                &hidden,
-                Weights::from_f32(&weight, vocabulary, width),
-                &targets,
-                &mut out,
-            );
-            assert_close(&out.iter().map(|value| -value).collect::<Vec<_>>(), &want, 1e-5);
-        }
-    }
-
-    #[test]
-    fn a_head_in_half_precision_gives_log_probabilities() {
-        let (width, vocabulary) = (32, 50);
-        let weight: Vec<half::f16> = random(vocabulary * width, 2)
-            .into_iter()
-            .map(half::f16::from_f32)
-            .collect();
-        let expanded: Vec<f32> = weight.iter().map(|value| value.to_f32()).collect();
-        let hidden = random(6 * width, 1);
-        let weights = Weights {
-            format: WeightFormat::F16,
-            data: bytemuck::cast_slice(&weight),
-            rows: vocabulary,
-            columns: width,
-        };
-        let mut out = [0.0; 6];
-        log_probabilities(&hidden, weights, &targets(6, vocabulary), &mut out);
-        let want = oracle(&hidden, &expanded, vocabulary, &targets(6, vocabulary));
-        assert_close(&out.map(|value| -value), &want, 1e-5);
-    }
-
-    #[test]
-    fn gradients_agree_with_differences() {
-        let (tokens, width, vocabulary) = (6, 5, 19);
-        let (hidden, weight) = (random(tokens * width, 1), random(vocabulary * width, 2));
-        let (targets, token_weights) = (targets(tokens, vocabulary), random(tokens, 3));
-        let loss = |hidden: &[f32], weight: &[f32]| {
-            let losses = oracle(hidden, weight, vocabulary, &targets);
-            crate::test_util::weighted_sum(&token_weights, &losses)
-        };
-        let want_hidden = numeric_gradient(&hidden, 1e-2, |hidden| loss(hidden, &weight));
-        let want_weight = numeric_gradient(&weight, 1e-2, |weight| loss(&hidden, weight));
-        let (mut d_hidden, mut d_weight) = (vec![f32::NAN; hidden.len()], vec![0.5; weight.len()]);
-        let gradients = HeadGradients {
-            d_hidden: &mut d_hidden,
-            d_weight: &mut d_weight,
-        };
-        let mut losses = vec![0.0; tokens];
-        cross_entropy_head(
-            &hidden,
-            &weight,
-            vocabulary,
-            &targets,
-            &token_weights,
-            &mut losses,
-            Some(gradients),
-        );
-        assert_close(&d_hidden, &want_hidden, 1e-3);
-        d_weight.iter_mut().for_each(|value| *value -= 0.5);
-        assert_close(&d_weight, &want_weight, 1e-3);
+            assert_close(&d_hidden, &want_hidden, 1e-3);
+            d_weight.iter_mut().for_each(|value| *value -= 0.5);
+            assert_close(&d_weight, &want_weight, 1e-3);
+        });
     }
 
     #[test]

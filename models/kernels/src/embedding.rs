@@ -100,51 +100,57 @@ fn check_ids(ids: &[u32], rows: usize) {
 mod tests {
     use super::*;
     use crate::WeightFormat;
-    use crate::test_util::{assert_close, random};
+    use crate::test_util::{assert_close, at_every_level, random};
 
     #[test]
     fn gathered_rows_are_the_tables() {
-        for width in [1, 7, 33, 100] {
-            let table = random(11 * width, 1);
-            let ids = [10, 0, 3, 3];
-            let mut out = vec![0.0; 4 * width];
-            embedding_gather(Weights::from_f32(&table, 11, width), &ids, &mut out);
-            for (row, id) in out.chunks(width).zip(ids) {
-                assert_eq!(row, &table[id as usize * width..][..width]);
+        at_every_level(|| {
+            for width in [1, 7, 33, 100] {
+                let table = random(11 * width, 1);
+                let ids = [10, 0, 3, 3];
+                let mut out = vec![0.0; 4 * width];
+                embedding_gather(Weights::from_f32(&table, 11, width), &ids, &mut out);
+                for (row, id) in out.chunks(width).zip(ids) {
+                    assert_eq!(row, &table[id as usize * width..][..width]);
+                }
             }
-        }
+        });
     }
 
     #[test]
     fn quantised_rows_are_decoded() {
-        let data = [0, 0x3c, 0x21, 0x43, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-        let table = Weights {
-            format: WeightFormat::Q4_0,
-            data: &data,
-            rows: 1,
-            columns: 32,
-        };
-        let mut out = [0.0; 32];
-        embedding_gather(table, &[0], &mut out);
-        assert_eq!(out[..3], [-7.0, -5.0, -8.0]);
-        assert_eq!(out[16..19], [-6.0, -4.0, -8.0]);
+        at_every_level(|| {
+            let data = [0, 0x3c, 0x21, 0x43, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+            let table = Weights {
+                format: WeightFormat::Q4_0,
+                data: &data,
+                rows: 1,
+                columns: 32,
+            };
+            let mut out = [0.0; 32];
+            embedding_gather(table, &[0], &mut out);
+            assert_eq!(out[..3], [-7.0, -5.0, -8.0]);
+            assert_eq!(out[16..19], [-6.0, -4.0, -8.0]);
+        });
     }
 
     #[test]
     fn repeated_ids_are_added_up() {
-        for width in [1, 7, 130, 300] {
-            let ids = [4, 1, 4, 4, 0];
-            let dy = random(ids.len() * width, 1);
-            let mut table = random(5 * width, 2);
-            let mut want = table.clone();
-            for (dy, id) in dy.chunks(width).zip(ids) {
-                for (want, dy) in want[id as usize * width..].iter_mut().zip(dy) {
-                    *want += dy;
+        at_every_level(|| {
+            for width in [1, 7, 130, 300] {
+                let ids = [4, 1, 4, 4, 0];
+                let dy = random(ids.len() * width, 1);
+                let mut table = random(5 * width, 2);
+                let mut want = table.clone();
+                for (dy, id) in dy.chunks(width).zip(ids) {
+                    for (want, dy) in want[id as usize * width..].iter_mut().zip(dy) {
+                        *want += dy;
+                    }
                 }
+                embedding_scatter_add(&dy, &ids, width, &mut table);
+                assert_close(&table, &want, 1e-6);
             }
-            embedding_scatter_add(&dy, &ids, width, &mut table);
-            assert_close(&table, &want, 1e-6);
-        }
+        });
     }
 
     #[test]

@@ -112,77 +112,81 @@ pub fn cross_entropy_frozen_head(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::test_util::{assert_close, random, stored};
+    use crate::test_util::{assert_close, at_every_level, random, stored};
     use crate::{HeadGradients, WeightFormat, cross_entropy_head};
 
     #[test]
     fn gradients_agree_with_the_product_of_the_decoded_matrix() {
-        for format in WeightFormat::ALL {
-            for (m, n) in [(1, 1), (5, 70), (33, 1030)] {
-                let k = 256;
-                let (bytes, _) = stored(format, n * k);
-                let weights = Weights {
-                    format,
-                    data: &bytes,
-                    rows: n,
-                    columns: k,
-                };
-                let mut decoded = vec![0.0; n * k];
-                dequantize(format, &bytes, &mut decoded);
-                let (dy, start) = (random(m * n, 1), random(m * k, 2));
-                for accumulate in [false, true] {
-                    let (mut want, mut found) = (start.clone(), start.clone());
-                    let product = (MatrixRef::new(&dy, m, n), MatrixRef::new(&decoded, n, k));
-                    matmul(product.0, product.1, accumulate, &mut want);
-                    linear_input_gradient(&dy, weights, accumulate, &mut found);
-                    assert_close(&found, &want, 1e-4);
+        at_every_level(|| {
+            for format in WeightFormat::ALL {
+                for (m, n) in [(1, 1), (5, 70), (33, 1030)] {
+                    let k = 256;
+                    let (bytes, _) = stored(format, n * k);
+                    let weights = Weights {
+                        format,
+                        data: &bytes,
+                        rows: n,
+                        columns: k,
+                    };
+                    let mut decoded = vec![0.0; n * k];
+                    dequantize(format, &bytes, &mut decoded);
+                    let (dy, start) = (random(m * n, 1), random(m * k, 2));
+                    for accumulate in [false, true] {
+                        let (mut want, mut found) = (start.clone(), start.clone());
+                        let product = (MatrixRef::new(&dy, m, n), MatrixRef::new(&decoded, n, k));
+                        matmul(product.0, product.1, accumulate, &mut want);
+                        linear_input_gradient(&dy, weights, accumulate, &mut found);
+                        assert_close(&found, &want, 1e-4);
+                    }
                 }
             }
-        }
+        });
     }
 
     #[test]
     fn a_frozen_head_gives_the_losses_and_gradients_of_a_trained_one() {
-        let (tokens, vocabulary, width) = (9, 77, 32);
-        for format in [
-            WeightFormat::F32,
-            WeightFormat::BF16,
-            WeightFormat::Q4_1,
-            WeightFormat::Q8_0,
-        ] {
-            let (bytes, _) = stored(format, vocabulary * width);
-            let mut decoded = vec![0.0; vocabulary * width];
-            dequantize(format, &bytes, &mut decoded);
-            let hidden = random(tokens * width, 4);
-            let mut targets: Vec<i64> = (0..tokens as i64).map(|token| token * 8).collect();
-            targets[3] = -100;
-            let factors: Vec<f32> = (0..tokens).map(|token| 0.5 + token as f32).collect();
-            let (mut want, mut losses) = (vec![0.0; tokens], vec![0.0; tokens]);
-            let (mut d_want, mut d_hidden) = (vec![0.0; hidden.len()], vec![1.0; hidden.len()]);
-            let mut d_weight = vec![0.0; decoded.len()];
-            let gradients = HeadGradients {
-                d_hidden: &mut d_want,
-                d_weight: &mut d_weight,
-            };
-            cross_entropy_head(
-                &hidden,
-                &decoded,
-                vocabulary,
-                &targets,
-                &factors,
-                &mut want,
-                Some(gradients),
-            );
-            let weights = Weights {
-                format,
-                data: &bytes,
-                rows: vocabulary,
-                columns: width,
-            };
-            cross_entropy_frozen_head(&hidden, weights, &targets, &factors, &mut losses, &mut d_hidden);
-            assert_close(&losses, &want, 1e-5);
-            assert_close(&d_hidden, &d_want, 1e-5);
-            assert_eq!(losses[3], 0.0);
-        }
+        at_every_level(|| {
+            let (tokens, vocabulary, width) = (9, 77, 32);
+            for format in [
+                WeightFormat::F32,
+                WeightFormat::BF16,
+                WeightFormat::Q4_1,
+                WeightFormat::Q8_0,
+            ] {
+                let (bytes, _) = stored(format, vocabulary * width);
+                let mut decoded = vec![0.0; vocabulary * width];
+                dequantize(format, &bytes, &mut decoded);
+                let hidden = random(tokens * width, 4);
+                let mut targets: Vec<i64> = (0..tokens as i64).map(|token| token * 8).collect();
+                targets[3] = -100;
+                let factors: Vec<f32> = (0..tokens).map(|token| 0.5 + token as f32).collect();
+                let (mut want, mut losses) = (vec![0.0; tokens], vec![0.0; tokens]);
+                let (mut d_want, mut d_hidden) = (vec![0.0; hidden.len()], vec![1.0; hidden.len()]);
+                let mut d_weight = vec![0.0; decoded.len()];
+                let gradients = HeadGradients {
+                    d_hidden: &mut d_want,
+                    d_weight: &mut d_weight,
+                };
+                cross_entropy_head(
+                    &hidden,
+                    &decoded,
+                    vocabulary,
+                    &targets,
+                    &factors,
+                    &mut want,
+                    Some(gradients),
+                );
+                let weights = Weights {
+                    format,
+                    data: &bytes,
+                    rows: vocabulary,
+                    columns: width,
+                };
+                cross_entropy_frozen_head(&hidden, weights, &targets, &factors, &mut losses, &mut d_hidden);
+                assert_close(&losses, &want, 1e-5);
+                assert_close(&d_hidden, &d_want, 1e-5);
+                assert_eq!(losses[3], 0.0);
+            }
+        });
     }
 }

@@ -135,7 +135,7 @@ fn sum_rows_body<S: Simd>(s: S, x: &[f32], columns: usize, start: usize, out: &m
 mod tests {
     use super::*;
     use crate::simd::available;
-    use crate::test_util::{assert_close, random};
+    use crate::test_util::{assert_close, at_every_level, random};
 
     #[test]
     fn squares_sum_like_a_plain_loop() {
@@ -151,27 +151,31 @@ mod tests {
 
     #[test]
     fn one_bad_element_is_found() {
-        for length in [1, 16, 33, 70_000] {
-            let mut x = random(length, 1);
-            assert!(all_finite(&x));
-            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-                x[length - 1] = bad;
-                assert!(!all_finite(&x));
+        at_every_level(|| {
+            for length in [1, 16, 33, 70_000] {
+                let mut x = random(length, 1);
+                assert!(all_finite(&x));
+                for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                    x[length - 1] = bad;
+                    assert!(!all_finite(&x));
+                }
             }
-        }
-        assert!(all_finite(&[f32::MAX; 40]) && all_finite(&[]));
+            assert!(all_finite(&[f32::MAX; 40]) && all_finite(&[]));
+        });
     }
 
     #[test]
     fn rows_are_summed_into_the_output() {
-        for (rows, columns) in [(0, 3), (1, 1), (5, 7), (40, 700)] {
-            let x = random(rows * columns, 1);
-            let mut out = random(columns, 2);
-            let want: Vec<f32> = (0..columns)
-                .map(|j| out[j] + (0..rows).map(|i| x[i * columns + j]).sum::<f32>())
-                .collect();
-            sum_rows(&x, &mut out);
-            assert_close(&out, &want, 1e-5);
-        }
+        at_every_level(|| {
+            for (rows, columns) in [(0, 3), (1, 1), (5, 7), (40, 700)] {
+                let x = random(rows * columns, 1);
+                let mut out = random(columns, 2);
+                let want: Vec<f32> = (0..columns)
+                    .map(|j| out[j] + (0..rows).map(|i| x[i * columns + j]).sum::<f32>())
+                    .collect();
+                sum_rows(&x, &mut out);
+                assert_close(&out, &want, 1e-5);
+            }
+        });
     }
 }

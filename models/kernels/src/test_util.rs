@@ -6,6 +6,14 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::WeightFormat;
+use crate::simd::{available, with_level};
+
+/// Runs a test at every level that the machine has.
+pub(crate) fn at_every_level(test: impl Fn()) {
+    for level in available() {
+        with_level(level, &test);
+    }
+}
 
 /// Values uniform in [-1, 1), the same for the same seed.
 pub(crate) fn random(length: usize, seed: u64) -> Vec<f32> {
