@@ -90,21 +90,10 @@ impl CheckpointStore {
     pub(crate) fn list(&self) -> Vec<v1::Checkpoint> {
         let published: Vec<Published> = self.lock().values().cloned().collect();
         let with_shared = |published: Published| v1::Checkpoint {
-            shared_bytes: self.shared_bytes(&published),
+            shared_bytes: shared_bytes(&self.folder.path(&published.row.path), &published.listed),
             ..published.row
         };
         published.into_iter().map(with_shared).collect()
-    }
-
-    /// Bytes of a checkpoint's files that have other names, too.
-    fn shared_bytes(&self, published: &Published) -> u64 {
-        let folder = self.folder.path(&published.row.path);
-        let files = published.listed.iter();
-        let shared = files.filter(|file| {
-            let data = std::fs::metadata(folder.join(&file.name));
-            data.is_ok_and(|data| data.nlink() > 1)
-        });
-        shared.map(|file| file.bytes).sum()
     }
 
     /// The files that a new checkpoint may share.
@@ -139,6 +128,7 @@ impl CheckpointStore {
     pub(crate) fn describe(&self, model: &str, files: Staged) -> Result<StagedCheckpoint> {
         let (mut row, listed) = read_row(model, files.path()).map_err(Error::Internal)?;
         row.path = self.relative_path(model, row.step);
+        row.shared_bytes = shared_bytes(files.path(), &listed);
         Ok(StagedCheckpoint { row, listed, files })
     }
 
@@ -201,6 +191,15 @@ impl CheckpointStore {
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<Key, Published>> {
         self.published.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Bytes of a checkpoint's files that have other names, too.
+fn shared_bytes(folder: &Path, listed: &[FileEntry]) -> u64 {
+    let shared = listed.iter().filter(|file| {
+        let data = std::fs::metadata(folder.join(&file.name));
+        data.is_ok_and(|data| data.nlink() > 1)
+    });
+    shared.map(|file| file.bytes).sum()
 }
 
 /// Makes the folder of a model's checkpoints, with the model's name in it.

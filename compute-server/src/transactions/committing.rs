@@ -14,13 +14,15 @@ use crate::owner::{ModelHandle, Recorded};
 pub(super) const AUTOMATIC: &str = "automatic ";
 
 impl App {
-    /// Writes what a validated transaction does to the commit log, if there is one; returns the frame's number.
+    /// Writes what a validated transaction does to the commit log, if there is one; returns the frame's number. `count` is
+    /// what its publish is answered with.
     ///
     /// # Errors
     /// `Io`; nothing is committed then.
     pub(super) async fn log_commit(
         &self,
         transaction: &Transaction,
+        count: u64,
         writes: &[Write],
         recorded: Vec<(u64, Recorded)>,
     ) -> Result<Option<u64>> {
@@ -78,7 +80,7 @@ impl App {
             true => String::new(),
             false => transaction.id.to_string(),
         };
-        let (to, count) = (Arc::clone(log), writes.len() as u64);
+        let to = Arc::clone(log);
         let appended = tokio::task::spawn_blocking(move || to.append(&id, count, items, files)).await;
         let number = appended.map_err(|error| Error::Internal(format!("writing the commit log failed: {error}")))??;
         bases.names.clear();

@@ -65,7 +65,7 @@ impl App {
         });
         let unloaded = unloaded.collect();
         let logged = match self.validate(&transaction, &writes).await {
-            Ok(recorded) => self.log_commit(&transaction, &writes, recorded).await,
+            Ok(recorded) => self.log_commit(&transaction, count, &writes, recorded).await,
             Err(error) => Err(error),
         };
         let result = match logged {

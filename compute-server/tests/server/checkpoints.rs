@@ -227,6 +227,9 @@ async fn checkpoints_that_a_model_does_not_keep_go_with_the_commit_of_the_next()
     assert_eq!(listed().await, [7]);
     assert_eq!(folders(), 1);
     let server = TestServer::start_in(server.kill(), &[]);
+    let client = server.connect().await;
+    assert_eq!(client.publish("t").await.unwrap(), 4);
+    let server = TestServer::start_in(server.kill(), &[]);
     assert_eq!(server.connect().await.list_checkpoints(None).await.len(), 1);
 }
 

@@ -149,14 +149,15 @@ fn restarted_before_commit_nothing_is_committed() {
 fn what_is_committed_survives_a_kill_and_training_goes_on() {
     let mut fixture = Fixture::with_models();
     let mut client = fixture.connect();
-    client
-        .batch_execute(
-            "INSERT INTO llm.batches (model, tokens) VALUES ('tiny', '{1,2,3}');
-             INSERT INTO llm.optimizer_steps (model) VALUES ('tiny');
-             INSERT INTO llm.batches (model, tokens) VALUES ('tiny', '{4,5,6}');
-             UPDATE llm.models SET config = '{\"learning_rate\": 0.5}' WHERE name = 'tiny';",
-        )
-        .unwrap();
+    // Each statement is a transaction of its own.
+    for statement in [
+        "INSERT INTO llm.batches (model, tokens) VALUES ('tiny', '{1,2,3}')",
+        "INSERT INTO llm.optimizer_steps (model) VALUES ('tiny')",
+        "INSERT INTO llm.batches (model, tokens) VALUES ('tiny', '{4,5,6}')",
+        r#"UPDATE llm.models SET config = config || '{"learning_rate": 0.5}' WHERE name = 'tiny'"#,
+    ] {
+        client.batch_execute(statement).unwrap();
+    }
     let state =
         "SELECT (SELECT string_agg(md5(data), '' ORDER BY parameter, chunk) FROM llm.parameters WHERE model = 'tiny')
              || (SELECT string_agg(md5(data), '' ORDER BY parameter, chunk) FROM llm.gradients WHERE model = 'tiny')
