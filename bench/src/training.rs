@@ -1,4 +1,4 @@
-//! A training step of GPT-2 124M, batch 4 x 256, from SQL and in PyTorch, and the peak memory of both.
+//! A training step of GPT-2 124M, batch 4 x 256, in f32 and in bf16, from SQL and in PyTorch, and the peak memory of each.
 
 use std::time::Instant;
 
@@ -15,12 +15,22 @@ pub(crate) const CREATE_GPT2: &str = r#"INSERT INTO llm.models (name, seed, conf
 
 /// The measurements.
 pub(crate) fn measurements() -> Measurements {
-    let fixture = Fixture::with_models();
-    let mut client = fixture.connect();
-    client.batch_execute(CREATE_GPT2).unwrap();
-    let mut list: Measurements = vec![Box::new(FromSql { client, fixture })];
-    if let Some(peer) = Peer::start("pytorch_train.py", "gpt2") {
-        list.push(Box::new(InPyTorch { peer }));
+    let mut list: Measurements = vec![];
+    for work in [F32, BF16] {
+        let fixture = Fixture::with_models();
+        let mut client = fixture.connect();
+        client.batch_execute(CREATE_GPT2).unwrap();
+        let precision = format!(r#"{{"precision": "{}"}}"#, work.precision);
+        client
+            .execute(
+                "UPDATE llm.models SET config = config || $1::text::jsonb WHERE name = 'm'",
+                &[&precision],
+            )
+            .unwrap();
+        list.push(Box::new(FromSql { work, client, fixture }));
+        if let Some(peer) = Peer::start("pytorch_train.py", work.precision) {
+            list.push(Box::new(InPyTorch { work, peer }));
+        }
     }
     list
 }
@@ -86,10 +96,27 @@ impl Measurement for OfShape {
     }
 }
 
-const STEP: &str = "training step of GPT-2 124M, 4 x 256";
-const MEMORY: &str = "its peak memory";
+/// What is measured.
+#[derive(Clone, Copy)]
+struct Work {
+    precision: &'static str,
+    step: &'static str,
+    memory: &'static str,
+}
+
+const F32: Work = Work {
+    precision: "f32",
+    step: "training step of GPT-2 124M, 4 x 256, f32",
+    memory: "training step of GPT-2 124M, 4 x 256, f32: peak memory",
+};
+const BF16: Work = Work {
+    precision: "bf16",
+    step: "training step of GPT-2 124M, 4 x 256, bf16",
+    memory: "training step of GPT-2 124M, 4 x 256, bf16: peak memory",
+};
 
 struct FromSql {
+    work: Work,
     client: Client,
     fixture: Fixture,
 }
@@ -110,13 +137,13 @@ impl Measurement for FromSql {
         let megabytes = peak_megabytes(self.fixture.server.process_id());
         vec![
             Figure {
-                subject: STEP,
+                subject: self.work.step,
                 path: "SQL",
                 unit: "s",
                 value: seconds,
             },
             Figure {
-                subject: MEMORY,
+                subject: self.work.memory,
                 path: "compute-server",
                 unit: "MB",
                 value: megabytes,
@@ -126,6 +153,7 @@ impl Measurement for FromSql {
 }
 
 struct InPyTorch {
+    work: Work,
     peer: Peer,
 }
 
@@ -135,13 +163,13 @@ impl Measurement for InPyTorch {
         let megabytes = peak_megabytes(self.peer.process_id());
         vec![
             Figure {
-                subject: STEP,
+                subject: self.work.step,
                 path: "PyTorch",
                 unit: "s",
                 value: answer["step"].as_f64().unwrap(),
             },
             Figure {
-                subject: MEMORY,
+                subject: self.work.memory,
                 path: "PyTorch",
                 unit: "MB",
                 value: megabytes,

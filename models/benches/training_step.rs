@@ -1,12 +1,14 @@
-//! Time and memory of training steps of GPT-2 124M (random weights, f32) on batches of 4 sequences of 256 tokens.
+//! Time and memory of training steps of GPT-2 124M (random weights) on batches of 4 sequences of 256 tokens.
 //!
 //! `cargo bench -p candle-models --bench training_step [-- STEPS LAYERS WIDTH SEQUENCES LENGTH SETTING=VALUE…]`, where
-//! the settings are training settings of `models.config`: `recompute=blocks`.
+//! the settings are training settings of `models.config`: `recompute=blocks`, `precision=bf16`.
 #![allow(clippy::unwrap_used)]
 
 use std::time::Instant;
 
-use candle_models::training::{self, AdamW, Gradient, TrainingSequence, TrainingSettings};
+use candle_models::training::{
+    self, AdamW, DropoutKey, Gradient, HalfWeights, LossScale, PassOptions, TrainingSequence, TrainingSettings,
+};
 use candle_models::{LoadOptions, Model};
 use serde_json::json;
 
@@ -68,9 +70,18 @@ fn main() {
             .collect();
         let start = Instant::now();
         gradient.reset().unwrap();
-        let activations = settings.activations;
-        let passed =
-            training::accumulate_in_place(&model.decoder, &batch, &mut gradient, activations, &|| false).unwrap();
+        let half = HalfWeights::new(&model.decoder, settings.precision.precision).unwrap();
+        let pass = PassOptions {
+            activations: settings.activations,
+            half: half.as_ref(),
+            loss_scale: settings.precision.loss_scaling.factor(LossScale::default()),
+            dropout: settings.dropout,
+            dropout_key: DropoutKey {
+                step: step as u64,
+                ..DropoutKey::default()
+            },
+        };
+        let passed = training::accumulate_in_place(&model.decoder, &batch, &mut gradient, &pass, &|| false).unwrap();
         held = passed.tape.iter().map(|entry| entry.bytes).sum();
         let middle = Instant::now();
         let options = settings.options(optimizer.steps() + 1);

@@ -61,7 +61,6 @@ const OVERRIDABLE: &[&str] = &[
     "rope_scaling",
     "norm_epsilon",
     "activation",
-    "dropout",
     "share",
     "attention_bias",
     "attention_output_bias",

@@ -270,6 +270,12 @@ pub(crate) struct Pass {
     /// The settings they were computed with, a JSON object, where they were not those of the model at its commit.
     #[prost(string, optional, tag = "2")]
     pub(crate) settings: Option<String>,
+    /// Sequences that were accumulated before them, since the last step: masks of dropout depend on it.
+    #[prost(uint64, tag = "3")]
+    pub(crate) first_sequence: u64,
+    /// Factor on the loss of each target.
+    #[prost(double, tag = "4")]
+    pub(crate) loss_factor: f64,
 }
 
 /// A gradient whose sources are not known.
@@ -292,6 +298,13 @@ pub(crate) struct GradientData {
     pub(crate) sequences: Vec<v1::AccumulatedSequence>,
     #[prost(double, tag = "8")]
     pub(crate) duration_ms: f64,
+    /// Factor on the sums.
+    #[prost(double, tag = "9")]
+    pub(crate) scale: f64,
+    #[prost(uint64, tag = "10")]
+    pub(crate) overflows: u64,
+    #[prost(uint64, tag = "11")]
+    pub(crate) underflows: u64,
 }
 
 /// The sum of one parameter.

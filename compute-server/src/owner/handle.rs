@@ -9,7 +9,7 @@ use std::time::SystemTime;
 use candle_compute_proto::v1;
 use candle_models::adapters::LoraConfig;
 use candle_models::config::TRAINING_FIELDS;
-use candle_models::training::{AdamW, Retention};
+use candle_models::training::{AdamW, LossScale, Retention};
 use candle_models::{ChatTemplate, DecoderConfig, Model, ParameterInfo, Tokenizer};
 use serde_json::{Map, Value};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
@@ -46,6 +46,10 @@ pub(crate) struct NewModel {
     pub(crate) model: Model,
     /// State of the optimizer.
     pub(crate) optimizer: AdamW,
+    /// The dynamic loss scale.
+    pub(crate) loss_scale: LossScale,
+    /// Seed of the masks of dropout.
+    pub(crate) dropout_seed: u64,
     /// Training settings.
     pub(crate) settings: TrainingSettings,
     /// Steps that were taken.
@@ -246,7 +250,10 @@ impl ModelHandle {
             shared: Arc::clone(&shared),
             model,
             trainable: None,
+            half: None,
             optimizer: new.optimizer,
+            loss_scale: new.loss_scale,
+            dropout_seed: new.dropout_seed,
             settings: new.settings,
             followed: adapter.map(|(_, model)| Followed::new(Arc::clone(&model.shared.base))),
             versions: Versions {

@@ -28,6 +28,8 @@ pub(super) fn to_json(row: &v1::OptimizerStep) -> Value {
         "duration_ms": text(row.duration_ms),
         "created_at_seconds": created_at.seconds,
         "created_at_nanos": created_at.nanos,
+        "overflows": row.overflows,
+        "underflows": row.underflows,
     })
 }
 
@@ -62,6 +64,8 @@ pub(crate) fn from_json(model: &str, row: &Value) -> v1::OptimizerStep {
                 .and_then(|nanos| i32::try_from(nanos).ok())
                 .unwrap_or(0),
         }),
+        overflows: count("overflows"),
+        underflows: count("underflows"),
     }
 }
 
@@ -80,8 +84,10 @@ mod tests {
                 learning_rate: Some(1e-3),
                 ..Default::default()
             }),
-            loss_scale: 1.0,
+            loss_scale: 1024.0,
             tokens: 12,
+            overflows: 7,
+            underflows: u64::MAX,
             duration_ms: 4.5,
             created_at: Some(prost_types::Timestamp { seconds: 5, nanos: 6 }),
             ..Default::default()

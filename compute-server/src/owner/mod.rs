@@ -13,6 +13,8 @@ mod log_row;
 mod merging;
 mod output;
 mod overlay;
+mod passes;
+mod precision;
 mod publishing;
 mod reading;
 mod recording;

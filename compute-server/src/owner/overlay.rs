@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_compute_proto::v1;
 use candle_models::Model;
-use candle_models::training::{AdamW, AdamWOptions, Gradient};
+use candle_models::training::{AdamW, AdamWOptions, Gradient, LossScale};
 
 use super::accumulated::Part;
 use super::adapter::StagedMerge;
@@ -91,6 +91,8 @@ pub(super) struct StagedStep {
     pub(super) options: AdamWOptions,
     /// What the step reports, known before it is applied.
     pub(super) report: v1::OptimizerStep,
+    /// The dynamic loss scale after it.
+    pub(super) loss_scale: LossScale,
     /// The whole gradient, where it comes from more than one place; otherwise it stays where it is.
     pub(super) merged: Option<Gradient>,
     /// Memory for `merged` and for the optimizer's moments.

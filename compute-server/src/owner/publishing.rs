@@ -88,6 +88,7 @@ impl Owner {
             self.accumulated.add(part, sealed)?;
         }
         self.release_trainable();
+        self.release_half();
         self.shared.forget(id);
         self.describe_committed();
         Ok(())
@@ -118,6 +119,7 @@ impl Owner {
         let StagedStep {
             options,
             report,
+            loss_scale,
             merged,
             _memory: memory,
             ..
@@ -138,6 +140,7 @@ impl Owner {
             }
             self.versions.weights += 1;
         }
+        self.loss_scale = loss_scale;
         self.versions.gradient += 1;
         self.log.push(report);
         Ok(())
@@ -162,6 +165,7 @@ impl Owner {
             }
         }
         self.release_trainable();
+        self.release_half();
         self.describe_staged(id);
         self.do_deferred();
     }

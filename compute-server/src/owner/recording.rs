@@ -140,6 +140,9 @@ fn gradient(part: &Part) -> Result<GradientData> {
         micro_batches: data.micro_batches,
         weighted_loss: data.weighted_loss,
         loss_tokens: data.loss_tokens,
+        scale: data.scale,
+        overflows: data.overflows,
+        underflows: data.underflows,
         sequences: part.sequences.clone(),
         duration_ms: part.duration_ms,
     })

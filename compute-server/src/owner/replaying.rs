@@ -9,9 +9,9 @@ use candle_models::training::{self, AdamWOptions, Gradient, TrainingSequence};
 use super::accumulated::Part;
 use super::adapter::StagedMerge;
 use super::overlay::{Consumed, Operation, StagedStep};
+use super::passes::PassInputs;
 use super::settings::TrainingSettings;
 use super::state::Owner;
-use super::training::accumulate_next;
 use super::writing::StagedWrite;
 use super::{Ticket, TransactionId, View};
 use crate::commit_log::{Batch, Changes, GradientData, Merge, Pass, Recipe, Step, Write, operation, recipe_step};
@@ -97,7 +97,11 @@ impl Owner {
         pass: &Pass,
     ) -> Result<()> {
         let given = pass.settings.as_deref().map(TrainingSettings::from_json).transpose()?;
-        let settings = given.unwrap_or_else(|| self.settings(&view()).clone());
+        let inputs = PassInputs {
+            settings: given.unwrap_or_else(|| self.settings(&view()).clone()),
+            first_sequence: pass.first_sequence,
+            loss_factor: pass.loss_factor,
+        };
         let rows: Vec<v1::Sequence> = rows.take(pass.sequences as usize).collect();
         let config = &self.shared.decoder_config;
         let sequences = rows.iter().map(|row| {
@@ -111,10 +115,9 @@ impl Owner {
         let shared = Arc::clone(&self.shared);
         let mut losses = Vec::with_capacity(sequences.len());
         while losses.len() < sequences.len() {
-            let decoder = self.visible_decoder(&view())?;
             let cancelled = || shared.is_unloaded();
-            let rest = &sequences[losses.len()..];
-            let passed = accumulate_next(decoder, rest, &mut part.gradient, &settings, &cancelled)?;
+            let next = (sequences.as_slice(), losses.len());
+            let passed = self.accumulate_next(&view(), &inputs, next, &mut part.gradient, &cancelled)?;
             losses.extend(passed.losses);
         }
         let rows = rows
@@ -150,6 +153,9 @@ impl Owner {
             micro_batches: data.micro_batches,
             weighted_loss: data.weighted_loss,
             loss_tokens: data.loss_tokens,
+            scale: data.scale,
+            overflows: data.overflows,
+            underflows: data.underflows,
         };
         part.gradient = Gradient::from_data(self.training_decoder(), plain)?;
         part.sequences = data.sequences;
@@ -197,9 +203,11 @@ impl Owner {
         let trainable = self.trainable(&view());
         let grad_norm = gradient.map_or(Ok(f64::NAN), |gradient| gradient.norm(&trainable))?;
         let exact = grad_norm.to_bits() == report.grad_norm.to_bits();
+        let scaling = self.settings(&view()).precision().loss_scaling;
         let staged = StagedStep {
             consumed: self.replay_consumed(step.parts),
             options,
+            loss_scale: scaling.after_step(self.loss_scale(&view()), report.skipped),
             report,
             merged,
             _memory: memory,

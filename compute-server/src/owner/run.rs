@@ -118,7 +118,7 @@ impl Owner {
         Description {
             settings: self.settings(view).values().clone(),
             dtype: self.model.decoder.dtype().to_owned(),
-            memory_bytes: self.memory.bytes() + gradients + trainable,
+            memory_bytes: self.memory.bytes() + gradients + trainable + self.half_bytes(),
             step: self.step_number(view),
             retention: self.settings(view).retention(),
             merged: self.is_merged(view),

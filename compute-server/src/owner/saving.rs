@@ -106,6 +106,8 @@ impl Owner {
             details: checkpoint::Details {
                 tag: tag.to_owned(),
                 log: self.log(view).iter().map(log_row::to_json).collect(),
+                loss_scale: self.loss_scale(view),
+                seed: self.dropout_seed,
             },
             base: (self.shared.log_base(), self.applied),
             _lease: Lease::new(&self.shared),

@@ -2,7 +2,7 @@
 
 use candle_compute_proto::v1;
 use candle_models::config::TRAINING_FIELDS;
-use candle_models::training::{self, ActivationSettings, AdamWOptions, Retention};
+use candle_models::training::{self, AdamWOptions, DropoutKey, HalfWeights, PassOptions, PrecisionSettings, Retention};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
@@ -60,9 +60,25 @@ impl TrainingSettings {
         self.read.retention
     }
 
-    /// What of a forward pass is kept.
-    pub(super) fn activations(&self) -> ActivationSettings {
-        self.read.activations
+    /// In what precision products are computed.
+    pub(super) fn precision(&self) -> PrecisionSettings {
+        self.read.precision
+    }
+
+    /// How a pass is run: with copies of the weights that [`precision`](Self::precision) asks for.
+    pub(super) fn pass<'a>(
+        &self,
+        half: Option<&'a HalfWeights>,
+        loss_scale: f64,
+        dropout_key: DropoutKey,
+    ) -> PassOptions<'a> {
+        PassOptions {
+            activations: self.read.activations,
+            half,
+            loss_scale,
+            dropout: self.read.dropout,
+            dropout_key,
+        }
     }
 
     /// The options of step number `step`. What the step itself gives wins, over the schedule too.

@@ -67,22 +67,27 @@ impl Owner {
         let trainable = self.trainable(&view);
         let grad_norm = gradient.map_or(Ok(f64::NAN), |gradient| gradient.norm(&trainable))?;
         let loss = gradient.and_then(|gradient| gradient.loss());
+        let skipped = !grad_norm.is_finite() || loss.is_some_and(|loss| !loss.is_finite());
+        let scaling = self.settings(&view).precision().loss_scaling;
         let report = v1::OptimizerStep {
             model: self.shared.name.clone(),
             step,
             loss: loss.unwrap_or(f64::NAN),
             grad_norm,
             options: Some(to_proto(&options)),
-            loss_scale: 1.0,
-            skipped: !grad_norm.is_finite() || loss.is_some_and(|loss| !loss.is_finite()),
+            loss_scale: scaling.scale(self.loss_scale(&view)),
+            skipped,
             tokens,
             duration_ms: duration_ms + started.elapsed().unwrap_or_default().as_secs_f64() * 1e3,
             created_at: Some(started.into()),
+            overflows: parts.iter().map(|part| part.gradient.overflows()).sum(),
+            underflows: parts.iter().map(|part| part.gradient.underflows()).sum(),
         };
         let step = StagedStep {
             consumed,
             options,
             report: report.clone(),
+            loss_scale: scaling.after_step(self.loss_scale(&view), skipped),
             merged,
             _memory: memory,
         };

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use candle_compute_proto::v1;
-use candle_models::training::{AdamW, TapeEntry};
+use candle_models::training::{AdamW, LossScale, TapeEntry};
 use candle_models::{Decoder, Model};
 
 use super::accumulated::Accumulated;
@@ -12,6 +12,7 @@ use super::base::Followed;
 use super::generation::Generations;
 use super::handle::{Shared, Work};
 use super::overlay::{Operation, Overlay, StagedState, TransactionId, View};
+use super::precision::HalfCopies;
 use super::reading::ChunkReader;
 use super::settings::TrainingSettings;
 use super::training::Training;
@@ -28,7 +29,13 @@ pub(crate) struct Owner {
     /// The weights as f32, where `model` holds them otherwise and a gradient has been asked for. A published step
     /// makes them the decoder.
     pub(super) trainable: Option<(Decoder, Reservation)>,
+    /// The last weights that were trained in half precision, until they change.
+    pub(super) half: Option<HalfCopies>,
     pub(super) optimizer: AdamW,
+    /// The dynamic loss scale.
+    pub(super) loss_scale: LossScale,
+    /// Seed of the masks of dropout.
+    pub(super) dropout_seed: u64,
     pub(super) settings: TrainingSettings,
     /// Of an adapter: the model that it belongs to.
     pub(super) followed: Option<Followed>,

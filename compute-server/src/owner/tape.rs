@@ -19,6 +19,7 @@ impl Owner {
             dtype: match entry.dtype {
                 "bf16" => v1::DataType::Bf16,
                 "q8" => v1::DataType::Q8,
+                "f16" => v1::DataType::F16,
                 _ => v1::DataType::F32,
             }
             .into(),

@@ -6,23 +6,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use candle_compute_proto::v1;
-use candle_models::Decoder;
-use candle_models::training::{self, Gradient, PassReport, SequenceLoss, TrainingSequence};
+use candle_models::training::{Gradient, SequenceLoss, TrainingSequence};
 
 use super::accumulated::Part;
 use super::handle::Reply;
 use super::merging::Sources;
 use super::overlay::{Operation, Overlay, Staged};
-use super::settings::TrainingSettings;
+use super::passes::PassInputs;
 use super::state::Owner;
 use super::{Ticket, View};
 use crate::commit_log::{Pass, Recipe, recipe_step};
 use crate::error::{Error, Result};
 use crate::requests::{Phase, RequestGuard};
-
-/// Tokens of a micro-batch, at least one sequence. Always the same, so that the rounding of a gradient does not depend
-/// on what else runs.
-const MICRO_BATCH_TOKENS: usize = 1024;
 
 /// Sequences whose gradient is wanted.
 pub(crate) struct TrainingRequest {
@@ -77,8 +72,8 @@ struct Job {
     /// Whether `part` held something when the job began; a failure then spoils it.
     continued: bool,
     weights_version: u64,
-    /// Settings of all its micro-batches.
-    settings: TrainingSettings,
+    /// Of all its micro-batches.
+    inputs: PassInputs,
     losses: Vec<SequenceLoss>,
     /// Whether a micro-batch has begun to add to `part`.
     begun: bool,
@@ -137,7 +132,7 @@ impl Owner {
             Ok((part, continued)) => {
                 request.request.set_progress(0, request.sequences.len() as u64);
                 let weights_version = self.versions.weights;
-                let settings = self.settings(&request.target.view()).clone();
+                let inputs = self.pass_inputs(&request.target.view(), &part.gradient);
                 let losses = Vec::with_capacity(request.sequences.len());
                 self.training.jobs.push_back(Job {
                     request,
@@ -145,7 +140,7 @@ impl Owner {
                     part,
                     continued,
                     weights_version,
-                    settings,
+                    inputs,
                     losses,
                     begun: false,
                 });
@@ -239,15 +234,6 @@ impl Owner {
         })
     }
 
-    /// The weights that `view` sees, as f32.
-    pub(super) fn visible_decoder(&mut self, view: &View) -> Result<&candle_models::Decoder> {
-        if self.overlay(view).is_some_and(Overlay::changes_weights) {
-            self.decoder(view)
-        } else {
-            Ok(self.training_decoder())
-        }
-    }
-
     /// The committed weights as f32.
     pub(super) fn training_decoder(&self) -> &candle_models::Decoder {
         self.trainable
@@ -315,12 +301,12 @@ impl Owner {
                 self.shared.name
             )));
         }
-        let decoder = self.visible_decoder(&job.request.target.view())?;
+        let view = job.request.target.view();
         request.set_phase(Phase::Running);
         job.begun = true;
         let start = Instant::now();
-        let rest = &job.request.sequences[job.losses.len()..];
-        let passed = accumulate_next(decoder, rest, &mut job.part.gradient, &job.settings, &cancelled)?;
+        let sequences = (job.request.sequences.as_slice(), job.losses.len());
+        let passed = self.accumulate_next(&view, &job.inputs, sequences, &mut job.part.gradient, &cancelled)?;
         job.losses.extend(passed.losses);
         // Without targets nothing was run.
         if !passed.tape.is_empty() {
@@ -337,7 +323,7 @@ impl Owner {
             reply,
             mut part,
             losses,
-            settings,
+            inputs,
             ..
         } = job;
         let ticket = match request.target {
@@ -366,7 +352,9 @@ impl Owner {
         if let Some(recipe) = &mut part.recipe {
             recipe.push(recipe_step::Kind::Pass(Pass {
                 sequences: losses.len() as u64,
-                settings: Some(settings.to_json()),
+                settings: Some(inputs.settings.to_json()),
+                first_sequence: inputs.first_sequence,
+                loss_factor: inputs.loss_factor,
             }));
         }
         let overlay = self.overlays.entry(Arc::clone(&ticket.transaction)).or_default();
@@ -404,24 +392,4 @@ impl Owner {
         };
         job.reply.send(Err(error));
     }
-}
-
-/// Adds the gradient of the leading sequences of `rest` that make a micro-batch. A replay of the commit log calls it in the
-/// same way.
-pub(super) fn accumulate_next(
-    decoder: &Decoder,
-    rest: &[TrainingSequence],
-    gradient: &mut Gradient,
-    settings: &TrainingSettings,
-    cancelled: &dyn Fn() -> bool,
-) -> Result<PassReport> {
-    let activations = settings.activations();
-    let batch = &rest[..training::leading_sequences(rest, MICRO_BATCH_TOKENS, activations.reuse)];
-    Ok(training::accumulate_in_place(
-        decoder,
-        batch,
-        gradient,
-        activations,
-        cancelled,
-    )?)
 }

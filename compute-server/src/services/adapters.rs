@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_compute_proto::v1;
 use candle_compute_proto::v1::adapters_service_server::AdaptersService;
 use candle_models::adapters::{self, LoraConfig, TargetModules};
-use candle_models::training::{AdamW, checkpoint};
+use candle_models::training::{AdamW, LossScale, checkpoint};
 use candle_models::{Decoder, Model};
 use tonic::{Request, Response, Status};
 
@@ -162,11 +162,13 @@ pub(crate) fn make(
     source: Located,
 ) -> Result<NewModel> {
     let facts = base.facts();
-    let seed = request.seed.unwrap_or(0);
+    let given_seed = request.seed;
+    let seed = given_seed.unwrap_or(0);
     let log_base = match app.log {
         Some(_) => Some(log_base(app, &base, &request, &source)?),
         None => None,
     };
+    let (mut loss_scale, mut stored_seed) = (LossScale::default(), 0);
     let (decoder, optimizer, log) = {
         let base = facts.base.read();
         let untrained = |decoder| (decoder, AdamW::new(), Vec::new());
@@ -182,6 +184,7 @@ pub(crate) fn make(
                 let loaded = checkpoint::load_adapter(&directory, &base.decoder);
                 let (decoder, optimizer, manifest) =
                     loaded.map_err(|error| sources::relative(error, &app.config.data_dir))?;
+                (loss_scale, stored_seed) = (manifest.loss_scale, manifest.seed);
                 let rows = manifest.log.iter();
                 let log = rows.map(|row| log_row_from_json(&request.model, row)).collect();
                 (decoder, optimizer, log)
@@ -207,6 +210,8 @@ pub(crate) fn make(
         },
         adapter: Some((request.name, base)),
         optimizer,
+        loss_scale,
+        dropout_seed: given_seed.map_or(stored_seed, |seed| seed as u64),
         settings,
         log,
         memory,

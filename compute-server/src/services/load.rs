@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_compute_proto::v1;
 use candle_models::config::{self, TRAINING_FIELDS};
-use candle_models::training::{AdamW, checkpoint};
+use candle_models::training::{AdamW, LossScale, checkpoint};
 use candle_models::{DecoderConfig, Device, LoadOptions, Model, Tokenizer};
 use serde_json::{Map, Value};
 
@@ -84,14 +84,14 @@ pub(crate) fn load(app: &Arc<App>, loading: Loading) -> Result<NewModel> {
         seed: request.seed.unwrap_or(0) as u64,
         config,
     };
-    let (mut model, optimizer, log, memory) = match &source {
+    let (mut model, trained, memory) = match &source {
         Located::Nothing => {
             let (model, memory) = create(app, &options, None)?;
-            (model, AdamW::new(), Vec::new(), memory)
+            (model, Trained::default(), memory)
         }
         Located::Tokenizer(json) => {
             let (model, memory) = create(app, &options, Some(json))?;
-            (model, AdamW::new(), Vec::new(), memory)
+            (model, Trained::default(), memory)
         }
         Located::Files(path) => {
             if options.config.contains_key("tokenizer") {
@@ -102,14 +102,14 @@ pub(crate) fn load(app: &Arc<App>, loading: Loading) -> Result<NewModel> {
             let memory = app.memory.reserve("loading the model", sources::size(path))?;
             let model =
                 Model::load(path, &options).map_err(|error| sources::relative(error, &app.config.models_dir))?;
-            (model, AdamW::new(), Vec::new(), memory)
+            (model, Trained::default(), memory)
         }
         Located::Checkpoint(path) => restore(app, &request.name, path, &options)?,
     };
     let mut memory = memory;
     memory.resize(
         "loading the model",
-        model.decoder.memory_bytes() + optimizer.memory_bytes(),
+        model.decoder.memory_bytes() + trained.optimizer.memory_bytes(),
     )?;
     let base = match app.log {
         Some(_) => Some(base(app, &request, &source, &model, digest)?),
@@ -129,9 +129,11 @@ pub(crate) fn load(app: &Arc<App>, loading: Loading) -> Result<NewModel> {
             request.device
         },
         model,
-        optimizer,
+        optimizer: trained.optimizer,
+        loss_scale: trained.loss_scale,
+        dropout_seed: request.seed.map_or(trained.seed, |seed| seed as u64),
         settings,
-        log,
+        log: trained.log,
         memory,
         slot: None,
         logged: None,
@@ -181,6 +183,16 @@ fn base(
     })
 }
 
+/// What training has brought about beside the weights.
+#[derive(Default)]
+struct Trained {
+    optimizer: AdamW,
+    log: Vec<v1::OptimizerStep>,
+    loss_scale: LossScale,
+    /// Seed of the masks of dropout.
+    seed: u64,
+}
+
 fn create(app: &App, options: &LoadOptions, kept: Option<&str>) -> Result<(Model, Reservation)> {
     let tokenizer = match (kept, options.config.get("tokenizer")) {
         (Some(""), _) | (None, None | Some(Value::Null)) => None,
@@ -209,12 +221,7 @@ fn weight_bytes(config: &DecoderConfig) -> u64 {
     u64::try_from(4 * parameters).unwrap_or(u64::MAX)
 }
 
-fn restore(
-    app: &App,
-    name: &str,
-    path: &Path,
-    options: &LoadOptions,
-) -> Result<(Model, AdamW, Vec<v1::OptimizerStep>, Reservation)> {
+fn restore(app: &App, name: &str, path: &Path, options: &LoadOptions) -> Result<(Model, Trained, Reservation)> {
     if options.dtype.as_deref().is_some_and(|dtype| dtype != "f32") {
         return Err(Error::Model(candle_models::Error::Unsupported(
             "a checkpoint is restored as f32, so that training can go on".to_owned(),
@@ -240,5 +247,11 @@ fn restore(
         .iter()
         .map(|row| log_row_from_json(name, row))
         .collect();
-    Ok((restored.model, restored.optimizer, log, memory))
+    let trained = Trained {
+        optimizer: restored.optimizer,
+        log,
+        loss_scale: restored.manifest.loss_scale,
+        seed: restored.manifest.seed,
+    };
+    Ok((restored.model, trained, memory))
 }

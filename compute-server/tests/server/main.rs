@@ -14,6 +14,7 @@ mod gradients;
 mod log_damage;
 mod operations;
 mod parameters;
+mod precision;
 mod support;
 mod tensors;
 mod training_settings;

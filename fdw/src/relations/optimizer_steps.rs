@@ -28,6 +28,8 @@ const COLUMNS: &[Column] = &[
     output("duration_ms", Kind::Double),
     output("created_at", Kind::Timestamp),
     choice("adapter", Kind::Text),
+    output("overflows", Kind::BigInt),
+    output("underflows", Kind::BigInt),
 ];
 
 impl Relation for OptimizerSteps {
@@ -106,5 +108,7 @@ fn row(step: OptimizerStep) -> Row {
         step.duration_ms.into(),
         Value::time(step.created_at),
         Value::Echo,
+        Value::count(step.overflows),
+        Value::count(step.underflows),
     ]
 }

@@ -216,7 +216,7 @@ fn attention(bench: &Bench) {
             flops,
             "FLOP",
             || {
-                attention_forward(&heads, &bounds, [&q, &k, &v], &mut out, Some(&mut log_sum_exp));
+                attention_forward(&heads, &bounds, [&q, &k, &v], None, &mut out, Some(&mut log_sum_exp));
             },
         );
         let saved = AttentionSaved {
@@ -232,7 +232,7 @@ fn attention(bench: &Bench) {
             2.5 * flops,
             "FLOP",
             || {
-                attention_backward(&heads, &bounds, &saved, &q, [&mut dq, &mut dk, &mut dv]);
+                attention_backward(&heads, &bounds, &saved, None, &q, [&mut dq, &mut dk, &mut dv]);
             },
         );
         let sequence = CachedSequence {
@@ -265,12 +265,11 @@ fn head(bench: &Bench) {
         || {
             let gradients = Some(HeadGradients {
                 d_hidden: &mut d_hidden,
-                d_weight: &mut d_weight,
+                d_weight: Some(&mut d_weight),
             });
             cross_entropy_head(
-                &hidden,
-                &weight,
-                vocabulary,
+                MatrixRef::new(&hidden, tokens, width),
+                MatrixRef::new(&weight, vocabulary, width),
                 &targets,
                 &token_weights,
                 &mut losses,

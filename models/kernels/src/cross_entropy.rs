@@ -1,8 +1,12 @@
 //! The language-model head and its cross-entropy together, block by block of tokens: the logits of all tokens never
 //! exist at once.
 
+use half::{bf16, f16};
+
+use crate::convert::{f32_to_bf16, f32_to_f16};
 use crate::linear::linear_with;
 use crate::matmul::{MatrixRef, matmul};
+use crate::rounding::{HalfType, OutOfRange, out_of_range};
 use crate::simd::math::exp;
 use crate::simd::{LANES, Level, Simd, dispatch, level};
 use crate::threads::parallel_for;
@@ -20,8 +24,8 @@ const BLOCK_LOGITS: usize = 1 << 25;
 pub struct HeadGradients<'a> {
     /// Gradient of the hidden states `[tokens, width]`; overwritten.
     pub d_hidden: &'a mut [f32],
-    /// Gradient of the head's weight `[vocabulary, width]`; added to.
-    pub d_weight: &'a mut [f32],
+    /// Gradient of the head's weight `[vocabulary, width]`, if it is wanted; added to.
+    pub d_weight: Option<&'a mut [f32]>,
 }
 
 /// Tokens of a block of logits: blocks are of about one size, since a small last one would cost as much as the others.
@@ -33,31 +37,28 @@ pub(crate) fn block_tokens(tokens: usize, vocabulary: usize) -> usize {
 /// Cross-entropy of the head's logits `hidden * weight^T`, and the gradients of
 /// `sum over tokens of token_weight * loss`.
 ///
-/// `hidden` is `[tokens, width]`, `weight` `[vocabulary, width]` (`[width]` is its length over `vocabulary`), `targets`
-/// and `token_weights` `[tokens]`. `losses` `[tokens]` receives each token's unweighted loss (natural logarithm), 0
-/// where the target is -100, which also gives no gradient.
+/// `hidden` is `[tokens, width]`, `weight` `[vocabulary, width]`, neither transposed, `targets` and `token_weights`
+/// `[tokens]`. `losses` `[tokens]` receives each token's unweighted loss (natural logarithm), 0 where the target is -100,
+/// which also gives no gradient.
+///
+/// Logits and softmax are f32. Where `weight` is of a half type, the gradient of the logits is rounded to it before it is
+/// multiplied; returned is what that lost.
 ///
 /// # Panics
-/// Where the lengths do not fit each other or a target is neither -100 nor below `vocabulary`.
+/// Where the lengths do not fit each other or a target is neither -100 nor below the vocabulary.
 pub fn cross_entropy_head(
-    hidden: &[f32],
-    weight: &[f32],
-    vocabulary: usize,
+    hidden: MatrixRef<'_>,
+    weight: MatrixRef<'_>,
     targets: &[i64],
     token_weights: &[f32],
     losses: &mut [f32],
     mut gradients: Option<HeadGradients<'_>>,
-) {
+) -> OutOfRange {
     let tokens = targets.len();
-    let width = weight.len() / vocabulary.max(1);
+    let [vocabulary, width] = weight.shape();
     assert_eq!(
-        weight.len(),
-        vocabulary * width,
-        "weight is not rows of a vocabulary of {vocabulary}"
-    );
-    assert_eq!(
-        hidden.len(),
-        tokens * width,
+        hidden.shape(),
+        [tokens, width],
         "hidden states are not [{tokens}, {width}]"
     );
     assert!(
@@ -66,41 +67,84 @@ pub fn cross_entropy_head(
     );
     check_targets(targets, vocabulary);
     if let Some(gradients) = &gradients {
-        assert_eq!(gradients.d_hidden.len(), hidden.len(), "gradient of the hidden states");
-        assert_eq!(gradients.d_weight.len(), weight.len(), "gradient of the weight");
+        assert_eq!(
+            gradients.d_hidden.len(),
+            tokens * width,
+            "gradient of the hidden states"
+        );
+        let length = gradients.d_weight.as_ref().map(|weight| weight.len());
+        assert!(
+            length.is_none_or(|length| length == vocabulary * width),
+            "gradient of the weight"
+        );
     }
+    let mut lost = OutOfRange::default();
     if tokens == 0 || vocabulary == 0 || width == 0 {
-        return;
+        return lost;
     }
     let level = level();
     let step = block_tokens(tokens, vocabulary).min(tokens);
-    let head = MatrixRef::new(weight, vocabulary, width);
     let mut logits = vec![0.0; step * vocabulary];
+    let mut rounded = Rounded::new(weight.half_type());
     for start in (0..tokens).step_by(step) {
         let rows = start..tokens.min(start + step);
         let count = rows.len();
         let logits = &mut logits[..count * vocabulary];
-        let block = &hidden[rows.start * width..rows.end * width];
-        matmul(MatrixRef::new(block, count, width), head.transpose(), false, logits);
+        let block = hidden.part(rows.clone());
+        matmul(block, weight.transpose(), false, logits);
         let labels = Labels {
             targets: &targets[rows.clone()],
             token_weights: &token_weights[rows.clone()],
         };
         softmax_rows(level, logits, labels, gradients.is_some(), &mut losses[rows.clone()]);
         if let Some(HeadGradients { d_hidden, d_weight }) = &mut gradients {
-            let d_logits = MatrixRef::new(logits, count, vocabulary);
+            let d_logits = rounded.matrix(logits, [count, vocabulary], &mut lost);
             matmul(
                 d_logits,
-                head,
+                weight,
                 false,
                 &mut d_hidden[rows.start * width..rows.end * width],
             );
-            matmul(
-                d_logits.transpose(),
-                MatrixRef::new(block, count, width),
-                true,
-                d_weight,
-            );
+            if let Some(d_weight) = d_weight {
+                matmul(d_logits.transpose(), block, true, d_weight);
+            }
+        }
+    }
+    lost
+}
+
+/// A buffer for the gradients of a block's logits in the type that products read.
+enum Rounded {
+    F32,
+    Bf16(Vec<bf16>),
+    F16(Vec<f16>),
+}
+
+impl Rounded {
+    fn new(kind: Option<HalfType>) -> Self {
+        match kind {
+            None => Self::F32,
+            Some(HalfType::Bf16) => Self::Bf16(Vec::new()),
+            Some(HalfType::F16) => Self::F16(Vec::new()),
+        }
+    }
+
+    /// The matrix, rounded; `lost` counts.
+    fn matrix<'a>(&'a mut self, x: &'a [f32], [rows, columns]: [usize; 2], lost: &mut OutOfRange) -> MatrixRef<'a> {
+        match self {
+            Self::F32 => MatrixRef::new(x, rows, columns),
+            Self::Bf16(buffer) => {
+                lost.add(out_of_range(x, HalfType::Bf16));
+                buffer.resize(x.len(), bf16::ZERO);
+                f32_to_bf16(x, buffer);
+                MatrixRef::bf16(buffer, rows, columns)
+            }
+            Self::F16(buffer) => {
+                lost.add(out_of_range(x, HalfType::F16));
+                buffer.resize(x.len(), f16::ZERO);
+                f32_to_f16(x, buffer);
+                MatrixRef::f16(buffer, rows, columns)
+            }
         }
     }
 }
@@ -272,9 +316,8 @@ mod tests {
                 let want = oracle(&hidden, &weight, vocabulary, &targets);
                 let mut losses = vec![f32::NAN; tokens];
                 cross_entropy_head(
-                    &hidden,
-                    &weight,
-                    vocabulary,
+                    MatrixRef::new(&hidden, tokens, width),
+                    MatrixRef::new(&weight, vocabulary, width),
                     &targets,
                     &vec![1.0; tokens],
                     &mut losses,
@@ -331,13 +374,12 @@ mod tests {
             let (mut d_hidden, mut d_weight) = (vec![f32::NAN; hidden.len()], vec![0.5; weight.len()]);
             let gradients = HeadGradients {
                 d_hidden: &mut d_hidden,
-                d_weight: &mut d_weight,
+                d_weight: Some(&mut d_weight),
             };
             let mut losses = vec![0.0; tokens];
             cross_entropy_head(
-                &hidden,
-                &weight,
-                vocabulary,
+                MatrixRef::new(&hidden, tokens, width),
+                MatrixRef::new(&weight, vocabulary, width),
                 &targets,
                 &token_weights,
                 &mut losses,
@@ -349,6 +391,48 @@ mod tests {
         });
     }
 
+    /// Half operands give what f32 ones of the same values give, but for the rounding of the logits' gradient.
+    #[test]
+    fn half_operands_round_the_gradient_of_the_logits() {
+        let (tokens, width, vocabulary) = (9, 8, 21);
+        let halves = |length, seed| random(length, seed).into_iter().map(f16::from_f32).collect::<Vec<_>>();
+        let (hidden, weight) = (halves(tokens * width, 1), halves(vocabulary * width, 2));
+        let wide = |x: &[f16]| x.iter().map(|x| x.to_f32()).collect::<Vec<_>>();
+        let (wide_hidden, wide_weight) = (wide(&hidden), wide(&weight));
+        let targets = targets(tokens, vocabulary);
+        let run = |[hidden, weight]: [MatrixRef<'_>; 2], scale: f32| {
+            let (mut losses, mut d_hidden) = (vec![0.0; tokens], vec![0.0; tokens * width]);
+            let mut d_weight = vec![0.0; vocabulary * width];
+            let gradients = HeadGradients {
+                d_hidden: &mut d_hidden,
+                d_weight: Some(&mut d_weight),
+            };
+            let scales = vec![scale; tokens];
+            let lost = cross_entropy_head(hidden, weight, &targets, &scales, &mut losses, Some(gradients));
+            (losses, d_hidden, d_weight, lost)
+        };
+        let exact = [
+            MatrixRef::new(&wide_hidden, tokens, width),
+            MatrixRef::new(&wide_weight, vocabulary, width),
+        ];
+        let rounded = [
+            MatrixRef::f16(&hidden, tokens, width),
+            MatrixRef::f16(&weight, vocabulary, width),
+        ];
+        let (want, got) = (run(exact, 1.0), run(rounded, 1.0));
+        assert_close(&got.0, &want.0, 1e-6);
+        assert_close(&got.1, &want.1, 1e-3);
+        assert_close(&got.2, &want.2, 1e-3);
+        assert_ne!(got.1, want.1);
+        assert_eq!((want.3, got.3), (OutOfRange::default(), OutOfRange::default()));
+        // Too small and too large for f16: some elements, and all of the largest.
+        let with_target = targets.iter().filter(|target| **target >= 0).count() as u64;
+        let small = run(rounded, 2e-7).3;
+        assert!(small.underflows > 0 && small.overflows == 0, "{small:?}");
+        let large = run(rounded, 1e7).3;
+        assert!(large.overflows >= with_target && large.underflows == 0, "{large:?}");
+    }
+
     #[test]
     fn blocks_of_tokens_join_seamlessly() {
         // A vocabulary so large that a block holds fewer tokens than there are.
@@ -357,9 +441,8 @@ mod tests {
         let targets = targets(tokens, vocabulary);
         let mut losses = vec![0.0; tokens];
         cross_entropy_head(
-            &hidden,
-            &weight,
-            vocabulary,
+            MatrixRef::new(&hidden, tokens, width),
+            MatrixRef::new(&weight, vocabulary, width),
             &targets,
             &vec![1.0; tokens],
             &mut losses,
@@ -369,9 +452,8 @@ mod tests {
             let mut alone = [0.0];
             let hidden = &hidden[token * width..(token + 1) * width];
             cross_entropy_head(
-                hidden,
-                &weight,
-                vocabulary,
+                MatrixRef::new(hidden, 1, width),
+                MatrixRef::new(&weight, vocabulary, width),
                 &targets[token..=token],
                 &[1.0],
                 &mut alone,
@@ -384,6 +466,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "target 4 in a vocabulary of 4")]
     fn a_target_outside_the_vocabulary_is_named() {
-        cross_entropy_head(&[0.0; 2], &[0.0; 8], 4, &[4], &[1.0], &mut [0.0], None);
+        let (hidden, weight) = (MatrixRef::new(&[0.0; 2], 1, 2), MatrixRef::new(&[0.0; 8], 4, 2));
+        cross_entropy_head(hidden, weight, &[4], &[1.0], &mut [0.0], None);
     }
 }

@@ -165,12 +165,11 @@ mod tests {
                 let mut d_weight = vec![0.0; decoded.len()];
                 let gradients = HeadGradients {
                     d_hidden: &mut d_want,
-                    d_weight: &mut d_weight,
+                    d_weight: Some(&mut d_weight),
                 };
                 cross_entropy_head(
-                    &hidden,
-                    &decoded,
-                    vocabulary,
+                    MatrixRef::new(&hidden, tokens, width),
+                    MatrixRef::new(&decoded, vocabulary, width),
                     &targets,
                     &factors,
                     &mut want,

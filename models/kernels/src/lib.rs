@@ -21,6 +21,7 @@ pub mod benchmark;
 mod blocks;
 mod convert;
 mod cross_entropy;
+mod dropout;
 mod elementwise;
 mod embedding;
 mod format;
@@ -31,6 +32,7 @@ mod norm;
 mod quantized;
 mod reduce;
 mod rotary;
+mod rounding;
 pub mod simd;
 pub mod threads;
 mod tiles;
@@ -48,6 +50,7 @@ pub use attention::{
 pub use blocks::{BLOCK_SIZE, dequantize_blocks, quantize_blocks};
 pub use convert::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 pub use cross_entropy::{HeadGradients, cross_entropy_head, log_probabilities};
+pub use dropout::{Dropout, dropout};
 pub use elementwise::{add, add_assign, axpy, scale};
 pub use embedding::{embedding_gather, embedding_scatter_add};
 pub use format::{WeightFormat, Weights};
@@ -58,3 +61,4 @@ pub use norm::{NormStatistics, layer_norm, layer_norm_backward, rms_norm, rms_no
 pub use quantized::dequantize;
 pub use reduce::{all_finite, sum_of_squares, sum_rows};
 pub use rotary::{RotaryLayout, RotaryTable, rotary};
+pub use rounding::{HalfType, OutOfRange, out_of_range};

@@ -5,7 +5,8 @@ use super::{Activation, Architecture, DecoderConfig, Norm, Position, RotaryConfi
 use crate::error::{Error, Result};
 use serde_json::{Map, Value};
 
-/// Reads transformers' `config.json`. Dropout probabilities are ignored: models are run and trained without dropout.
+/// Reads transformers' `config.json`. Its dropout probabilities are ignored: what is dropped in training is told by the
+/// training settings, by default nothing.
 ///
 /// Fails with [`Error::Unsupported`] for an unknown `model_type` or a feature that changes the computation, and with
 /// [`Error::InvalidConfig`] for missing or impossible fields.

@@ -27,7 +27,6 @@ const SHAPE_FIELDS: &[(&str, &[&str])] = &[
     ("feed_forward_bias", &["mlp_bias"]),
     ("tied_head", &["tie_word_embeddings"]),
     ("share", &[]),
-    ("dropout", &[]),
     ("tokenizer", &[]),
 ];
 
@@ -51,6 +50,13 @@ pub const TRAINING_FIELDS: &[&str] = &[
     "keep_last",
     "keep_every",
     "keep_tagged",
+    "precision",
+    "loss_scale",
+    "loss_scale_growth_interval",
+    "dropout",
+    "embd_pdrop",
+    "resid_pdrop",
+    "attn_pdrop",
 ];
 
 /// Gives every field its own name in place of transformers', and drops nulls.
@@ -110,9 +116,6 @@ pub fn from_settings(settings: &Map<String, Value>, tokenizer_size: Option<usize
     let name = fields.text("architecture")?;
     let name = name.ok_or_else(|| Error::invalid_config("architecture", format!("missing; one of {}", known())))?;
     let architecture = Architecture::from_name(name)?;
-    if fields.number("dropout")?.is_some_and(|dropout| dropout != 0.0) {
-        return Err(Error::invalid_config("dropout", "only 0 is supported"));
-    }
     let mut config = match architecture {
         Architecture::Gpt2 => gpt2(&fields, tokenizer_size)?,
         architecture => llama(architecture, &fields, tokenizer_size)?,
@@ -362,10 +365,10 @@ mod tests {
             ("heads", json!(5)),
             ("width", json!("wide")),
             ("vocabulary", json!(1e18)),
-            ("dropout", json!(0.1)),
             ("share", json!(3)),
             ("share", json!(0)),
             ("share", json!("some")),
+            ("dropout", json!(1)),
             ("learning_rate", json!("fast")),
             ("rope_theta", json!(10000)),
             ("n_layer", json!(2)),

@@ -5,6 +5,7 @@ pub mod activation;
 pub mod attention;
 pub(crate) mod backward;
 pub mod embedding;
+pub(crate) mod half;
 pub mod linear;
 pub mod log_probability;
 pub mod low_rank;

@@ -1,7 +1,8 @@
 //! The elements of CPU tensors as slices: the border between candle and the kernels.
 
 use crate::error::Result;
-use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Shape, Storage, StorageRef, Tensor};
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Shape, Storage, StorageRef, Tensor, WithDType};
+use candle_kernels_cpu::MatrixRef;
 use std::cell::Cell;
 
 /// Whether the kernels can compute on this tensor.
@@ -35,7 +36,12 @@ impl<'a> CpuSlice<'a> {
 
     /// The elements of an f32 tensor. Fails for another dtype.
     pub fn f32(&self) -> Result<&[f32]> {
-        Ok(&self.cpu().as_slice::<f32>()?[self.start..self.end])
+        self.elements()
+    }
+
+    /// The elements of a tensor of that type. Fails for another dtype.
+    pub fn elements<T: WithDType>(&self) -> Result<&[T]> {
+        Ok(&self.cpu().as_slice::<T>()?[self.start..self.end])
     }
 
     /// The bytes of an f32, f16 or bf16 tensor. Fails for another dtype.
@@ -45,11 +51,29 @@ impl<'a> CpuSlice<'a> {
             CpuStorage::F32(values) => Ok(bytemuck::cast_slice(&values[range])),
             CpuStorage::F16(values) => Ok(bytemuck::cast_slice(&values[range])),
             CpuStorage::BF16(values) => Ok(bytemuck::cast_slice(&values[range])),
-            _ => Err(candle_core::Error::Msg("a tensor of f32, f16 or bf16 is needed".into())
-                .bt()
-                .into()),
+            _ => Err(not_floating()),
         }
     }
+}
+
+impl<'a> CpuSlice<'a> {
+    /// The elements of an f32, bf16 or f16 tensor as a matrix `[rows, columns]`. Fails for another dtype.
+    pub fn matrix(&self, rows: usize, columns: usize) -> Result<MatrixRef<'_>> {
+        let range = self.start..self.end;
+        match self.cpu() {
+            CpuStorage::F32(values) => Ok(MatrixRef::new(&values[range], rows, columns)),
+            CpuStorage::F16(values) => Ok(MatrixRef::f16(&values[range], rows, columns)),
+            CpuStorage::BF16(values) => Ok(MatrixRef::bf16(&values[range], rows, columns)),
+            _ => Err(not_floating()),
+        }
+    }
+}
+
+/// The error of using a tensor that is of none of the three types.
+fn not_floating() -> crate::error::Error {
+    candle_core::Error::Msg("a tensor of f32, f16 or bf16 is needed".into())
+        .bt()
+        .into()
 }
 
 fn unsuitable(message: &str, layout: &Layout) -> crate::error::Error {

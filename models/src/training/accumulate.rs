@@ -1,10 +1,12 @@
 //! Forward and backward over the sequences of a statement.
 
+use super::dropout::PassDropout;
 use super::packed::Packed;
-use super::{ActivationSettings, Gradient, TapeEntry, TrainingSequence};
+use super::{ActivationSettings, DropoutKey, DropoutSettings, Gradient, HalfWeights, TapeEntry, TrainingSequence};
 use crate::decoder::{Decoder, Layout};
 use crate::error::{Error, Result};
 use crate::ops::attention::AttentionShape;
+use crate::ops::half::RoundingLosses;
 use crate::ops::rotary::RotaryAngles;
 
 /// What one sequence contributed.
@@ -14,6 +16,42 @@ pub struct SequenceLoss {
     pub loss: f64,
     /// Number of its targets that are not ignored.
     pub token_count: u32,
+}
+
+/// How forward and backward are run. The defaults are f32 without dropout, all activations kept.
+#[derive(Clone, Copy, Debug)]
+pub struct PassOptions<'a> {
+    /// What is kept for backward.
+    pub activations: ActivationSettings,
+    /// Copies of the decoder's weights, which make the products half precision. Default: none, f32.
+    pub half: Option<&'a HalfWeights>,
+    /// Factor on each target's loss in backward ([`LossScaling::factor`](super::LossScaling::factor)); finite, above 0.
+    /// Default 1.
+    pub loss_scale: f64,
+    /// What is dropped.
+    pub dropout: DropoutSettings,
+    /// What the masks of dropout depend on.
+    pub dropout_key: DropoutKey,
+}
+
+impl Default for PassOptions<'_> {
+    fn default() -> Self {
+        Self {
+            activations: ActivationSettings::default(),
+            half: None,
+            loss_scale: 1.0,
+            dropout: DropoutSettings::default(),
+            dropout_key: DropoutKey::default(),
+        }
+    }
+}
+
+impl PassOptions<'_> {
+    /// Whether sequences share the activations of what they have in common: not with dropout, whose masks differ.
+    #[must_use]
+    pub fn reuses(&self) -> bool {
+        self.activations.reuse && !self.dropout.is_on()
+    }
 }
 
 /// What a call of [`accumulate_in_place`] did.
@@ -37,12 +75,18 @@ pub(super) struct Pass<'a> {
     pub(super) opposite_angles: Option<RotaryAngles>,
     pub(super) gradient: &'a Gradient,
     pub(super) activations: ActivationSettings,
+    /// None without mixed precision.
+    pub(super) half: Option<&'a HalfWeights>,
+    /// What rounding gradients to half precision has lost.
+    pub(super) losses: RoundingLosses,
+    /// Factor of each row's loss in the scaled gradient, `[targets]`.
+    pub(super) factors: Vec<f32>,
+    pub(super) dropout: Option<PassDropout>,
     pub(super) cancelled: &'a dyn Fn() -> bool,
 }
 
-/// Adds the gradient of sequences to `gradient`, with the default [`ActivationSettings`]. They are packed into passes of
-/// bounded size; the result is the same, to rounding, as for one call a sequence, and bit for bit the same for the same
-/// calls.
+/// Adds the gradient of sequences to `gradient`, with the default [`PassOptions`]. They are packed into passes of bounded
+/// size; the result is the same, to rounding, as for one call a sequence, and bit for bit the same for the same calls.
 ///
 /// All or nothing: after an error the gradient is as it was. `cancelled` is asked before every segment.
 ///
@@ -61,19 +105,19 @@ pub fn accumulate(
     // Into a gradient that has something, a failed pass must not leave its half.
     if !gradient.is_empty() {
         let mut fresh = Gradient::new(decoder);
-        let report = accumulate_in_place(decoder, sequences, &mut fresh, Default::default(), cancelled)?;
+        let report = accumulate_in_place(decoder, sequences, &mut fresh, &PassOptions::default(), cancelled)?;
         gradient.merge(fresh)?;
         return Ok(report.losses);
     }
-    let result = accumulate_in_place(decoder, sequences, gradient, Default::default(), cancelled);
+    let result = accumulate_in_place(decoder, sequences, gradient, &PassOptions::default(), cancelled);
     if result.is_err() {
         gradient.clear();
     }
     Ok(result?.losses)
 }
 
-/// As [`accumulate`], keeping activations as `activations` says, and always in place: no second gradient is needed for
-/// one that has something already, but after an error `gradient` is of no more use.
+/// As [`accumulate`], with `options`, and always in place: no second gradient is needed for one that has something
+/// already, but after an error `gradient` is of no more use.
 ///
 /// # Errors
 /// As [`accumulate`].
@@ -81,7 +125,7 @@ pub fn accumulate_in_place(
     decoder: &Decoder,
     sequences: &[TrainingSequence],
     gradient: &mut Gradient,
-    activations: ActivationSettings,
+    options: &PassOptions<'_>,
     cancelled: &dyn Fn() -> bool,
 ) -> Result<PassReport> {
     if gradient.parameter_count() != decoder.parameters().len() {
@@ -96,13 +140,16 @@ pub fn accumulate_in_place(
     let mut losses: Vec<_> = counts
         .map(|token_count| SequenceLoss { loss: 0.0, token_count })
         .collect();
-    let mut tape = vec![];
-    for batch in Packed::split(sequences, activations.reuse) {
+    let (mut tape, mut lost) = (vec![], (0, 0));
+    gradient.rescale(options.loss_scale)?;
+    for batch in Packed::split(sequences, options.reuses()) {
         gradient.allocate()?;
-        let pass = Pass::new(decoder, &batch, gradient, activations, cancelled)?;
+        let pass = Pass::new(decoder, &batch, gradient, options, cancelled)?;
         let recorded = pass.forward()?;
         tape = pass.list(&recorded);
         let rows = pass.backward(recorded)?;
+        lost.0 += pass.losses.overflows.get();
+        lost.1 += pass.losses.underflows.get();
         for &(row, sequence) in &batch.credits {
             losses[batch.members[sequence as usize]].loss += f64::from(rows[row as usize]);
         }
@@ -114,6 +161,7 @@ pub fn accumulate_in_place(
     }
     let tokens = losses.iter().map(|loss| u64::from(loss.token_count)).sum();
     gradient.count(tokens, sequences.len() as u64, weighted);
+    gradient.count_rounding_losses(lost.0, lost.1);
     Ok(PassReport { losses, tape })
 }
 
@@ -122,9 +170,10 @@ impl<'a> Pass<'a> {
         decoder: &'a Decoder,
         batch: &'a Packed,
         gradient: &'a Gradient,
-        activations: ActivationSettings,
+        options: &PassOptions<'a>,
         cancelled: &'a dyn Fn() -> bool,
     ) -> Result<Self> {
+        let scale = options.loss_scale as f32;
         let frequencies = decoder.inverse_frequencies();
         let opposite: Vec<f32> = frequencies.iter().map(|frequency| -frequency).collect();
         Ok(Self {
@@ -133,9 +182,13 @@ impl<'a> Pass<'a> {
             heads: AttentionShape::of(decoder.config()),
             angles: RotaryAngles::new(frequencies, &batch.positions, decoder.device())?,
             opposite_angles: RotaryAngles::new(&opposite, &batch.positions, decoder.device())?,
+            factors: batch.factors.iter().map(|factor| factor * scale).collect(),
+            dropout: PassDropout::new(options.dropout, options.dropout_key, &batch.members),
             batch,
             gradient,
-            activations,
+            activations: options.activations,
+            half: options.half,
+            losses: RoundingLosses::default(),
             cancelled,
         })
     }

@@ -43,6 +43,10 @@ pub struct StepReport {
     pub tokens: u64,
     /// Sequences that took part.
     pub micro_batches: u64,
+    /// [`Gradient::overflows`].
+    pub overflows: u64,
+    /// [`Gradient::underflows`].
+    pub underflows: u64,
 }
 
 impl AdamW {
@@ -130,6 +134,8 @@ impl AdamW {
             skipped: !grad_norm.is_finite() || loss.is_some_and(|loss| !loss.is_finite()),
             tokens: gradient.tokens(),
             micro_batches: gradient.micro_batches(),
+            overflows: gradient.overflows(),
+            underflows: gradient.underflows(),
         };
         if !report.skipped {
             self.allocate(gradient)?;
@@ -137,7 +143,7 @@ impl AdamW {
                 Some(largest) => (largest / (grad_norm + CLIPPING_EPSILON)).min(1.0),
                 None => 1.0,
             };
-            let factor = clipping / gradient.tokens() as f64;
+            let factor = clipping / gradient.divisor();
             self.update(decoder, gradient, options, factor)?;
             self.step += 1;
         }

@@ -1,16 +1,19 @@
 //! The backward pass: segments in reverse, every parameter's gradient added up in place as soon as it is known.
 
 use candle_core::Tensor;
+use candle_kernels_cpu::Dropout;
 
+use super::dropout::DropoutSite;
 use super::forward::gather_groups;
 use super::tape::{Kept, LayerTape, Tape};
 use super::{Pass, check_cancelled};
 use crate::decoder::{Layer, LowRank, NormParameters, ParameterId, Projection, Weight, WeightType};
 use crate::error::Result;
 use crate::ops::backward::{
-    self, AttentionTape, LowRankFactors, Matrix, NormWeights, attention_backward, cross_entropy_head,
+    self, AttentionTape, LowRankFactors, Matrix, NormWeights, OutputGradient, attention_backward, cross_entropy_head,
     embedding_backward, frozen_head, frozen_linear_backward, gather_rows, linear_backward, low_rank_backward,
 };
+use crate::ops::half::{rounded_gradient, widened};
 use crate::ops::rotary;
 
 impl Pass<'_> {
@@ -23,25 +26,27 @@ impl Pass<'_> {
         while !layers.is_empty() {
             let end = layers.len();
             let mut tapes = self.last_tapes(&mut layers)?;
-            for layer in self.layout.layers[layers.len()..end].iter().rev() {
+            for index in (layers.len()..end).rev() {
                 check_cancelled(self.cancelled)?;
                 // The last tapes are those of the layers that are no longer in the list.
                 let Some(tape) = tapes.pop() else { break };
-                gradient = self.backward_layer(layer, tape, gradient)?;
+                gradient = self.backward_layer(index, tape, gradient)?;
             }
         }
         self.backward_embedding(&gradient)?;
         Ok(losses)
     }
 
-    /// Takes the last layer, and those before it that are needed to run it again, off the list: their tapes in f32.
+    /// Takes the last layer, and those before it that are needed to run it again, off the list: their tapes as the
+    /// forward pass recorded them, to the rounding of compression.
     fn last_tapes(&self, layers: &mut Vec<Kept>) -> Result<Vec<LayerTape>> {
         let end = layers.len();
         while let Some(kept) = layers.pop() {
             match kept {
-                Kept::Everything(tape) => return Ok(vec![tape.restore()?]),
+                Kept::Everything(tape) => return Ok(vec![tape.restore(self.product_dtype())?]),
                 Kept::Input(input) => {
-                    return self.replay(&self.layout.layers[layers.len()..end], input.restore(None)?);
+                    let first = layers.len();
+                    return self.replay(first, &self.layout.layers[first..end], input.restore(None)?);
                 }
                 Kept::Nothing => {}
             }
@@ -62,21 +67,7 @@ impl Pass<'_> {
         let norm = self.norm(&self.layout.final_norm)?;
         let normed = norm.forward(&x)?;
         let head = self.layout.head.weight;
-        let (losses, dnormed) = match self.gradient_of(head) {
-            None => frozen_head(
-                &normed.output,
-                self.decoder.weight(head),
-                &batch.targets,
-                &batch.factors,
-            )?,
-            Some(sum) => cross_entropy_head(
-                &normed.output,
-                self.weight_f32(head)?,
-                &batch.targets,
-                &batch.factors,
-                Some(sum),
-            )?,
-        };
+        let (losses, dnormed) = self.cross_entropy(head, &normed.output)?;
         let zeros = x.zeros_like()?;
         norm.backward(&normed, &x, &dnormed, &zeros)?;
         if whole {
@@ -87,31 +78,47 @@ impl Pass<'_> {
         Ok((losses, gradient))
     }
 
-    /// One layer: `gradient` of its output, `[tokens, width]`, becomes that of its input.
-    fn backward_layer(&self, layer: &Layer, tape: LayerTape, gradient: Tensor) -> Result<Tensor> {
-        self.backward_feed_forward(layer, &tape, &gradient)?;
+    /// Layer number `index`: `gradient` of its output, `[tokens, width]`, becomes that of its input.
+    fn backward_layer(&self, index: usize, tape: LayerTape, gradient: Tensor) -> Result<Tensor> {
+        let layer = &self.layout.layers[index];
+        self.backward_feed_forward(index, layer, &tape, &gradient)?;
         let LayerTape { input, attention, .. } = tape;
-        let dattention = self.backward_linear(&layer.attention_output, &attention.output, &gradient, None)?;
-        let (dquery, dkey, dvalue) = self.backward_attention(attention, &dattention)?;
+        let dadded = self.dropped(&gradient, DropoutSite::AttentionOutput(index))?;
+        let dattention = self.backward_linear(
+            &layer.attention_output,
+            &self.operand(&attention.output)?,
+            &dadded,
+            None,
+        )?;
+        drop(dadded);
+        let dropout = self.dropout_at(DropoutSite::Attention(index));
+        let (dquery, dkey, dvalue) = self.backward_attention(attention, &dattention, dropout.as_ref())?;
         drop(dattention);
         let dquery = self.rotate_back(dquery)?;
         let dkey = self.rotate_back(dkey)?;
         let norm = self.norm(&layer.attention_norm)?;
         let normed = norm.forward(&input)?;
         let [query, key, value] = &layer.query_key_value;
-        let dnormed = self.backward_linear(query, &normed.output, &dquery, None)?;
-        let dnormed = self.backward_linear(key, &normed.output, &dkey, Some(dnormed))?;
-        let dnormed = self.backward_linear(value, &normed.output, &dvalue, Some(dnormed))?;
+        let x = self.operand(&normed.output)?;
+        let dnormed = self.backward_linear(query, &x, &dquery, None)?;
+        let dnormed = self.backward_linear(key, &x, &dkey, Some(dnormed))?;
+        let dnormed = self.backward_linear(value, &x, &dvalue, Some(dnormed))?;
         norm.backward(&normed, &input, &dnormed, &gradient)?;
         Ok(gradient)
     }
 
     /// The gradients of queries, keys and values from that of the attention's output, all by rows.
-    fn backward_attention(&self, tape: AttentionTape, gradient: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
+    fn backward_attention(
+        &self,
+        tape: AttentionTape,
+        gradient: &Tensor,
+        dropout: Option<&Dropout<'_>>,
+    ) -> Result<(Tensor, Tensor, Tensor)> {
         let bounds = &self.batch.bounds;
         let (Some(attended), Some(first)) = (&self.batch.attended, self.batch.first_attended()) else {
-            return attention_backward(tape, gradient, bounds, &self.heads);
+            return attention_backward(tape, gradient, bounds, &self.heads, dropout);
         };
+        let tape = tape.map(|tensor| widened(&tensor))?;
         let spread = AttentionTape {
             query: gather_rows(&tape.query, attended)?,
             key: gather_rows(&tape.key, attended)?,
@@ -122,7 +129,7 @@ impl Pass<'_> {
         // Where a row attends in several sequences, its output was taken from the first.
         let spread_gradient = spread.output.zeros_like()?;
         embedding_backward(&first, gradient, &spread_gradient)?;
-        let (dquery, dkey, dvalue) = attention_backward(spread, &spread_gradient, bounds, &self.heads)?;
+        let (dquery, dkey, dvalue) = attention_backward(spread, &spread_gradient, bounds, &self.heads, None)?;
         // Keys and values of a shared row have a part in every sequence.
         let gathered = |dx: &Tensor, like: &Tensor| -> Result<Tensor> {
             let sum = like.zeros_like()?;
@@ -137,25 +144,29 @@ impl Pass<'_> {
     }
 
     /// The feed-forward half: `gradient` of the layer's output becomes that of the stream after attention, in place.
-    fn backward_feed_forward(&self, layer: &Layer, tape: &LayerTape, gradient: &Tensor) -> Result<()> {
+    fn backward_feed_forward(&self, index: usize, layer: &Layer, tape: &LayerTape, gradient: &Tensor) -> Result<()> {
         let network = &layer.feed_forward;
         let inner = self.activate(tape.gate.as_ref(), &tape.up)?;
-        let dinner = self.backward_linear(&network.down, &inner, gradient, None)?;
-        drop(inner);
+        let dadded = self.dropped(gradient, DropoutSite::FeedForward(index))?;
+        let dinner = self.backward_linear(&network.down, &inner, &dadded, None)?;
+        drop((inner, dadded));
         let activation = self.decoder.config().activation;
-        let (dgate, dup) = backward::activate_backward(activation, tape.gate.as_ref(), &tape.up, &dinner)?;
-        drop(dinner);
+        let (gate, up) = (tape.gate.as_ref().map(widened).transpose()?, widened(&tape.up)?);
+        let (dgate, dup) = backward::activate_backward(activation, gate.as_ref(), &up, &dinner)?;
+        drop((gate, up, dinner));
         let norm = self.norm(&layer.feed_forward_norm)?;
         let normed = norm.forward(&tape.middle)?;
-        let mut dnormed = self.backward_linear(&network.up, &normed.output, &dup, None)?;
+        let x = self.operand(&normed.output)?;
+        let mut dnormed = self.backward_linear(&network.up, &x, &dup, None)?;
         if let (Some(gate), Some(dgate)) = (&network.gate, &dgate) {
-            dnormed = self.backward_linear(gate, &normed.output, dgate, Some(dnormed))?;
+            dnormed = self.backward_linear(gate, &x, dgate, Some(dnormed))?;
         }
         norm.backward(&normed, &tape.middle, &dnormed, gradient)
     }
 
-    /// Adds the gradient of the embeddings.
+    /// Adds the gradient of the embeddings, whose sum's is `gradient`.
     fn backward_embedding(&self, gradient: &Tensor) -> Result<()> {
+        self.drop(gradient, DropoutSite::Embedding)?;
         if let Some(sum) = self.gradient_of(self.layout.token_embedding) {
             embedding_backward(&self.batch.tokens, gradient, sum)?;
         }
@@ -173,12 +184,43 @@ impl Pass<'_> {
     fn backward_linear(&self, projection: &Projection, x: &Tensor, dy: &Tensor, dx: Option<Tensor>) -> Result<Tensor> {
         let dx = match self.frozen(projection.weight) {
             Some(weight) => frozen_linear_backward(weight, projection.rows.clone(), dy, dx)?,
-            None => linear_backward(&self.matrix(projection)?, x, dy, dx)?,
+            None => self.backward_matrix(projection, x, dy, dx)?,
         };
         if let Some(factors) = self.low_rank(projection)? {
-            low_rank_backward(&factors, x, dy, &dx)?;
+            low_rank_backward(&factors, &widened(x)?, dy, &dx)?;
         }
         Ok(dx)
+    }
+
+    /// [`backward_linear`](Self::backward_linear) of the matrix alone, in the precision of the pass.
+    fn backward_matrix(&self, projection: &Projection, x: &Tensor, dy: &Tensor, dx: Option<Tensor>) -> Result<Tensor> {
+        let rounded = self
+            .half
+            .map(|half| rounded_gradient(dy, half.precision().dtype(), &self.losses));
+        let rounded = rounded.transpose()?;
+        let dy = OutputGradient {
+            exact: dy,
+            rounded: rounded.as_ref().unwrap_or(dy),
+        };
+        linear_backward(&self.matrix(projection)?, x, dy, dx)
+    }
+
+    /// Cross-entropy of the rows `x` `[rows, width]` that have targets, and the gradient of `x`.
+    fn cross_entropy(&self, head: ParameterId, x: &Tensor) -> Result<(Vec<f32>, Tensor)> {
+        let (targets, sum) = (&self.batch.targets, self.gradient_of(head));
+        let copy = self.half.and_then(|half| half.get(head));
+        if sum.is_none() && copy.is_none() {
+            return frozen_head(
+                &widened(&self.operand(x)?)?,
+                self.decoder.weight(head),
+                targets,
+                &self.factors,
+            );
+        }
+        let weight = self.operand_weight(head)?;
+        let (losses, dx, lost) = cross_entropy_head(&self.operand(x)?, weight, targets, &self.factors, sum)?;
+        self.losses.count(lost);
+        Ok((losses, dx))
     }
 
     /// A matrix of an adapter's base that is not held as f32 and is used as it is; none for others.
@@ -202,10 +244,20 @@ impl Pass<'_> {
         }))
     }
 
+    /// The gradient of what was dropped at a place from that of what was left, both `[tokens, width]`.
+    fn dropped(&self, gradient: &Tensor, site: DropoutSite) -> Result<Tensor> {
+        if self.dropout_at(site).is_none() {
+            return Ok(gradient.clone());
+        }
+        let gradient = gradient.copy()?;
+        self.drop(&gradient, site)?;
+        Ok(gradient)
+    }
+
     /// A projection's matrix, and where its gradients are added up.
     pub(super) fn matrix(&self, projection: &Projection) -> Result<Matrix<'_>> {
         Ok(Matrix {
-            weight: self.weight_f32(projection.weight)?,
+            weight: self.operand_weight(projection.weight)?,
             rows: projection.rows.clone(),
             dweight: self.gradient_of(projection.weight),
             dbias: projection.bias.and_then(|bias| self.gradient_of(bias)),
@@ -236,6 +288,14 @@ impl Pass<'_> {
     /// The values of a parameter, which must be held as f32.
     pub(super) fn weight_f32(&self, parameter: ParameterId) -> Result<&Tensor> {
         self.decoder.weight(parameter).as_f32()
+    }
+
+    /// The values of a matrix as products read them: in half precision if there is any.
+    fn operand_weight(&self, parameter: ParameterId) -> Result<&Tensor> {
+        match self.half.and_then(|half| half.get(parameter)) {
+            Some(copy) => Ok(copy),
+            None => self.weight_f32(parameter),
+        }
     }
 
     /// Where the gradient of a parameter is added up; none for a frozen one.

@@ -1,66 +1,74 @@
 //! The forward pass of training: the decoder's own operations, with what backward needs kept on a [`Tape`].
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
+use candle_kernels_cpu::Dropout;
 
+use super::dropout::DropoutSite;
 use super::tape::{LayerTape, Tape};
 use super::{Pass, check_cancelled};
 use crate::decoder::{Layer, Projection};
 use crate::error::Result;
 use crate::ops::backward::{
-    AttentionTape, add_in_place, attention_forward, gather_rows, linear_forward, low_rank_forward,
+    AttentionTape, add_in_place, attention_forward, drop_in_place, gather_rows, linear_forward, low_rank_forward,
 };
+use crate::ops::half::{rounded, widened};
 use crate::ops::{activation, linear, rotary};
 
 impl Pass<'_> {
     /// Runs the embedding and every layer.
     pub(super) fn forward(&self) -> Result<Tape> {
         let mut x = self.decoder.embed(&self.batch.tokens, &self.batch.positions)?;
+        self.drop(&x, DropoutSite::Embedding)?;
         let mut layers = Vec::with_capacity(self.layout.layers.len());
         for (index, layer) in self.layout.layers.iter().enumerate() {
             check_cancelled(self.cancelled)?;
-            let tape = self.record_layer(layer, x)?;
-            x = self.layer_output(layer, &tape)?;
+            let tape = self.record_layer(index, layer, x)?;
+            x = self.layer_output(index, layer, &tape)?;
             layers.push(tape.keep(index, self.activations)?);
         }
         Ok(Tape { layers, output: x })
     }
 
-    /// Runs layers again on the first one's input `[tokens, width]`: the tapes of all of them. The last one's output is
-    /// not computed.
-    pub(super) fn replay(&self, layers: &[Layer], input: Tensor) -> Result<Vec<LayerTape>> {
+    /// Runs `layers`, the first of which has number `first`, again on that one's input `[tokens, width]`: the tapes of all
+    /// of them. The last one's output is not computed.
+    pub(super) fn replay(&self, first: usize, layers: &[Layer], input: Tensor) -> Result<Vec<LayerTape>> {
         let mut tapes: Vec<LayerTape> = Vec::with_capacity(layers.len());
         let mut input = Some(input);
         for (index, layer) in layers.iter().enumerate() {
             check_cancelled(self.cancelled)?;
             let x = match (input.take(), tapes.last()) {
-                (None, Some(before)) => self.layer_output(&layers[index - 1], before)?,
+                (None, Some(before)) => self.layer_output(first + index - 1, &layers[index - 1], before)?,
                 (Some(x), _) => x,
                 (None, None) => break,
             };
-            tapes.push(self.record_layer(layer, x)?);
+            tapes.push(self.record_layer(first + index, layer, x)?);
         }
         Ok(tapes)
     }
 
-    /// One layer on `input` `[tokens, width]` as far as its backward needs it.
-    fn record_layer(&self, layer: &Layer, input: Tensor) -> Result<LayerTape> {
-        let normed = self.decoder.normalize(&input, &layer.attention_norm)?;
+    /// Layer number `index` on `input` `[tokens, width]` as far as its backward needs it. What is rounded is rounded before
+    /// anything reads it, so that it makes no difference whether it is kept or computed again.
+    fn record_layer(&self, index: usize, layer: &Layer, input: Tensor) -> Result<LayerTape> {
+        let normed = self.operand(&self.decoder.normalize(&input, &layer.attention_norm)?)?;
         let [query, key, value] = &layer.query_key_value;
-        let query = self.rotate(self.linear(query, &normed)?)?;
-        let key = self.rotate(self.linear(key, &normed)?)?;
-        let value = self.linear(value, &normed)?;
+        let query = self.operand(&self.rotate(self.linear(query, &normed)?)?)?;
+        let key = self.operand(&self.rotate(self.linear(key, &normed)?)?)?;
+        let value = self.operand(&self.linear(value, &normed)?)?;
         drop(normed);
-        let attention = self.attend(query, key, value)?;
+        let dropout = self.dropout_at(DropoutSite::Attention(index));
+        let mut attention = self.attend(query, key, value, dropout.as_ref())?;
+        attention.output = self.operand(&attention.output)?;
         let middle = self.linear(&layer.attention_output, &attention.output)?;
+        self.drop(&middle, DropoutSite::AttentionOutput(index))?;
         add_in_place(&middle, &input)?;
-        let normed = self.decoder.normalize(&middle, &layer.feed_forward_norm)?;
+        let normed = self.operand(&self.decoder.normalize(&middle, &layer.feed_forward_norm)?)?;
         let gate = layer
             .feed_forward
             .gate
             .as_ref()
-            .map(|gate| self.linear(gate, &normed))
+            .map(|gate| self.operand(&self.linear(gate, &normed)?))
             .transpose()?;
-        let up = self.linear(&layer.feed_forward.up, &normed)?;
+        let up = self.operand(&self.linear(&layer.feed_forward.up, &normed)?)?;
         Ok(LayerTape {
             input,
             attention,
@@ -71,17 +79,23 @@ impl Pass<'_> {
     }
 
     /// Attention of every sequence over its own tokens.
-    fn attend(&self, query: Tensor, key: Tensor, value: Tensor) -> Result<AttentionTape> {
+    fn attend(
+        &self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        dropout: Option<&Dropout<'_>>,
+    ) -> Result<AttentionTape> {
         let bounds = &self.batch.bounds;
         let (Some(attended), Some(first)) = (&self.batch.attended, self.batch.first_attended()) else {
-            return attention_forward(query, key, value, bounds, &self.heads);
+            return attention_forward(query, key, value, bounds, &self.heads, dropout);
         };
         let [spread_query, spread_key, spread_value] = [
-            gather_rows(&query, attended)?,
-            gather_rows(&key, attended)?,
-            gather_rows(&value, attended)?,
+            gather_rows(&widened(&query)?, attended)?,
+            gather_rows(&widened(&key)?, attended)?,
+            gather_rows(&widened(&value)?, attended)?,
         ];
-        let spread = attention_forward(spread_query, spread_key, spread_value, bounds, &self.heads)?;
+        let spread = attention_forward(spread_query, spread_key, spread_value, bounds, &self.heads, None)?;
         Ok(AttentionTape {
             query,
             key,
@@ -91,20 +105,45 @@ impl Pass<'_> {
         })
     }
 
-    /// The rest of a layer: its output, `[tokens, width]`.
-    fn layer_output(&self, layer: &Layer, tape: &LayerTape) -> Result<Tensor> {
+    /// The rest of layer number `index`: its output, `[tokens, width]`.
+    fn layer_output(&self, index: usize, layer: &Layer, tape: &LayerTape) -> Result<Tensor> {
         let inner = self.activate(tape.gate.as_ref(), &tape.up)?;
         let output = self.linear(&layer.feed_forward.down, &inner)?;
+        self.drop(&output, DropoutSite::FeedForward(index))?;
         add_in_place(&output, &tape.middle)?;
         Ok(output)
     }
 
-    /// The feed-forward network's activation, gated or not: `[tokens, feed_forward_width]`.
+    /// The feed-forward network's activation, gated or not: `[tokens, feed_forward_width]`, as the next product reads it.
     pub(super) fn activate(&self, gate: Option<&Tensor>, up: &Tensor) -> Result<Tensor> {
         let kind = self.decoder.config().activation;
-        match gate {
-            Some(gate) => activation::gate(gate, up, kind),
-            None => activation::activate(up, kind),
+        let up = widened(up)?;
+        self.operand(&match gate {
+            Some(gate) => activation::gate(&widened(gate)?, &up, kind)?,
+            None => activation::activate(&up, kind)?,
+        })
+    }
+
+    /// Activations as products read them: in half precision if there is any.
+    pub(super) fn operand(&self, x: &Tensor) -> Result<Tensor> {
+        rounded(x, self.product_dtype())
+    }
+
+    /// Type of what products read.
+    pub(super) fn product_dtype(&self) -> DType {
+        self.half.map_or(DType::F32, |half| half.precision().dtype())
+    }
+
+    /// What is dropped at a place; none if nothing is.
+    pub(super) fn dropout_at(&self, site: DropoutSite) -> Option<Dropout<'_>> {
+        self.dropout.as_ref()?.at(site, self.decoder.config())
+    }
+
+    /// Drops elements of `x` `[tokens, width]` in place, forward or backward.
+    pub(super) fn drop(&self, x: &Tensor, site: DropoutSite) -> Result<()> {
+        match self.dropout_at(site) {
+            Some(dropout) => drop_in_place(x, &self.batch.bounds, &dropout),
+            None => Ok(()),
         }
     }
 
@@ -112,11 +151,11 @@ impl Pass<'_> {
     fn linear(&self, projection: &Projection, x: &Tensor) -> Result<Tensor> {
         let bias = projection.bias.map(|bias| self.weight_f32(bias)).transpose()?;
         let y = match self.frozen(projection.weight) {
-            Some(weight) => linear::linear(x, weight, projection.rows.clone(), bias)?,
+            Some(weight) => linear::linear(&widened(x)?, weight, projection.rows.clone(), bias)?,
             None => linear_forward(&self.matrix(projection)?, bias, x)?,
         };
         if let Some(factors) = self.low_rank(projection)? {
-            low_rank_forward(&factors, x, &y)?;
+            low_rank_forward(&factors, &widened(x)?, &y)?;
         }
         Ok(y)
     }

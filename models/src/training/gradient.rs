@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use super::layout::{change_range, read_range};
 use crate::decoder::{Decoder, ParameterInfo};
 use crate::error::{Error, Result};
-use crate::ops::backward::add_in_place;
+use crate::ops::backward::{add_in_place, scale_in_place};
 
 /// Sums over targets of `loss_weight` times the derivative of the cross-entropy, in f32, one tensor a trainable
 /// parameter in the decoder's own layout, with what is needed to make their mean. Takes no memory for parameters until
@@ -24,6 +24,10 @@ pub struct Gradient {
     pub(super) weighted_loss: f64,
     /// Targets whose loss is known: all but those merged without it.
     pub(super) loss_tokens: u64,
+    /// Factor on the sums, but for which they would be the gradient: the loss scale of what was accumulated.
+    pub(super) scale: f64,
+    pub(super) overflows: u64,
+    pub(super) underflows: u64,
 }
 
 impl Gradient {
@@ -38,6 +42,9 @@ impl Gradient {
             micro_batches: 0,
             weighted_loss: 0.0,
             loss_tokens: 0,
+            scale: 1.0,
+            overflows: 0,
+            underflows: 0,
         }
     }
 
@@ -82,6 +89,20 @@ impl Gradient {
         self.loss_tokens
     }
 
+    /// Elements of activations' gradients that were infinite or NaN, or became infinite, when they were rounded to half
+    /// precision.
+    #[must_use]
+    pub fn overflows(&self) -> u64 {
+        self.overflows
+    }
+
+    /// Elements of activations' gradients, scaled by the loss scale, that were not 0 and became 0 when they were rounded
+    /// to half precision.
+    #[must_use]
+    pub fn underflows(&self) -> u64 {
+        self.underflows
+    }
+
     /// Whether nothing was accumulated.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -114,7 +135,7 @@ impl Gradient {
     /// # Errors
     /// [`Error::Candle`] if a tensor operation fails.
     pub fn norm(&self, trainable: &[bool]) -> Result<f64> {
-        Ok(super::adamw::norm(self, trainable)? / self.tokens as f64)
+        Ok(super::adamw::norm(self, trainable)? / self.divisor())
     }
 
     /// Adds what another gradient of the same model holds, which stays as it is.
@@ -130,7 +151,8 @@ impl Gradient {
             ..*other
         };
         for (index, sum) in shared.sums.iter_mut().enumerate() {
-            if let Some(taken) = sum.as_ref().filter(|_| self.sum(index).is_none()) {
+            let changes = self.sum(index).is_none() || self.scale != other.scale;
+            if let Some(taken) = sum.as_ref().filter(|_| changes) {
                 *sum = Some(taken.copy()?);
             }
         }
@@ -141,7 +163,7 @@ impl Gradient {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if the other is of a model with other parameters.
-    pub fn merge(&mut self, other: Self) -> Result<()> {
+    pub fn merge(&mut self, mut other: Self) -> Result<()> {
         let same = self.parameters.len() == other.parameters.len()
             && self
                 .parameters
@@ -152,6 +174,11 @@ impl Gradient {
             return Err(Error::InvalidArgument(
                 "the gradients are of models with different parameters".into(),
             ));
+        }
+        if self.sums.is_empty() {
+            self.scale = other.scale;
+        } else {
+            other.rescale(self.scale)?;
         }
         if self.sums.is_empty() {
             self.sums = other.sums;
@@ -168,6 +195,7 @@ impl Gradient {
         self.micro_batches += other.micro_batches;
         self.weighted_loss += other.weighted_loss;
         self.loss_tokens += other.loss_tokens;
+        self.count_rounding_losses(other.overflows, other.underflows);
         Ok(())
     }
 
@@ -193,7 +221,7 @@ impl Gradient {
         if !parameter.trainable {
             return Err(refuse("the parameter is frozen".into()));
         }
-        let weight = tokens as f64;
+        let weight = tokens as f64 * self.scale;
         let scaled = |element: f32| (f64::from(element) * weight) as f32;
         // Without an early exit the check is several times as fast.
         let finite = mean
@@ -251,10 +279,10 @@ impl Gradient {
         match self.sums.get(index).and_then(Option::as_ref) {
             Some(sum) if self.tokens > 0 => {
                 let mut elements = read_range(sum, parameter, range)?;
-                let tokens = self.tokens as f64;
+                let divisor = self.divisor();
                 elements
                     .iter_mut()
-                    .for_each(|element| *element = (f64::from(*element) / tokens) as f32);
+                    .for_each(|element| *element = (f64::from(*element) / divisor) as f32);
                 Ok(elements)
             }
             _ => Ok(vec![0.0; range.len()]),
@@ -264,6 +292,30 @@ impl Gradient {
     /// The sum of parameter `index`, in the decoder's layout; none for a frozen parameter or before the first batch.
     pub(super) fn sum(&self, index: usize) -> Option<&Tensor> {
         self.sums.get(index).and_then(Option::as_ref)
+    }
+
+    /// What the sums are divided by to give the mean gradient; 0 without targets.
+    pub(super) fn divisor(&self) -> f64 {
+        self.tokens as f64 * self.scale
+    }
+
+    /// Brings the sums to another loss scale.
+    pub(super) fn rescale(&mut self, scale: f64) -> Result<()> {
+        if scale != self.scale && self.micro_batches > 0 {
+            let factor = scale / self.scale;
+            self.sums
+                .iter()
+                .flatten()
+                .try_for_each(|sum| scale_in_place(sum, factor))?;
+        }
+        self.scale = scale;
+        Ok(())
+    }
+
+    /// Adds to what rounding has lost.
+    pub(super) fn count_rounding_losses(&mut self, overflows: u64, underflows: u64) {
+        self.overflows += overflows;
+        self.underflows += underflows;
     }
 
     /// Makes the sums, of zeros, if there are none yet.
@@ -299,6 +351,7 @@ impl Gradient {
 
     fn forget_counts(&mut self) {
         (self.tokens, self.micro_batches, self.weighted_loss, self.loss_tokens) = (0, 0, 0.0, 0);
+        (self.overflows, self.underflows) = (0, 0);
     }
 }
 

@@ -22,6 +22,12 @@ pub struct GradientData {
     pub weighted_loss: f64,
     /// Targets whose loss is known.
     pub loss_tokens: u64,
+    /// Factor on the sums.
+    pub scale: f64,
+    /// [`Gradient::overflows`].
+    pub overflows: u64,
+    /// [`Gradient::underflows`].
+    pub underflows: u64,
 }
 
 impl Gradient {
@@ -41,6 +47,9 @@ impl Gradient {
             micro_batches: self.micro_batches,
             weighted_loss: self.weighted_loss,
             loss_tokens: self.loss_tokens,
+            scale: self.scale,
+            overflows: self.overflows,
+            underflows: self.underflows,
         })
     }
 
@@ -71,6 +80,9 @@ impl Gradient {
         gradient.micro_batches = data.micro_batches;
         gradient.weighted_loss = data.weighted_loss;
         gradient.loss_tokens = data.loss_tokens;
+        gradient.scale = data.scale;
+        gradient.overflows = data.overflows;
+        gradient.underflows = data.underflows;
         Ok(gradient)
     }
 }

@@ -4,7 +4,10 @@ use std::num::{NonZeroU64, NonZeroUsize};
 
 use serde_json::{Map, Value};
 
-use super::{ActivationSettings, AdamWOptions, Compression, Recompute, Retention, Schedule, ScheduleKind};
+use super::{
+    ActivationSettings, AdamWOptions, Compression, DropoutSettings, PrecisionSettings, Recompute, Retention, Schedule,
+    ScheduleKind,
+};
 use crate::config::{Fields, shortened};
 use crate::error::{Error, Result};
 
@@ -19,6 +22,10 @@ pub struct TrainingSettings {
     pub activations: ActivationSettings,
     /// Which checkpoints are kept.
     pub retention: Retention,
+    /// In what precision products are computed.
+    pub precision: PrecisionSettings,
+    /// What is dropped.
+    pub dropout: DropoutSettings,
 }
 
 impl TrainingSettings {
@@ -42,6 +49,8 @@ impl TrainingSettings {
                 )?,
                 reuse: fields.flag("reuse_activations")?.unwrap_or(false),
             },
+            precision: PrecisionSettings::read(&fields)?,
+            dropout: DropoutSettings::read(&fields)?,
         };
         settings.optimizer.validate()?;
         let (lowest, highest) = (settings.schedule.min_learning_rate, settings.optimizer.learning_rate);
@@ -136,7 +145,7 @@ fn recompute(fields: &Fields<'_>) -> Result<Recompute> {
 }
 
 /// The choice that a field names; the default without one.
-fn choice<T: Copy + Default>(fields: &Fields<'_>, field: &str, choices: &[(&str, T)]) -> Result<T> {
+pub(super) fn choice<T: Copy + Default>(fields: &Fields<'_>, field: &str, choices: &[(&str, T)]) -> Result<T> {
     let Some(value) = fields.get(field) else {
         return Ok(T::default());
     };

@@ -5,6 +5,7 @@ use candle_kernels_cpu::{BLOCK_SIZE, dequantize_blocks, quantize_blocks};
 
 use super::Compression;
 use crate::error::Result;
+use crate::ops::half::{rounded, widened};
 use crate::ops::storage::{CpuSlice, new_tensor, with_slice};
 
 /// An activation that waits for the backward pass.
@@ -25,20 +26,20 @@ pub(super) struct Blocks {
 }
 
 impl Stored {
-    /// Stores `tensor`, f32. `base`, of the same shape, is something near it that will be at hand when it is
+    /// Stores `tensor`. `base`, of the same shape, is something near it that will be at hand when it is
     /// [restored](Self::restore).
     pub(super) fn new(tensor: Tensor, compression: Compression, base: Option<&Tensor>) -> Result<Self> {
         match compression {
             Compression::None => Ok(Self::Plain(tensor)),
-            Compression::Bf16 => Ok(Self::Plain(tensor.to_dtype(DType::BF16)?)),
-            Compression::Q8 => Ok(Self::Blocks(Blocks::new(&tensor, base)?)),
+            Compression::Bf16 => Ok(Self::Plain(rounded(&tensor, DType::BF16)?)),
+            Compression::Q8 => Ok(Self::Blocks(Blocks::new(&widened(&tensor)?, base)?)),
         }
     }
 
     /// The f32 tensor again, to the rounding. `base` is what [`new`](Self::new) got.
     pub(super) fn restore(&self, base: Option<&Tensor>) -> Result<Tensor> {
         match self {
-            Self::Plain(tensor) => Ok(tensor.to_dtype(DType::F32)?),
+            Self::Plain(tensor) => widened(tensor),
             Self::Blocks(blocks) => blocks.restore(base),
         }
     }
@@ -51,9 +52,9 @@ impl Stored {
         }
     }
 
-    /// Whether it takes less memory than f32.
-    pub(super) fn is_compressed(&self) -> bool {
-        !matches!(self, Self::Plain(tensor) if tensor.dtype() == DType::F32)
+    /// Whether it is not as it was computed, in the type `computed`.
+    pub(super) fn is_compressed(&self, computed: DType) -> bool {
+        !matches!(self, Self::Plain(tensor) if tensor.dtype() == computed)
     }
 
     /// Bytes that it takes.

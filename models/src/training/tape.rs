@@ -1,12 +1,13 @@
 //! What the forward pass keeps for the backward pass, segment by segment: the embedding, each layer, the head.
 //! Norms and activations are cheap beside products, so their outputs are computed again instead of kept.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::stored::Stored;
 use super::{ActivationSettings, Compression, Recompute};
 use crate::error::Result;
 use crate::ops::backward::AttentionTape;
+use crate::ops::half::rounded;
 
 /// The activations kept of one pass over `tokens` packed rows.
 pub(super) struct Tape {
@@ -68,10 +69,11 @@ impl LayerTape {
 }
 
 impl LayerTape<Stored> {
-    /// The tensors in f32.
-    pub(super) fn restore(self) -> Result<LayerTape> {
-        let restore = |stored: Stored| stored.restore(None);
-        let input = restore(self.input)?;
+    /// The tensors as they were, to the rounding of compression: the residual stream in f32, the rest in the type
+    /// `products` that products read.
+    pub(super) fn restore(self, products: DType) -> Result<LayerTape> {
+        let restore = |stored: Stored| rounded(&stored.restore(None)?, products);
+        let input = self.input.restore(None)?;
         Ok(LayerTape {
             middle: self.middle.restore(Some(&input))?,
             input,

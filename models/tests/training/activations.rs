@@ -4,8 +4,8 @@ use std::num::NonZeroUsize;
 
 use candle_models::Decoder;
 use candle_models::training::{
-    self, ActivationSettings, ActivationStorage, AdamW, AdamWOptions, Compression, Gradient, PassReport, Recompute,
-    TrainingSequence,
+    self, ActivationSettings, ActivationStorage, AdamW, AdamWOptions, Compression, Gradient, PassOptions, PassReport,
+    Recompute, TrainingSequence,
 };
 
 use crate::support::{
@@ -59,6 +59,13 @@ fn forked_sequences(decoder: &Decoder) -> Vec<TrainingSequence> {
     ]
 }
 
+fn pass(activations: ActivationSettings) -> PassOptions<'static> {
+    PassOptions {
+        activations,
+        ..PassOptions::default()
+    }
+}
+
 /// Every way to recompute: of each block, of pairs, and more than there are.
 fn recomputing() -> [Recompute; 3] {
     [Recompute::BLOCKS, every(2), every(100)]
@@ -70,7 +77,7 @@ fn gradient_with(
     activations: ActivationSettings,
 ) -> (Gradient, PassReport) {
     let mut gradient = Gradient::new(decoder);
-    let report = training::accumulate_in_place(decoder, batch, &mut gradient, activations, &|| false).unwrap();
+    let report = training::accumulate_in_place(decoder, batch, &mut gradient, &pass(activations), &|| false).unwrap();
     (gradient, report)
 }
 
@@ -232,12 +239,20 @@ fn a_cancelled_recomputation_ends() {
         false
     };
     let activations = settings(every(2), Compression::None);
-    training::accumulate_in_place(&decoder, &batch, &mut Gradient::new(&decoder), activations, &count).unwrap();
+    training::accumulate_in_place(
+        &decoder,
+        &batch,
+        &mut Gradient::new(&decoder),
+        &pass(activations),
+        &count,
+    )
+    .unwrap();
     for last in 0..total.get() {
         let asked = std::cell::Cell::new(0);
         let cancel = || asked.replace(asked.get() + 1) == last;
         let mut gradient = Gradient::new(&decoder);
-        let error = training::accumulate_in_place(&decoder, &batch, &mut gradient, activations, &cancel).unwrap_err();
+        let error =
+            training::accumulate_in_place(&decoder, &batch, &mut gradient, &pass(activations), &cancel).unwrap_err();
         assert!(matches!(error, candle_models::Error::Cancelled));
     }
 }

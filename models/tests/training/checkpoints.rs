@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use candle_models::training::checkpoint::{self, Details, Library, Writing};
-use candle_models::training::{AdamW, AdamWOptions};
+use candle_models::training::{AdamW, AdamWOptions, LossScale};
 use candle_models::{Device, Error, LoadOptions, Model};
 use serde_json::json;
 
@@ -45,6 +45,11 @@ fn save(directory: &Path, model: &Model, optimizer: &AdamW) -> checkpoint::Saved
     let details = Details {
         tag: "test".into(),
         log: vec![json!({"step": 3})],
+        loss_scale: LossScale {
+            scale: 0.1,
+            good_steps: 7,
+        },
+        seed: u64::MAX,
     };
     checkpoint::save(directory, model, optimizer, details).unwrap()
 }
@@ -77,6 +82,8 @@ fn resumed_equals_uninterrupted() {
         let (mut model, mut optimizer) = (restored.model, restored.optimizer);
         assert_eq!((restored.manifest.step, optimizer.steps()), (3, 3));
         assert_eq!(restored.manifest.log, [json!({"step": 3})]);
+        let LossScale { scale, good_steps } = restored.manifest.loss_scale;
+        assert_eq!((scale, good_steps, restored.manifest.seed), (0.1, 7, u64::MAX));
         train(&mut model, &mut optimizer, 3..7);
         assert_eq!(bits(&model), bits(&straight), "{name}");
     }

@@ -5,8 +5,10 @@ mod activations;
 mod adapters;
 mod batching;
 mod checkpoints;
+mod dropout;
 
 mod finite_differences;
 mod golden;
+mod precision;
 mod support;
 mod validation;

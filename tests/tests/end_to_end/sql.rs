@@ -35,6 +35,7 @@ sql_tests!(
     inference,
     input_forms,
     models,
+    precision,
     table_semantics,
     training
 );

@@ -1,8 +1,10 @@
 //! The backward pass: scores are computed again block by block from the kept log-sum-exp (FlashAttention-2, Dao 2023).
 
+use super::forward::{HeadMasks, check_dropout, multiply};
 use super::rows::Rows;
 use super::tile::{KEYS, QUERY_ROWS, Scores, add_products, dot_rows};
 use super::{AttentionHeads, check_lengths};
+use crate::dropout::Dropout;
 use crate::simd::math::exp;
 use crate::simd::{LANES, Level, Simd, dispatch, level};
 use crate::threads::parallel_for_worth;
@@ -25,18 +27,19 @@ pub struct AttentionSaved<'a> {
 
 /// Gradients of [`attention_forward`](super::attention_forward()) by queries, keys and values; the three outputs are
 /// overwritten. `d_out` and `dq` are `[tokens, heads * head_dim]`, `dk` and `dv`
-/// `[tokens, key_value_heads * head_dim]`.
+/// `[tokens, key_value_heads * head_dim]`. `dropout` is that of the forward pass.
 ///
 /// # Panics
-/// Where the lengths do not fit each other.
+/// Where the lengths do not fit each other, or the probability of dropout is not from 0 to below 1.
 pub fn attention_backward(
     heads: &AttentionHeads,
     cumulative_lengths: &[usize],
     saved: &AttentionSaved<'_>,
+    dropout: Option<&Dropout<'_>>,
     d_out: &[f32],
     [dq, dk, dv]: [&mut [f32]; 3],
 ) {
-    backward_with(level(), heads, cumulative_lengths, saved, d_out, [dq, dk, dv]);
+    backward_with(level(), heads, cumulative_lengths, saved, dropout, d_out, [dq, dk, dv]);
 }
 
 pub(super) fn backward_with(
@@ -44,10 +47,12 @@ pub(super) fn backward_with(
     heads: &AttentionHeads,
     cumulative_lengths: &[usize],
     saved: &AttentionSaved<'_>,
+    dropout: Option<&Dropout<'_>>,
     d_out: &[f32],
     [dq, dk, dv]: [&mut [f32]; 3],
 ) {
     heads.check();
+    check_dropout(dropout, cumulative_lengths);
     let (query_width, width) = (heads.query_width(), heads.key_value_width());
     let tokens = saved.q.len() / query_width.max(1);
     check_lengths(cumulative_lengths, tokens);
@@ -118,6 +123,10 @@ pub(super) fn backward_with(
             group,
             head_dim,
             scale: heads.scale,
+            masks: dropout.map(|dropout| HeadMasks {
+                first: dropout.masks(sequence, head * group),
+                group,
+            }),
         };
         let index = task % heads.key_value_heads;
         let outputs = [
@@ -141,6 +150,7 @@ struct Head<'a> {
     group: usize,
     head_dim: usize,
     scale: f32,
+    masks: Option<HeadMasks>,
 }
 
 #[inline(always)]
@@ -174,7 +184,15 @@ fn head_backward<S: Simd>(s: S, head: &Head<'_>, [mut dq, mut dk, mut dv]: [Tile
             for row in 0..count {
                 let visible = (position(row) + 1).saturating_sub(start).min(width);
                 let statistics = [head.log_sum_exp.row(first + row)[0], deltas[row], head.scale];
+                let factors = head.masks.as_ref();
+                let factors = factors.map(|masks| masks.factors(position(row), first + row, start));
+                if let Some(factors) = &factors {
+                    multiply(s, &mut gradients[row], factors);
+                }
                 softmax_gradient(s, &mut weights[row], &mut gradients[row], visible, statistics);
+                if let Some(factors) = &factors {
+                    multiply(s, &mut weights[row], factors);
+                }
             }
             let (weights, gradients) = (&weights, &gradients);
             add_products(

@@ -99,7 +99,7 @@ pub(super) fn decode_with(
         );
         dispatch!(
             level,
-            attend(query, keys, values, head_dim, &mut out.take(piece, head), None)
+            attend(query, [keys, values], head_dim, None, &mut out.take(piece, head), None)
         );
     });
 }

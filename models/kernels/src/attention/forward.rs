@@ -3,6 +3,7 @@
 use super::rows::Rows;
 use super::tile::{KEYS, QUERY_ROWS, Scores, add_products, dot_rows};
 use super::{AttentionHeads, check_lengths};
+use crate::dropout::{Dropout, Masks};
 use crate::simd::math::exp;
 use crate::simd::{LANES, Level, Simd, dispatch, level};
 use crate::threads::parallel_for_worth;
@@ -15,18 +16,20 @@ const TASK_TOKENS: usize = 64;
 ///
 /// `q` and `out` are `[tokens, heads * head_dim]`, `k` and `v` `[tokens, key_value_heads * head_dim]`; sequence `i` is
 /// tokens `cumulative_lengths[i]..cumulative_lengths[i + 1]`. With `log_sum_exp` (`[tokens, heads]`) the logarithms of
-/// the softmax' denominators are kept for the backward pass.
+/// the softmax' denominators are kept for the backward pass. With `dropout` the probabilities are dropped after the
+/// softmax, head `h` at the site `h` further.
 ///
 /// # Panics
-/// Where the lengths do not fit each other.
+/// Where the lengths do not fit each other, or the probability of dropout is not from 0 to below 1.
 pub fn attention_forward(
     heads: &AttentionHeads,
     cumulative_lengths: &[usize],
     [q, k, v]: [&[f32]; 3],
+    dropout: Option<&Dropout<'_>>,
     out: &mut [f32],
     log_sum_exp: Option<&mut [f32]>,
 ) {
-    forward_with(level(), heads, cumulative_lengths, [q, k, v], out, log_sum_exp);
+    forward_with(level(), heads, cumulative_lengths, [q, k, v], dropout, out, log_sum_exp);
 }
 
 pub(super) fn forward_with(
@@ -34,10 +37,12 @@ pub(super) fn forward_with(
     heads: &AttentionHeads,
     cumulative_lengths: &[usize],
     [q, k, v]: [&[f32]; 3],
+    dropout: Option<&Dropout<'_>>,
     out: &mut [f32],
     log_sum_exp: Option<&mut [f32]>,
 ) {
     heads.check();
+    check_dropout(dropout, cumulative_lengths);
     let tokens = q.len() / heads.query_width().max(1);
     check_lengths(cumulative_lengths, tokens);
     assert_eq!(q.len(), tokens * heads.query_width(), "queries");
@@ -101,13 +106,24 @@ pub(super) fn forward_with(
                 group,
                 scale: heads.scale,
             };
+            let masks = dropout.map(|dropout| HeadMasks {
+                first: dropout.masks(block.sequence, head * group),
+                group,
+            });
             let keys = Rows::new(&k[sequence..], heads.key_value_width(), 1, head_dim);
             let values = Rows::new(&v[sequence..], heads.key_value_width(), 1, head_dim);
             let mut out = out.take(index, head);
             let mut log_sum_exp = log_sum_exp.as_ref().map(|tiles| tiles.take(index, head));
             dispatch!(
                 level,
-                attend(query, keys, values, head_dim, &mut out, log_sum_exp.as_mut())
+                attend(
+                    query,
+                    [keys, values],
+                    head_dim,
+                    masks.as_ref(),
+                    &mut out,
+                    log_sum_exp.as_mut()
+                )
             );
         },
     );
@@ -115,6 +131,7 @@ pub(super) fn forward_with(
 
 /// Some tokens of one sequence.
 struct TokenBlock {
+    sequence: usize,
     /// First token in the packed matrix.
     start: usize,
     /// The first token's position in its sequence.
@@ -123,11 +140,12 @@ struct TokenBlock {
 }
 
 fn token_blocks(cumulative_lengths: &[usize]) -> Vec<TokenBlock> {
-    let sequences = cumulative_lengths.windows(2);
+    let sequences = cumulative_lengths.windows(2).enumerate();
     sequences
-        .flat_map(|bounds| {
+        .flat_map(|(sequence, bounds)| {
             let (start, length) = (bounds[0], bounds[1] - bounds[0]);
             (0..length).step_by(TASK_TOKENS).map(move |offset| TokenBlock {
+                sequence,
                 start: start + offset,
                 offset,
                 length: TASK_TOKENS.min(length - offset),
@@ -148,14 +166,48 @@ pub(super) struct Query<'a> {
     pub(super) scale: f32,
 }
 
+/// What is dropped of the probabilities of one key-value head's query heads.
+pub(super) struct HeadMasks {
+    /// Of the first query head.
+    pub(super) first: Masks,
+    /// Query heads.
+    pub(super) group: usize,
+}
+
+impl HeadMasks {
+    /// Factors of the probabilities of row `row` (as [`Rows`] counts them from `position`) for the keys of the block
+    /// that starts at `start`.
+    #[inline(always)]
+    pub(super) fn factors(&self, position: usize, row: usize, start: usize) -> [f32; KEYS] {
+        let masks = self.first.shifted(row % self.group);
+        masks.factors(position as u32, (start / KEYS) as u32)
+    }
+}
+
+/// Panics on dropout that does not fit the sequences.
+pub(super) fn check_dropout(dropout: Option<&Dropout<'_>>, cumulative_lengths: &[usize]) {
+    if let Some(dropout) = dropout {
+        dropout.check(cumulative_lengths.len().saturating_sub(1));
+    }
+}
+
+/// `scores[i] *= factors[i]`.
+#[inline(always)]
+pub(super) fn multiply<S: Simd>(s: S, scores: &mut [f32; KEYS], factors: &[f32; KEYS]) {
+    let ((scores, _), (factors, _)) = (scores.as_chunks_mut::<LANES>(), factors.as_chunks::<LANES>());
+    for (scores, factors) in scores.iter_mut().zip(factors) {
+        s.store(s.mul(s.load(scores), s.load(factors)), scores);
+    }
+}
+
 /// Attention of neighbouring tokens' queries over their sequence's keys and values, for one key-value head.
 #[inline(always)]
 pub(super) fn attend<S: Simd>(
     s: S,
     query: Query<'_>,
-    keys: Rows<'_>,
-    values: Rows<'_>,
+    [keys, values]: [Rows<'_>; 2],
     head_dim: usize,
+    masks: Option<&HeadMasks>,
     out: &mut Tile<'_, f32>,
     mut log_sum_exp: Option<&mut Tile<'_, f32>>,
 ) {
@@ -184,6 +236,9 @@ pub(super) fn attend<S: Simd>(
                     &mut total[row],
                 );
                 scale_row(s, rescale, &mut sums[row * head_dim..(row + 1) * head_dim]);
+                if let Some(masks) = masks {
+                    multiply(s, &mut scores[row], &masks.factors(position(row), first + row, start));
+                }
             }
             let factor = |row: usize, key: usize| scores[row][key];
             let value_rows = values.block::<KEYS>(start, width);

@@ -2,6 +2,7 @@ use super::backward::backward_with;
 use super::cached::decode_with;
 use super::forward::forward_with;
 use super::*;
+use crate::dropout::Dropout;
 use crate::simd::{Level, available};
 use crate::test_util::{assert_close, numeric_gradient, random, weighted_sum};
 
@@ -69,7 +70,15 @@ fn forward_agrees_with_the_definition() {
         let (want, want_log) = oracle(&shape, &bounds, [&q, &k, &v]);
         for level in available() {
             let (mut out, mut log_sum_exp) = (vec![0.0; q.len()], vec![0.0; tokens * shape.heads]);
-            forward_with(level, &shape, &bounds, [&q, &k, &v], &mut out, Some(&mut log_sum_exp));
+            forward_with(
+                level,
+                &shape,
+                &bounds,
+                [&q, &k, &v],
+                None,
+                &mut out,
+                Some(&mut log_sum_exp),
+            );
             assert_close(&out, &want, 2e-6);
             assert_close(&log_sum_exp, &want_log, 2e-6);
         }
@@ -84,7 +93,7 @@ fn a_cache_gives_bitwise_what_the_whole_sequence_gives() {
     let (width, kv_width) = (shape.query_width(), shape.key_value_width());
     for level in available() {
         let mut whole = vec![0.0; q.len()];
-        forward_with(level, &shape, &bounds, [&q, &k, &v], &mut whole, None);
+        forward_with(level, &shape, &bounds, [&q, &k, &v], None, &mut whole, None);
         // New tokens at the end of each sequence: one, some, all.
         for new in [[1, 1], [7, 70], [150, 80], [0, 3]] {
             let starts = [150 - new[0], 230 - new[1]];
@@ -136,7 +145,7 @@ fn backward_of(
 ) -> [Vec<f32>; 3] {
     let tokens = bounds[bounds.len() - 1];
     let (mut out, mut log_sum_exp) = (vec![0.0; q.len()], vec![0.0; tokens * shape.heads]);
-    forward_with(level, shape, bounds, [q, k, v], &mut out, Some(&mut log_sum_exp));
+    forward_with(level, shape, bounds, [q, k, v], None, &mut out, Some(&mut log_sum_exp));
     let saved = AttentionSaved {
         q,
         k,
@@ -150,8 +159,99 @@ fn backward_of(
         vec![f32::NAN; v.len()],
     ];
     let [dq, dk, dv] = &mut gradients;
-    backward_with(level, shape, bounds, &saved, d_out, [dq, dk, dv]);
+    backward_with(level, shape, bounds, &saved, None, d_out, [dq, dk, dv]);
     gradients
+}
+
+/// Row by row, with the masks that the kernels should use.
+fn oracle_with_dropout(
+    shape: &AttentionHeads,
+    bounds: &[usize],
+    [q, k, v]: [&[f32]; 3],
+    dropout: &Dropout<'_>,
+) -> Vec<f32> {
+    let (dim, width, kv_width) = (shape.head_dim, shape.query_width(), shape.key_value_width());
+    let mut out = vec![0.0; q.len()];
+    for (sequence, bound) in bounds.windows(2).enumerate() {
+        for token in bound[0]..bound[1] {
+            for head in 0..shape.heads {
+                let at = token * width + head * dim;
+                let kv_head = head / (shape.heads / shape.key_value_heads);
+                let row = |data: &'_ [f32], j: usize, i: usize| f64::from(data[j * kv_width + kv_head * dim + i]);
+                let score = |j: usize| {
+                    let dot: f64 = (0..dim).map(|i| f64::from(q[at + i]) * row(k, j, i)).sum();
+                    (dot * f64::from(shape.scale)).exp()
+                };
+                let weights: Vec<f64> = (bound[0]..=token).map(score).collect();
+                let total: f64 = weights.iter().sum();
+                let masks = dropout.masks(sequence, head);
+                let factor = |key: usize| masks.factors((token - bound[0]) as u32, (key / 64) as u32)[key % 64];
+                for i in 0..dim {
+                    let terms = weights.iter().enumerate();
+                    let sum: f64 = terms
+                        .map(|(j, weight)| weight * f64::from(factor(j)) * row(v, bound[0] + j, i))
+                        .sum();
+                    out[at + i] = (sum / total) as f32;
+                }
+            }
+        }
+    }
+    out
+}
+
+#[test]
+fn dropout_drops_probabilities_in_both_directions() {
+    let forward = |level, shape: &AttentionHeads, bounds: &[usize], [q, k, v]: [&[f32]; 3], dropout: &Dropout<'_>| {
+        let tokens = bounds[bounds.len() - 1];
+        let (mut out, mut log_sum_exp) = (vec![0.0; q.len()], vec![0.0; tokens * shape.heads]);
+        let log = Some(log_sum_exp.as_mut_slice());
+        forward_with(level, shape, bounds, [q, k, v], Some(dropout), &mut out, log);
+        (out, log_sum_exp)
+    };
+    let dropout = Dropout {
+        probability: 0.4,
+        key: 77,
+        site: 5,
+        sequences: &[3, 9],
+    };
+    // Several blocks of keys forward; few elements for the differences.
+    let (shape, bounds) = (heads(6, 2, 20), [0, 130, 200]);
+    let [q, k, v] = inputs(&shape, 200);
+    let want = oracle_with_dropout(&shape, &bounds, [&q, &k, &v], &dropout);
+    for level in available() {
+        assert_close(&forward(level, &shape, &bounds, [&q, &k, &v], &dropout).0, &want, 2e-6);
+    }
+    let (shape, bounds) = (heads(4, 2, 3), [0, 5, 9]);
+    let [q, k, v] = inputs(&shape, 9);
+    let d_out = random(q.len(), 4);
+    let loss = |q: &[f32], k: &[f32], v: &[f32]| {
+        weighted_sum(&d_out, &oracle_with_dropout(&shape, &bounds, [q, k, v], &dropout))
+    };
+    let want = [
+        numeric_gradient(&q, 1e-2, |q| loss(q, &k, &v)),
+        numeric_gradient(&k, 1e-2, |k| loss(&q, k, &v)),
+        numeric_gradient(&v, 1e-2, |v| loss(&q, &k, v)),
+    ];
+    for level in available() {
+        let (out, log_sum_exp) = forward(level, &shape, &bounds, [&q, &k, &v], &dropout);
+        let saved = AttentionSaved {
+            q: &q,
+            k: &k,
+            v: &v,
+            out: &out,
+            log_sum_exp: &log_sum_exp,
+        };
+        let mut got = [
+            vec![f32::NAN; q.len()],
+            vec![f32::NAN; k.len()],
+            vec![f32::NAN; v.len()],
+        ];
+        let [dq, dk, dv] = &mut got;
+        backward_with(level, &shape, &bounds, &saved, Some(&dropout), &d_out, [dq, dk, dv]);
+        for (got, want) in got.iter().zip(&want) {
+            assert_close(got, want, 1e-3);
+        }
+    }
 }
 
 #[test]
@@ -198,5 +298,12 @@ fn gradients_of_long_sequences_agree_with_the_definition() {
 #[should_panic(expected = "do not cover 3 tokens")]
 fn lengths_that_do_not_cover_the_tokens_are_refused() {
     let data = [0.0; 3];
-    attention_forward(&heads(1, 1, 1), &[0, 2], [&data, &data, &data], &mut [0.0; 3], None);
+    attention_forward(
+        &heads(1, 1, 1),
+        &[0, 2],
+        [&data, &data, &data],
+        None,
+        &mut [0.0; 3],
+        None,
+    );
 }

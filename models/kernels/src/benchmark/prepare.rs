@@ -89,13 +89,20 @@ fn heads(benchmark: &Benchmark) -> AttentionHeads {
 pub(super) fn attention_forward(benchmark: &Benchmark, _: Variant) -> Run {
     let (heads, tokens, x) = (heads(benchmark), benchmark.shape[0], values(elements(benchmark)));
     let mut out = vec![0.0; x.len()];
-    Box::new(move || crate::attention_forward(&heads, &[0, tokens], [&x, &x, &x], &mut out, None))
+    Box::new(move || crate::attention_forward(&heads, &[0, tokens], [&x, &x, &x], None, &mut out, None))
 }
 
 pub(super) fn attention_backward(benchmark: &Benchmark, _: Variant) -> Run {
     let (heads, tokens, x) = (heads(benchmark), benchmark.shape[0], values(elements(benchmark)));
     let (mut out, mut log_sum_exp) = (vec![0.0; x.len()], vec![0.0; tokens * heads.heads]);
-    crate::attention_forward(&heads, &[0, tokens], [&x, &x, &x], &mut out, Some(&mut log_sum_exp));
+    crate::attention_forward(
+        &heads,
+        &[0, tokens],
+        [&x, &x, &x],
+        None,
+        &mut out,
+        Some(&mut log_sum_exp),
+    );
     let mut gradients = [0; 3].map(|_| vec![0.0; x.len()]);
     Box::new(move || {
         let saved = AttentionSaved {
@@ -106,7 +113,7 @@ pub(super) fn attention_backward(benchmark: &Benchmark, _: Variant) -> Run {
             log_sum_exp: &log_sum_exp,
         };
         let gradients = gradients.each_mut().map(Vec::as_mut_slice);
-        crate::attention_backward(&heads, &[0, tokens], &saved, &x, gradients);
+        crate::attention_backward(&heads, &[0, tokens], &saved, None, &x, gradients);
     })
 }
 
@@ -119,13 +126,12 @@ pub(super) fn cross_entropy_head(benchmark: &Benchmark, _: Variant) -> Run {
     Box::new(move || {
         let gradients = HeadGradients {
             d_hidden: &mut d_hidden,
-            d_weight: &mut d_weight,
+            d_weight: Some(&mut d_weight),
         };
         let gradients = Some(gradients);
         crate::cross_entropy_head(
-            &hidden,
-            &weight,
-            vocabulary,
+            MatrixRef::new(&hidden, tokens, width),
+            MatrixRef::new(&weight, vocabulary, width),
             &targets,
             &token_weights,
             &mut losses,

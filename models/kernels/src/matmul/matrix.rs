@@ -1,8 +1,11 @@
 //! The operands of a product: borrowed matrices of three element types, in either order.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 
 use super::dense::Strided;
+use crate::rounding::HalfType;
 
 /// A borrowed matrix `[rows, columns]` of f32, bf16 or f16.
 #[derive(Clone, Copy, Debug)]
@@ -53,6 +56,39 @@ impl<'a> MatrixRef<'a> {
             rows,
             columns,
             transposed: false,
+        }
+    }
+
+    /// Some of the rows of a matrix that is not transposed.
+    ///
+    /// # Panics
+    /// Where the matrix is transposed or has fewer rows.
+    pub(crate) fn part(self, rows: Range<usize>) -> Self {
+        assert!(!self.transposed, "rows of a transposed matrix");
+        let range = rows.start * self.columns..rows.end * self.columns;
+        let elements = match self.elements {
+            Elements::F32(data) => Elements::F32(&data[range]),
+            Elements::Bf16(data) => Elements::Bf16(&data[range]),
+            Elements::F16(data) => Elements::F16(&data[range]),
+        };
+        Self {
+            elements,
+            rows: rows.len(),
+            ..self
+        }
+    }
+
+    /// Rows and columns.
+    pub(crate) fn shape(self) -> [usize; 2] {
+        [self.rows, self.columns]
+    }
+
+    /// The half type of the elements; none for f32.
+    pub(crate) fn half_type(self) -> Option<HalfType> {
+        match self.elements {
+            Elements::F32(_) => None,
+            Elements::Bf16(_) => Some(HalfType::Bf16),
+            Elements::F16(_) => Some(HalfType::F16),
         }
     }
 

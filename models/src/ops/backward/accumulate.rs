@@ -21,6 +21,14 @@ pub(super) fn add_elsewhere(sum: &Tensor, delta: &Tensor) -> Result<()> {
     Ok(sum.slice_set(&(sum + delta)?, 0, 0)?)
 }
 
+/// Multiplies the elements of `x`, f32, whose storage keeps its place.
+pub(crate) fn scale_in_place(x: &Tensor, factor: f64) -> Result<()> {
+    if is_cpu(x) {
+        return with_mut_slice(x, |x| candle_kernels_cpu::scale(factor as f32, x));
+    }
+    Ok(x.slice_set(&(x * factor)?, 0, 0)?)
+}
+
 /// [`with_mut_slice`] of a tensor that may be absent.
 pub(crate) fn with_optional_mut_slice<T>(
     tensor: Option<&Tensor>,

@@ -3,15 +3,16 @@
 use std::ops::Range;
 
 use candle_core::{Device, Tensor};
-use candle_kernels_cpu::{MatrixRef, matmul, sum_rows};
+use candle_kernels_cpu::{matmul, sum_rows};
 
 use super::{add_in_place, composed};
 use crate::error::Result;
+use crate::ops::half::widened;
 use crate::ops::storage::{CpuSlice, is_cpu, with_mut_slice};
 
 /// A projection: rows of a matrix, and where the gradients of matrix and bias are added up.
 pub(crate) struct Matrix<'a> {
-    /// The whole matrix, `[out, in]` f32.
+    /// The whole matrix, `[out, in]`, f32 or in half precision.
     pub(crate) weight: &'a Tensor,
     /// The rows that make up the projection.
     pub(crate) rows: Range<usize>,
@@ -28,14 +29,17 @@ impl Matrix<'_> {
     }
 }
 
-/// `x` `[tokens, in]` to `[tokens, rows]`, with the elements of `bias` `[out]` added that belong to the rows.
+/// `x` `[tokens, in]`, of the matrix' type, to `[tokens, rows]` f32, with the elements of `bias` `[out]` added that belong
+/// to the rows.
 ///
 /// Inference multiplies so that a row's result does not depend on the other rows; training needs no such promise, and
 /// the general product is several times faster on many rows.
 pub(crate) fn linear_forward(matrix: &Matrix<'_>, bias: Option<&Tensor>, x: &Tensor) -> Result<Tensor> {
+    let weight = matrix.part(matrix.weight)?;
     if !is_cpu(x) {
+        let (x, weight) = (widened(x)?, widened(&weight)?);
         let bias = bias.map(|bias| matrix.part(bias)).transpose()?;
-        let product = x.matmul(&matrix.part(matrix.weight)?.t()?)?;
+        let product = x.matmul(&weight.t()?)?;
         return Ok(match bias {
             Some(bias) => product.broadcast_add(&bias)?,
             None => product,
@@ -43,10 +47,9 @@ pub(crate) fn linear_forward(matrix: &Matrix<'_>, bias: Option<&Tensor>, x: &Ten
     }
     let (tokens, inputs) = x.dims2()?;
     let outputs = matrix.rows.len();
-    let weight = matrix.part(matrix.weight)?;
     let (x, weight) = (CpuSlice::new(x)?, CpuSlice::new(&weight)?);
-    let x = MatrixRef::new(x.f32()?, tokens, inputs);
-    let weight = MatrixRef::new(weight.f32()?, outputs, inputs).transpose();
+    let x = x.matrix(tokens, inputs)?;
+    let weight = weight.matrix(outputs, inputs)?.transpose();
     // With a bias the product is added to rows of it.
     let y = match bias {
         None => {
@@ -64,9 +67,23 @@ pub(crate) fn linear_forward(matrix: &Matrix<'_>, bias: Option<&Tensor>, x: &Ten
     Ok(Tensor::from_vec(y, (tokens, outputs), &Device::Cpu)?)
 }
 
-/// `x` `[tokens, in]` and the gradient `dy` `[tokens, rows]` of the output: adds the gradients of matrix and bias, and
-/// returns that of `x`, added to `dx` in place if given.
-pub(crate) fn linear_backward(matrix: &Matrix<'_>, x: &Tensor, dy: &Tensor, dx: Option<Tensor>) -> Result<Tensor> {
+/// The gradient of a projection's output, `[tokens, rows]`.
+#[derive(Clone, Copy)]
+pub(crate) struct OutputGradient<'a> {
+    /// As it is, f32.
+    pub(crate) exact: &'a Tensor,
+    /// Of the matrix' type, for the products.
+    pub(crate) rounded: &'a Tensor,
+}
+
+/// `x` `[tokens, in]`, of the matrix' type, and the gradient `dy` of the output: adds the gradients of matrix and bias, and
+/// returns that of `x`, f32, added to `dx` in place if given.
+pub(crate) fn linear_backward(
+    matrix: &Matrix<'_>,
+    x: &Tensor,
+    dy: OutputGradient<'_>,
+    dx: Option<Tensor>,
+) -> Result<Tensor> {
     if is_cpu(x) {
         on_cpu(matrix, x, dy, dx)
     } else {
@@ -74,21 +91,22 @@ pub(crate) fn linear_backward(matrix: &Matrix<'_>, x: &Tensor, dy: &Tensor, dx: 
     }
 }
 
-pub(super) fn on_cpu(matrix: &Matrix<'_>, x: &Tensor, dy: &Tensor, dx: Option<Tensor>) -> Result<Tensor> {
+pub(super) fn on_cpu(matrix: &Matrix<'_>, x: &Tensor, dy: OutputGradient<'_>, dx: Option<Tensor>) -> Result<Tensor> {
     let (tokens, inputs) = x.dims2()?;
     let outputs = matrix.rows.len();
-    let (x, dy, weight) = (CpuSlice::new(x)?, CpuSlice::new(dy)?, matrix.part(matrix.weight)?);
-    let weight = CpuSlice::new(&weight)?;
-    let (x, dy, weight) = (x.f32()?, dy.f32()?, weight.f32()?);
     if let Some(sum) = matrix.dbias {
+        let dy = CpuSlice::new(dy.exact)?;
+        let dy = dy.f32()?;
         with_mut_slice(&matrix.part(sum)?, |sum| sum_rows(dy, sum))?;
     }
-    let dy = MatrixRef::new(dy, tokens, outputs);
+    let weight = matrix.part(matrix.weight)?;
+    let (x, dy, weight) = (CpuSlice::new(x)?, CpuSlice::new(dy.rounded)?, CpuSlice::new(&weight)?);
+    let dy = dy.matrix(tokens, outputs)?;
     if let Some(sum) = matrix.dweight {
-        let x = MatrixRef::new(x, tokens, inputs);
+        let x = x.matrix(tokens, inputs)?;
         with_mut_slice(&matrix.part(sum)?, |sum| matmul(dy.transpose(), x, true, sum))?;
     }
-    let weight = MatrixRef::new(weight, outputs, inputs);
+    let weight = weight.matrix(outputs, inputs)?;
     match dx {
         Some(dx) => {
             with_mut_slice(&dx, |dx| matmul(dy, weight, true, dx))?;
@@ -102,11 +120,12 @@ pub(super) fn on_cpu(matrix: &Matrix<'_>, x: &Tensor, dy: &Tensor, dx: Option<Te
     }
 }
 
-pub(super) fn elsewhere(matrix: &Matrix<'_>, x: &Tensor, dy: &Tensor, dx: Option<Tensor>) -> Result<Tensor> {
+pub(super) fn elsewhere(matrix: &Matrix<'_>, x: &Tensor, dy: OutputGradient<'_>, dx: Option<Tensor>) -> Result<Tensor> {
     if let Some(sum) = matrix.dbias {
-        add_in_place(&matrix.part(sum)?, &composed::sum_rows(dy)?)?;
+        add_in_place(&matrix.part(sum)?, &composed::sum_rows(dy.exact)?)?;
     }
-    let (own, dweight) = composed::linear(x, &matrix.part(matrix.weight)?, dy)?;
+    let weight = widened(&matrix.part(matrix.weight)?)?;
+    let (own, dweight) = composed::linear(&widened(x)?, &weight, &widened(dy.rounded)?)?;
     if let Some(sum) = matrix.dweight {
         add_in_place(&matrix.part(sum)?, &dweight)?;
     }

@@ -6,6 +6,7 @@ mod accumulate;
 mod activation;
 mod attention;
 pub(crate) mod composed;
+mod dropout;
 mod embedding;
 mod frozen;
 mod head;
@@ -13,13 +14,14 @@ mod linear;
 mod low_rank;
 mod norm;
 
-pub(crate) use accumulate::{add_in_place, with_optional_mut_slice};
+pub(crate) use accumulate::{add_in_place, scale_in_place, with_optional_mut_slice};
 pub(crate) use activation::activate_backward;
 pub(crate) use attention::{AttentionTape, attention_backward, attention_forward};
+pub(crate) use dropout::drop_in_place;
 pub(crate) use embedding::{embedding_backward, gather_rows};
 pub(crate) use frozen::{frozen_head, frozen_linear_backward};
 pub(crate) use head::cross_entropy_head;
-pub(crate) use linear::{Matrix, linear_backward, linear_forward};
+pub(crate) use linear::{Matrix, OutputGradient, linear_backward, linear_forward};
 pub(crate) use low_rank::{LowRankFactors, low_rank_backward, low_rank_forward};
 pub(crate) use norm::NormWeights;
 

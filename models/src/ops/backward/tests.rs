@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor, Var};
 
 use super::accumulate::add_elsewhere;
 use super::attention::forward_elsewhere as attention_elsewhere;
-use super::{Matrix, NormWeights, composed, linear};
+use super::{Matrix, NormWeights, OutputGradient, composed, linear};
 use crate::config::{Activation, Norm};
 use crate::error::Result;
 use crate::ops::attention::{AttentionShape, CachedSequence};
@@ -31,6 +31,11 @@ fn assert_near(actual: &Tensor, expected: &Tensor) {
     for (index, (a, e)) in actual.iter().zip(&expected).enumerate() {
         assert!((a - e).abs() < 2e-5 * largest, "element {index}: {a} instead of {e}");
     }
+}
+
+/// A gradient that is not rounded.
+fn exact(dy: &Tensor) -> OutputGradient<'_> {
+    OutputGradient { exact: dy, rounded: dy }
 }
 
 #[test]
@@ -106,7 +111,7 @@ fn projections_of_a_part_of_a_matrix() {
     let bias = random(&[20]);
     let biased = y.broadcast_add(&bias.narrow(0, 5, 7).unwrap()).unwrap();
     assert_near(&super::linear_forward(&matrix, Some(&bias), &x).unwrap(), &biased);
-    let dx = super::linear_backward(&matrix, &x, &dy, None).unwrap();
+    let dx = super::linear_backward(&matrix, &x, exact(&dy), None).unwrap();
     assert_near(&dx, &expected[0]);
     assert_near(&dweight, &expected[1]);
     assert_near(&dbias.narrow(0, 5, 7).unwrap(), &dy.sum(0).unwrap());
@@ -114,7 +119,7 @@ fn projections_of_a_part_of_a_matrix() {
         &dbias.narrow(0, 0, 5).unwrap(),
         &Tensor::zeros(5, DType::F32, &Device::Cpu).unwrap(),
     );
-    let twice = super::linear_backward(&matrix, &x, &dy, Some(dx.copy().unwrap())).unwrap();
+    let twice = super::linear_backward(&matrix, &x, exact(&dy), Some(dx.copy().unwrap())).unwrap();
     assert_near(&twice, &(dx * 2.0).unwrap());
 }
 
@@ -173,9 +178,9 @@ fn attention_of_packed_sequences() {
     let y = attention::composed(&q, &sequences, &shape).unwrap();
     let expected = differentiate(&y, &dy, &[&q, &k, &v]);
     let copy = |x: &Var| x.as_tensor().copy().unwrap();
-    let tape = super::attention_forward(copy(&q), copy(&k), copy(&v), &bounds, &shape).unwrap();
+    let tape = super::attention_forward(copy(&q), copy(&k), copy(&v), &bounds, &shape, None).unwrap();
     assert_near(&tape.output, &y);
-    let (dq, dk, dv) = super::attention_backward(tape, &dy, &bounds, &shape).unwrap();
+    let (dq, dk, dv) = super::attention_backward(tape, &dy, &bounds, &shape, None).unwrap();
     [dq, dk, dv].iter().zip(&expected).for_each(|(a, e)| assert_near(a, e));
 }
 
@@ -199,7 +204,7 @@ fn head_with_cross_entropy() {
     let factors_tensor = Tensor::new(factors.as_slice(), &Device::Cpu).unwrap();
     let expected = differentiate(&losses, &factors_tensor, &[&x, &weight]);
     let dweight = weight.zeros_like().unwrap();
-    let (own, dx) = super::cross_entropy_head(&x, &weight, &targets, &factors, Some(&dweight)).unwrap();
+    let (own, dx, _) = super::cross_entropy_head(&x, &weight, &targets, &factors, Some(&dweight)).unwrap();
     assert_near(&Tensor::new(own, &Device::Cpu).unwrap(), &losses);
     assert_near(&dx, &expected[0]);
     assert_near(&dweight, &expected[1]);
@@ -210,7 +215,7 @@ fn head_with_cross_entropy() {
 fn plain_operations_do_what_the_kernels_do() {
     let zeros = |x: &Tensor| x.zeros_like().unwrap();
     let (x, weight, dy) = (random(&[9, 11]), random(&[20, 11]), random(&[9, 7]));
-    let run = |backward: fn(&Matrix<'_>, &Tensor, &Tensor, Option<Tensor>) -> Result<Tensor>| {
+    let run = |backward: fn(&Matrix<'_>, &Tensor, OutputGradient<'_>, Option<Tensor>) -> Result<Tensor>| {
         let (dweight, dbias) = (zeros(&weight), Tensor::zeros(20, DType::F32, &Device::Cpu).unwrap());
         let matrix = Matrix {
             weight: &weight,
@@ -218,7 +223,7 @@ fn plain_operations_do_what_the_kernels_do() {
             dweight: Some(&dweight),
             dbias: Some(&dbias),
         };
-        let dx = backward(&matrix, &x, &dy, Some(x.copy().unwrap())).unwrap();
+        let dx = backward(&matrix, &x, exact(&dy), Some(x.copy().unwrap())).unwrap();
         [dx, dweight, dbias]
     };
     run(linear::on_cpu)
@@ -256,7 +261,7 @@ fn plain_operations_do_what_the_kernels_do() {
     let (q, k, v) = (random(&[9, 24]), random(&[9, 12]), random(&[9, 12]));
     let plain = attention_elsewhere(&q, &k, &v, &[0, 4, 9], &shape).unwrap();
     let copy = |x: &Var| x.as_tensor().copy().unwrap();
-    let tape = super::attention_forward(copy(&q), copy(&k), copy(&v), &[0, 4, 9], &shape).unwrap();
+    let tape = super::attention_forward(copy(&q), copy(&k), copy(&v), &[0, 4, 9], &shape, None).unwrap();
     assert_near(&plain, &tape.output);
 
     let (sum, delta) = (random(&[6, 5]), random(&[2, 5]));

@@ -9,6 +9,7 @@ use super::{Details, MODEL};
 use crate::config::to_settings;
 use crate::error::{Error, Result};
 use crate::model::Model;
+use crate::training::LossScale;
 
 /// Name of the manifest's file.
 pub(super) const FILE_NAME: &str = "manifest.json";
@@ -44,6 +45,12 @@ pub struct Manifest {
     pub end_tokens: Vec<u32>,
     /// The training log, one value a step, as the caller gave it.
     pub log: Vec<Value>,
+    /// The dynamic loss scale; the first one in manifests that were written without it.
+    #[serde(default)]
+    pub loss_scale: LossScale,
+    /// Seed of the masks of dropout; 0 in manifests that were written without it.
+    #[serde(default)]
+    pub seed: u64,
     /// All other files of the checkpoint.
     pub files: Vec<FileEntry>,
 }
@@ -101,6 +108,8 @@ impl Manifest {
             frozen: frozen.map(|parameter| parameter.name.clone()).collect(),
             end_tokens: model.end_tokens.clone(),
             log: details.log,
+            loss_scale: details.loss_scale,
+            seed: details.seed,
             files: vec![],
         }
     }

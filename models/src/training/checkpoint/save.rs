@@ -15,8 +15,8 @@ use crate::adapters;
 use crate::decoder::{Decoder, ParameterId, ParameterInfo};
 use crate::error::{Error, Result};
 use crate::model::Model;
-use crate::training::AdamW;
 use crate::training::layout::read_range;
+use crate::training::{AdamW, LossScale};
 
 /// What the caller wants kept beside model and optimizer.
 #[derive(Clone, Debug, Default)]
@@ -25,6 +25,10 @@ pub struct Details {
     pub tag: String,
     /// The training log, one value a step.
     pub log: Vec<Value>,
+    /// The dynamic loss scale.
+    pub loss_scale: LossScale,
+    /// Seed of the masks of dropout.
+    pub seed: u64,
 }
 
 /// How a checkpoint is written.
