@@ -21,6 +21,9 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 use report::{Measurements, Results};
 
+/// A name, and what makes its measurements.
+type Subject = (&'static str, fn() -> Measurements);
+
 fn main() {
     let rounds: usize = std::env::var("BENCH_ROUNDS")
         .ok()
@@ -28,7 +31,7 @@ fn main() {
         .unwrap_or(5);
     let mut results = Results::default();
     let only: Vec<String> = std::env::args().skip(1).collect();
-    let subjects: [(&str, fn() -> Measurements); 9] = [
+    let subjects: &[Subject] = &[
         ("smollm2", generation::smollm2),
         ("gpt2", generation::gpt2),
         ("overhead", overhead::measurements),

@@ -124,19 +124,12 @@ impl Measurement for Head {
         let all = seconds(|| {
             let gradients = HeadGradients {
                 d_hidden: &mut self.d_hidden,
-                d_weight: &mut self.d_weight,
+                d_weight: Some(&mut self.d_weight),
             };
-            let (hidden, weight) = (&self.hidden, &self.weight);
+            let hidden = MatrixRef::new(&self.hidden, TOKENS, WIDTH);
+            let weight = MatrixRef::new(&self.weight, VOCABULARY, WIDTH);
             let gradients = Some(gradients);
-            cross_entropy_head(
-                hidden,
-                weight,
-                VOCABULARY,
-                &targets,
-                &token_weights,
-                &mut losses,
-                gradients,
-            );
+            cross_entropy_head(hidden, weight, &targets, &token_weights, &mut losses, gradients);
         });
         // In two halves, as many logits as the kernel holds.
         let rows = TOKENS / 2;
