@@ -1,5 +1,6 @@
 //! INSERT, COPY, UPDATE and DELETE: rows are staged on the server under the transaction.
 
+mod ahead;
 mod change;
 mod insert;
 mod plan;

@@ -138,6 +138,9 @@ pub(crate) struct Writes {
     pub(crate) insert: bool,
     /// Most rows of one INSERT that may travel together; less than 2: each by itself.
     pub(crate) batched: i32,
+    /// While the server takes rows of an INSERT, the statement may go on to the next ones. What the server answers is known
+    /// at the latest when the statement ends.
+    pub(crate) ahead: bool,
     pub(crate) delete: bool,
     /// The rows of one DELETE are handed over together, at its end.
     pub(crate) deleted_together: bool,

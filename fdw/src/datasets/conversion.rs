@@ -183,7 +183,7 @@ fn insert(name: &str, model: &str, rows: Vec<Row>) -> Result<()> {
         }
         Ok::<(), pgrx::spi::Error>(())
     };
-    Spi::connect_mut(|client| insert(client)).map_err(|error| {
+    Spi::connect_mut(insert).map_err(|error| {
         let code = PgSqlErrorCode::ERRCODE_INTERNAL_ERROR;
         Error::new(code, "cannot store rows of a dataset").detail(error.to_string())
     })

@@ -75,6 +75,9 @@ unsafe fn insert(target: *mut pg_sys::ResultRelInfo, slots: &[*mut pg_sys::Tuple
             .iter()
             .map(|slot| change.inputs(*slot))
             .collect::<Result<Vec<_>>>()?;
+        if change.table.relation.writes().ahead && (*target).ri_TrigDesc.is_null() && !reads_back(target) {
+            return change.run_ahead(|writer| change.table.relation.insert(writer, rows));
+        }
         let inserted = change.run(|writer| change.table.relation.insert(writer, rows))?;
         if inserted.len() != slots.len() {
             return Err(Error::protocol("row for every inserted row"));

@@ -5,6 +5,7 @@ use std::cell::{Cell, RefCell};
 
 use pgrx::prelude::*;
 
+use super::ahead::UnderWay;
 use super::plan::{WHOLE_ROW, junk_name, refuse_on_conflict};
 use crate::client::{Client, connect, wait};
 use crate::error::{Error, OrReport, Result};
@@ -24,10 +25,12 @@ pub(super) struct Change {
     whole_row: i16,
     /// Columns that UPDATE sets.
     updated: Vec<&'static str>,
+    /// Rows that the server takes while the statement goes on.
+    pub(super) under_way: RefCell<Option<UnderWay>>,
     /// Rows that DELETE found, where they are handed over together.
     deleted: RefCell<Vec<Inputs>>,
     /// Number of the statement.
-    statement: u64,
+    pub(super) statement: u64,
     /// Holds rows that are handed back; reset with every call.
     memory: pg_sys::MemoryContext,
 }
@@ -78,9 +81,10 @@ pub(super) unsafe extern "C-unwind" fn end_foreign_modify(
     unsafe {
         let change = (*target).ri_FdwState.cast::<Change>();
         (*target).ri_FdwState = std::ptr::null_mut();
-        let deleted = change.as_ref().map_or(Ok(()), Change::delete_together);
+        let finish = |change: &Change| change.settle().and_then(|()| change.delete_together());
+        let finished = change.as_ref().map_or(Ok(()), finish);
         resources::release(change);
-        deleted.or_report();
+        finished.or_report();
     }
 }
 
@@ -102,6 +106,7 @@ unsafe fn begin(modify: *mut pg_sys::ModifyTableState, target: *mut pg_sys::Resu
             identity: Vec::new(),
             whole_row: 0,
             updated: updated_columns(state, target, &table),
+            under_way: RefCell::default(),
             deleted: RefCell::default(),
             statement: STATEMENTS.get() + 1,
             memory,

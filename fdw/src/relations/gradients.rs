@@ -84,6 +84,7 @@ impl Relation for Gradients {
             insert: true,
             // A row holds a chunk of 1 MB.
             batched: 16,
+            ahead: true,
             delete: true,
             deleted_together: true,
             ..Writes::default()

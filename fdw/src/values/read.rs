@@ -3,7 +3,6 @@
 
 use std::ffi::{CStr, c_char};
 
-use pgrx::FromDatum;
 use pgrx::pg_sys::{self, Datum, Oid};
 use tonic::codegen::Bytes;
 
@@ -37,7 +36,7 @@ pub(crate) fn read(name: &str, kind: Kind, datum: Datum, source: SqlType) -> Res
                     .collect(),
             ))
         }
-        Kind::Bytea => Ok(Value::Bytes(Bytes::from(bytes(datum)))),
+        Kind::Bytea => Ok(Value::Bytes(bytes(datum))),
         Kind::Timestamp => Err(Error::bad_value(format!("{name} is not an input"))),
     }
 }
@@ -105,9 +104,18 @@ fn text(datum: Datum, source: SqlType) -> String {
     }
 }
 
-fn bytes(datum: Datum) -> Vec<u8> {
-    // SAFETY: the datum is a bytea that is not NULL.
-    unsafe { Vec::<u8>::from_datum(datum, false) }.unwrap_or_default()
+/// The datum's bytes, copied once.
+fn bytes(datum: Datum) -> Bytes {
+    // SAFETY: the datum is a bytea that is not NULL; what detoasting made of it is not used after it is freed.
+    unsafe {
+        let given = datum.cast_mut_ptr::<pg_sys::varlena>();
+        let plain = pg_sys::pg_detoast_datum_packed(given);
+        let bytes = Bytes::copy_from_slice(pgrx::varlena::varlena_to_byte_slice(plain));
+        if plain != given {
+            pg_sys::pfree(plain.cast());
+        }
+        bytes
+    }
 }
 
 fn elements(name: &str, datum: Datum, source: SqlType, refuse_nulls: bool) -> Result<Vec<(Datum, SqlType)>> {
