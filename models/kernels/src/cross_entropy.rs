@@ -420,7 +420,8 @@ mod tests {
             MatrixRef::f16(&weight, vocabulary, width),
         ];
         let (want, got) = (run(exact, 1.0), run(rounded, 1.0));
-        assert_close(&got.0, &want.0, 1e-6);
+        // Products of halves may round their operands in groups, see `matmul`.
+        assert_close(&got.0, &want.0, 1e-4);
         assert_close(&got.1, &want.1, 1e-3);
         assert_close(&got.2, &want.2, 1e-3);
         assert_ne!(got.1, want.1);
