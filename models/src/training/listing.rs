@@ -61,7 +61,7 @@ impl Pass<'_> {
         for (index, kept) in tape.layers.iter().enumerate() {
             list.segment = format!("block {index}");
             let whole = match kept {
-                Kept::Everything(tape) => Some(tape),
+                Kept::Everything(tape) => Some(tape.as_ref()),
                 Kept::Input(_) | Kept::Nothing => None,
             };
             let middle = self.list_attention(&mut list, input, whole);

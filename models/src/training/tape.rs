@@ -20,7 +20,7 @@ pub(super) struct Tape {
 /// What is kept of one layer.
 pub(super) enum Kept {
     /// All that its backward needs.
-    Everything(LayerTape<Stored>),
+    Everything(Box<LayerTape<Stored>>),
     /// Its input, `[tokens, width]`, from which this layer and those after it that keep nothing are run again.
     Input(Stored),
     /// Nothing.
@@ -58,13 +58,13 @@ impl LayerTape {
             Compression::None | Compression::Bf16 => None,
         };
         let middle = Stored::new(self.middle, settings.compression, base.as_ref())?;
-        Ok(Kept::Everything(LayerTape {
+        Ok(Kept::Everything(Box::new(LayerTape {
             input,
             attention: self.attention.map(store)?,
             middle,
             gate: self.gate.map(store).transpose()?,
             up: store(self.up)?,
-        }))
+        })))
     }
 }
 
