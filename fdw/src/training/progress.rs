@@ -63,7 +63,7 @@ impl Progress {
         });
     }
 
-    /// As [`wait`](crate::client::wait); ends with 57014 when the work is cancelled on the server.
+    /// As [`wait`]; ends with 57014 when the work is cancelled on the server.
     pub(crate) fn wait<T>(&self, future: impl Future<Output = Result<T>>) -> Result<T> {
         wait(async {
             tokio::select! {
