@@ -5,6 +5,7 @@ use candle_kernels_cpu::Dropout;
 
 use super::dropout::DropoutSite;
 use super::forward::gather_groups;
+use super::packed::Attended;
 use super::tape::{Kept, LayerTape, Tape};
 use super::{Pass, check_cancelled};
 use crate::decoder::{Layer, LowRank, NormParameters, ParameterId, Projection, Weight, WeightType};
@@ -115,7 +116,7 @@ impl Pass<'_> {
         dropout: Option<&Dropout<'_>>,
     ) -> Result<(Tensor, Tensor, Tensor)> {
         let bounds = &self.batch.bounds;
-        let (Some(attended), Some(first)) = (&self.batch.attended, self.batch.first_attended()) else {
+        let Some(Attended { rows: attended, first }) = &self.batch.attended else {
             return attention_backward(tape, gradient, bounds, &self.heads, dropout);
         };
         let tape = tape.map(|tensor| widened(&tensor))?;
@@ -128,7 +129,7 @@ impl Pass<'_> {
         };
         // Where a row attends in several sequences, its output was taken from the first.
         let spread_gradient = spread.output.zeros_like()?;
-        embedding_backward(&first, gradient, &spread_gradient)?;
+        embedding_backward(first, gradient, &spread_gradient)?;
         let (dquery, dkey, dvalue) = attention_backward(spread, &spread_gradient, bounds, &self.heads, None)?;
         // Keys and values of a shared row have a part in every sequence.
         let gathered = |dx: &Tensor, like: &Tensor| -> Result<Tensor> {
@@ -137,7 +138,7 @@ impl Pass<'_> {
             Ok(sum)
         };
         Ok((
-            gather_rows(&dquery, &first)?,
+            gather_rows(&dquery, first)?,
             gathered(&dkey, &tape.key)?,
             gathered(&dvalue, &tape.value)?,
         ))

@@ -4,6 +4,7 @@ use candle_core::{DType, Tensor};
 use candle_kernels_cpu::Dropout;
 
 use super::dropout::DropoutSite;
+use super::packed::Attended;
 use super::tape::{LayerTape, Tape};
 use super::{Pass, check_cancelled};
 use crate::decoder::{Layer, Projection};
@@ -87,7 +88,7 @@ impl Pass<'_> {
         dropout: Option<&Dropout<'_>>,
     ) -> Result<AttentionTape> {
         let bounds = &self.batch.bounds;
-        let (Some(attended), Some(first)) = (&self.batch.attended, self.batch.first_attended()) else {
+        let Some(Attended { rows: attended, first }) = &self.batch.attended else {
             return attention_forward(query, key, value, bounds, &self.heads, dropout);
         };
         let [spread_query, spread_key, spread_value] = [
@@ -100,8 +101,8 @@ impl Pass<'_> {
             query,
             key,
             value,
-            output: gather_rows(&spread.output, &first)?,
-            log_sum_exp: gather_groups(&spread.log_sum_exp, self.heads.heads, &first),
+            output: gather_rows(&spread.output, first)?,
+            log_sum_exp: gather_groups(&spread.log_sum_exp, self.heads.heads, first),
         })
     }
 

@@ -15,9 +15,9 @@ pub(super) struct Packed {
     pub(super) tokens: Vec<u32>,
     /// Position of each token in its sequence, `[tokens]`.
     pub(super) positions: Vec<u32>,
-    /// The row of each token that attends, sequence after sequence, `[attended]`; none where these are just the rows in
-    /// their order, because no sequence shares rows with another.
-    pub(super) attended: Option<Vec<u32>>,
+    /// Which tokens attend; none where these are just the rows in their order, because no sequence shares rows with
+    /// another.
+    pub(super) attended: Option<Attended>,
     /// Where each sequence begins among the tokens that attend, and where the last ends, `[sequences + 1]`.
     pub(super) bounds: Vec<usize>,
     /// Rows that have a target, `[targets]`. A shared row is there once for each of its different targets.
@@ -30,6 +30,14 @@ pub(super) struct Packed {
     pub(super) credits: Vec<(u32, u32)>,
     /// Which of the statement's sequences these are, `[sequences]`.
     pub(super) members: Vec<usize>,
+}
+
+/// The tokens that attend, sequence after sequence: shared rows once in each of their sequences.
+pub(super) struct Attended {
+    /// The row of each, `[attended]`.
+    pub(super) rows: Vec<u32>,
+    /// The first of them for each row, `[tokens]`.
+    pub(super) first: Vec<u32>,
 }
 
 /// The rows of a pass by what comes before them: a trie whose nodes are rows.
@@ -96,16 +104,17 @@ impl Packed {
     pub(super) fn every_row_has_a_target(&self) -> bool {
         self.rows.len() == self.tokens.len() && (0..).zip(&self.rows).all(|(index, row)| index == *row)
     }
+}
 
-    /// The first of the tokens that attend for each row, `[tokens]`; none where they are the rows.
-    pub(super) fn first_attended(&self) -> Option<Vec<u32>> {
-        let attended = self.attended.as_ref()?;
-        let mut first = vec![u32::MAX; self.tokens.len()];
-        for (place, row) in (0..).zip(attended) {
+impl Attended {
+    /// Of the row of each token that attends, `[attended]`, in a pass of `tokens` rows.
+    fn new(rows: Vec<u32>, tokens: usize) -> Self {
+        let mut first = vec![u32::MAX; tokens];
+        for (place, row) in (0..).zip(&rows) {
             let first = &mut first[*row as usize];
             *first = place.min(*first);
         }
-        Some(first)
+        Self { rows, first }
     }
 }
 
@@ -176,9 +185,10 @@ impl Packing {
     }
 
     fn finish(self) -> Packed {
-        let shares = self.attended.len() != self.pass.tokens.len();
+        let tokens = self.pass.tokens.len();
+        let shares = self.attended.len() != tokens;
         Packed {
-            attended: shares.then_some(self.attended),
+            attended: shares.then(|| Attended::new(self.attended, tokens)),
             ..self.pass
         }
     }
@@ -248,17 +258,15 @@ mod tests {
         let [pass] = &passes[..] else { panic!("one pass") };
         assert_eq!(pass.tokens, [1, 2, 3, 4, 5, 2, 5, 6]);
         assert_eq!(pass.positions, [0, 1, 2, 3, 0, 1, 3, 4]);
-        assert_eq!(
-            pass.attended.as_deref().unwrap(),
-            [0, 1, 2, 3, 4, 5, 0, 1, 2, 6, 7, 0, 1]
-        );
+        let attended = pass.attended.as_ref().unwrap();
+        assert_eq!(attended.rows, [0, 1, 2, 3, 4, 5, 0, 1, 2, 6, 7, 0, 1]);
         assert_eq!(pass.bounds, [0, 4, 6, 11, 13]);
         assert_eq!(pass.rows, [0, 1, 2, 4, 2, 6]);
         assert_eq!(pass.targets, [2, 3, 4, 2, 5, 6]);
         assert_eq!(pass.factors, [3.5, 1.5, 1.0, 1.0, 0.5, 0.5]);
         let credits = [(0, 0), (1, 0), (2, 0), (3, 1), (0, 2), (1, 2), (4, 2), (5, 2), (0, 3)];
         assert_eq!(pass.credits, credits);
-        assert_eq!(pass.first_attended().unwrap(), [0, 1, 2, 3, 4, 5, 9, 10]);
+        assert_eq!(attended.first, [0, 1, 2, 3, 4, 5, 9, 10]);
         assert!(!pass.every_row_has_a_target());
         assert!(Packed::split(&sequences, false)[0].attended.is_none());
         for (tokens, expected, shared) in [(1, 1, 1), (4, 1, 1), (8, 2, 4), (6, 2, 2), (10, 2, 4)] {
