@@ -55,16 +55,6 @@ impl Client {
         }
     }
 
-    pub async fn steps(&self, model: &str) -> Vec<OptimizerStep> {
-        let request = ListStepsRequest {
-            transaction: None,
-            models: vec![model.into()],
-            ..Default::default()
-        };
-        let steps = self.training.clone().list_steps(request).await;
-        steps.unwrap().into_inner().steps
-    }
-
     pub async fn configure(&self, transaction: Option<TransactionContext>, model: &str, config: &str) {
         let request = UpdateModelRequest {
             transaction,

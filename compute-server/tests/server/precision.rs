@@ -50,36 +50,6 @@ async fn large_batch(client: &Client, model: &str, transaction: Option<Transacti
     client.training.clone().accumulate_batches(request).await.unwrap();
 }
 
-async fn steps(client: &Client, model: &str) -> Vec<OptimizerStep> {
-    let request = ListStepsRequest {
-        models: vec![model.into()],
-        ..Default::default()
-    };
-    client
-        .training
-        .clone()
-        .list_steps(request)
-        .await
-        .unwrap()
-        .into_inner()
-        .steps
-}
-
-async fn tape(client: &Client, model: &str) -> Vec<TapeEntry> {
-    let request = ListTapeRequest {
-        transaction: None,
-        models: vec![model.into()],
-    };
-    client
-        .training
-        .clone()
-        .list_tape(request)
-        .await
-        .unwrap()
-        .into_inner()
-        .entries
-}
-
 async fn memory(client: &Client, model: &str) -> u64 {
     client.describe(model, None).await.unwrap().memory_bytes
 }
@@ -94,7 +64,7 @@ async fn the_precision_changes_between_steps_with_its_transaction() {
         (entry.dtype(), entry.bytes, entry.storage())
     };
     client.batch("m", None, &[A]).await.unwrap();
-    let exact = query(&tape(&client, "m").await);
+    let exact = query(&client.tape("m").await);
     assert_eq!(exact.0, DataType::F32);
     client.step("m", None).await.unwrap();
     let idle = memory(&client, "m").await;
@@ -102,17 +72,17 @@ async fn the_precision_changes_between_steps_with_its_transaction() {
     configure(&client, "m", within("t"), r#"{"precision": "f16"}"#).await;
     client.batch("m", within("t"), &[A]).await.unwrap();
     let half = (DataType::F16, exact.1 / 2, ActivationStorage::Kept);
-    assert_eq!(query(&tape(&client, "m").await), half);
+    assert_eq!(query(&client.tape("m").await), half);
     client.rollback("t", 1).await;
     assert_eq!(memory(&client, "m").await, idle);
     client.batch("m", None, &[A]).await.unwrap();
-    assert_eq!(query(&tape(&client, "m").await), exact);
+    assert_eq!(query(&client.tape("m").await), exact);
     let with_gradient = memory(&client, "m").await;
     client.step("m", None).await.unwrap();
     // Published, it holds from then on, with copies of the weights until they change.
     configure(&client, "m", None, r#"{"precision": "bf16"}"#).await;
     client.batch("m", None, &[A, B]).await.unwrap();
-    assert_eq!(query(&tape(&client, "m").await).0, DataType::Bf16);
+    assert_eq!(query(&client.tape("m").await).0, DataType::Bf16);
     let with_copies = memory(&client, "m").await;
     assert!(with_copies > with_gradient, "{with_copies} {with_gradient}");
     let step = client.step("m", None).await.unwrap();
@@ -123,7 +93,7 @@ async fn the_precision_changes_between_steps_with_its_transaction() {
     assert!(described.config_json.contains("\"precision\":\"bf16\""));
     configure(&client, "m", None, "{}").await;
     client.batch("m", None, &[A]).await.unwrap();
-    assert_eq!(query(&tape(&client, "m").await), exact);
+    assert_eq!(query(&client.tape("m").await), exact);
 }
 
 #[tokio::test]
@@ -166,7 +136,7 @@ async fn an_overflow_is_a_skipped_step_that_halves_the_scale() {
         "{step:?}"
     );
     client.rollback("t", 1).await;
-    assert!(steps(&client, "m").await.is_empty());
+    assert!(client.steps("m").await.is_empty());
     let mut scale = 65536.0;
     for _ in 0..2 {
         large_batch(&client, "m", None).await;
@@ -191,7 +161,7 @@ async fn an_overflow_is_a_skipped_step_that_halves_the_scale() {
             }
         };
         assert!(taken.overflows == 0 && taken.loss_scale < 16384.0, "{taken:?}");
-        let log = steps(&client, model).await;
+        let log = client.steps(model).await;
         assert!(log.len() > 4 && log[..log.len() - 1].iter().all(|row| row.skipped && row.step == 1));
         // Two good steps in a row double it.
         for (number, growth) in [(2, 1.0), (3, 2.0)] {

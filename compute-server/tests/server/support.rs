@@ -153,6 +153,32 @@ impl Client {
         }
     }
 
+    /// What the last forward pass of training of a model recorded.
+    pub async fn tape(&self, model: &str) -> Vec<TapeEntry> {
+        let request = ListTapeRequest {
+            transaction: None,
+            models: vec![model.into()],
+        };
+        self.training
+            .clone()
+            .list_tape(request)
+            .await
+            .unwrap()
+            .into_inner()
+            .entries
+    }
+
+    /// The training log of a model.
+    pub async fn steps(&self, model: &str) -> Vec<OptimizerStep> {
+        let request = ListStepsRequest {
+            transaction: None,
+            models: vec![model.into()],
+            ..Default::default()
+        };
+        let steps = self.training.clone().list_steps(request).await;
+        steps.unwrap().into_inner().steps
+    }
+
     /// A tokenizer called `tiny` of about 280 tokens.
     pub async fn train_tokenizer(&self) {
         let texts = [

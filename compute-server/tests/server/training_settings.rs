@@ -33,21 +33,6 @@ async fn step(client: &Client, learning_rate: Option<f64>) -> f64 {
     response.step.unwrap().options.unwrap().learning_rate.unwrap()
 }
 
-async fn tape(client: &Client) -> Vec<TapeEntry> {
-    let request = ListTapeRequest {
-        transaction: None,
-        models: vec!["m".into()],
-    };
-    client
-        .training
-        .clone()
-        .list_tape(request)
-        .await
-        .unwrap()
-        .into_inner()
-        .entries
-}
-
 fn held(tape: &[TapeEntry]) -> u64 {
     tape.iter().map(|entry| entry.bytes).sum()
 }
@@ -103,10 +88,10 @@ async fn recomputing_changes_the_tape_and_not_the_model() {
     let server = TestServer::start(&[]);
     let client = server.connect().await;
     client.create("m").await;
-    assert!(tape(&client).await.is_empty());
+    assert!(client.tape("m").await.is_empty());
     client.load(tiny("plain")).await.unwrap();
     client.batch("m", None, &[A, B]).await.unwrap();
-    let all = tape(&client).await;
+    let all = client.tape("m").await;
     let shape = (all[0].operation.as_str(), all[0].shape.as_slice(), all[0].dtype());
     assert_eq!(shape, ("embedding", [11, 32].as_slice(), DataType::F32));
     assert!(
@@ -120,7 +105,7 @@ async fn recomputing_changes_the_tape_and_not_the_model() {
         .await
         .unwrap();
     client.batch("m", within("t"), &[A, B]).await.unwrap();
-    let blocks = tape(&client).await;
+    let blocks = client.tape("m").await;
     assert!(held(&blocks) * 2 < held(&all), "{} {}", held(&blocks), held(&all));
     let recomputed = |entry: &TapeEntry| entry.storage() == ActivationStorage::Recomputed && entry.operation == "query";
     assert_eq!(blocks.iter().filter(|entry| recomputed(entry)).count(), 2);
@@ -138,7 +123,7 @@ async fn recomputing_changes_the_tape_and_not_the_model() {
         .await
         .unwrap();
     client.batch("m", None, &[A, B]).await.unwrap();
-    let compressed = tape(&client).await;
+    let compressed = client.tape("m").await;
     assert!(held(&compressed) < held(&all));
     assert!(
         compressed
