@@ -1,58 +1,26 @@
 //! `InferenceService`.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use candle_compute_proto::v1;
 use candle_compute_proto::v1::inference_service_server::InferenceService;
-use candle_models::{ChatMessage, CompletionText, Sampler, SamplingOptions, Tokenizer};
+use candle_models::Tokenizer;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Service, texts};
+use super::{Service, generate, texts};
 use crate::chunks::Assembly;
 use crate::error::{Error, Result};
-use crate::owner::{GenerationRequest, ModelHandle, OutputStream, Step};
+use crate::owner::{ModelHandle, OutputStream, Step};
 use crate::requests::Phase;
 use crate::transactions::Reader;
 
-/// Tokens generated when a request does not say how many.
-const DEFAULT_MAX_TOKENS: i64 = 256;
-
 #[tonic::async_trait]
 impl InferenceService for Service {
-    type GenerateStream = OutputStream<v1::GenerateResponse, v1::GenerateResponse>;
+    type GenerateStream = generate::GenerateStream;
     type ForwardStream = OutputStream<v1::ReadGradientsResponse, v1::ForwardResponse>;
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        let arrived = Instant::now();
-        let request = request.into_inner();
-        let reader = Reader::open(&self.app, request.transaction.as_ref())?;
-        let model = reader.find(&request.model, &request.adapter)?;
-        let tokenizer = tokenizer(&model)?;
-        let tokens = prompt_tokens(&model, &tokenizer, request.input)?;
-        let max_tokens = self.max_tokens(&model, tokens.len(), request.max_tokens)?;
-        let sampler = Sampler::new(&sampling_options(request.sampling.unwrap_or_default())?).map_err(Error::from)?;
-        let text = CompletionText::new(tokenizer, &tokens, &request.stop).map_err(Error::from)?;
-        let (output, stream) = OutputStream::channel(&model, |message: v1::GenerateResponse| {
-            if message.summary.is_some() {
-                Step::Last(message)
-            } else {
-                Step::Next(message)
-            }
-        });
-        let generation = GenerationRequest {
-            view: reader.view(),
-            tokens,
-            max_tokens,
-            sampler,
-            text,
-            stream_tokens: request.stream_tokens,
-            request: self.app.requests.begin("generate", model.name()),
-            output,
-            arrived,
-        };
-        model.call(move |owner| owner.submit_generation(generation)).await?;
-        Ok(Response::new(stream))
+        Ok(Response::new(generate::start(&self.app, request.into_inner()).await?))
     }
 
     async fn tokenize(&self, request: Request<v1::TokenizeRequest>) -> Result<Response<v1::TokenizeResponse>, Status> {
@@ -204,28 +172,6 @@ impl InferenceService for Service {
 }
 
 impl Service {
-    /// Tokens that a generation may add: what was asked for, cut to what the context still holds.
-    fn max_tokens(&self, model: &ModelHandle, prompt: usize, asked: Option<i64>) -> Result<usize> {
-        let context = model.facts().decoder_config.context_length;
-        if prompt >= context {
-            return Err(Error::invalid(format!(
-                "the prompt has {prompt} tokens, which leave no room in the context of {context}; shorten it"
-            )));
-        }
-        let asked = asked.unwrap_or(DEFAULT_MAX_TOKENS.min(context as i64));
-        let asked = usize::try_from(asked)
-            .ok()
-            .filter(|asked| (1..=context).contains(asked))
-            .ok_or_else(|| {
-                Error::invalid(format!(
-                    "max_tokens is {asked}; it must be from 1 to {context}, the context of the model"
-                ))
-            })?;
-        let max_tokens = asked.min(context - prompt);
-        self.app.check_request_tokens((prompt + max_tokens) as u64)?;
-        Ok(max_tokens)
-    }
-
     /// Checks the length of a sequence that is read at once.
     fn check_sequence(&self, model: &ModelHandle, tokens: &[u32]) -> Result<()> {
         let context = model.facts().decoder_config.context_length;
@@ -246,59 +192,6 @@ pub(super) fn tokenizer(model: &ModelHandle) -> Result<Arc<Tokenizer>> {
             model.name()
         ),
         hint: "Load a model with a tokenizer, or create it with \"tokenizer\" in its config.",
-    })
-}
-
-/// Tokens of the prompt, or of the conversation as the model's template renders it.
-fn prompt_tokens(
-    model: &ModelHandle,
-    tokenizer: &Tokenizer,
-    input: Option<v1::generate_request::Input>,
-) -> Result<Vec<u32>> {
-    let tokens = match input {
-        Some(v1::generate_request::Input::Prompt(prompt)) if prompt.is_empty() => {
-            return Err(Error::invalid("prompt is empty; give some text to continue"));
-        }
-        Some(v1::generate_request::Input::Prompt(prompt)) => tokenizer.encode(&prompt)?,
-        Some(v1::generate_request::Input::Messages(messages)) => {
-            let template = model
-                .facts()
-                .chat_template
-                .as_ref()
-                .ok_or_else(|| Error::Precondition {
-                    message: format!(
-                        "model \"{}\" has no chat template, so it takes no messages",
-                        model.name()
-                    ),
-                    hint: "Give a prompt instead.",
-                })?;
-            let messages = messages.messages.into_iter();
-            let messages: Vec<_> = messages
-                .map(|message| ChatMessage {
-                    role: message.role,
-                    content: message.content,
-                })
-                .collect();
-            tokenizer.encode_without_special_tokens(&template.render(&messages)?)?
-        }
-        None => return Err(Error::invalid("prompt or messages is required")),
-    };
-    if tokens.is_empty() {
-        return Err(Error::invalid("the prompt has no tokens; give some text to continue"));
-    }
-    Ok(tokens)
-}
-
-fn sampling_options(given: v1::SamplingOptions) -> Result<SamplingOptions> {
-    let default = SamplingOptions::default();
-    Ok(SamplingOptions {
-        temperature: given.temperature.unwrap_or(default.temperature),
-        top_k: given.top_k.map_or(default.top_k, i64::from),
-        top_p: given.top_p.unwrap_or(default.top_p),
-        min_p: given.min_p.unwrap_or(default.min_p),
-        repetition_penalty: given.repetition_penalty.unwrap_or(default.repetition_penalty),
-        // Every bit pattern is a seed.
-        seed: given.seed.unwrap_or(0) as u64,
     })
 }
 

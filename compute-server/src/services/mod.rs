@@ -3,6 +3,7 @@
 mod adapters;
 mod benchmarks;
 mod checkpoints;
+pub(crate) mod generate;
 mod inference;
 mod load;
 mod losses;
