@@ -11,6 +11,7 @@ use tonic::{Code, Status};
 
 use crate::app::App;
 use crate::auth::Tokens;
+use crate::caller::Tenant;
 use crate::error::{Error, Result};
 
 /// What the guard needs.
@@ -52,12 +53,13 @@ impl Guard {
 }
 
 /// Lets a call pass or answers it with a status.
-pub(crate) async fn guard(State(guard): State<Arc<Guard>>, request: Request, next: Next) -> Response {
+pub(crate) async fn guard(State(guard): State<Arc<Guard>>, mut request: Request, next: Next) -> Response {
     let path = request.uri().path().to_owned();
     let holder = match guard.admit(&path, request.headers()) {
         Ok(holder) => holder,
         Err(error) => return Status::from(error).into_http(),
     };
+    request.extensions_mut().insert(Tenant(Arc::from(holder)));
     let start = Instant::now();
     let response = next.run(request).await;
     let status = Status::from_header_map(response.headers());

@@ -9,6 +9,7 @@
 
 mod app;
 mod auth;
+mod caller;
 mod checkpoints;
 mod chunks;
 mod commit_log;

@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 use super::View;
 use super::sequence::Sequence;
 use super::state::Owner;
+use crate::caller::Caller;
 use crate::error::{Error, Result};
 use crate::requests::RequestGuard;
 
@@ -34,6 +35,8 @@ pub(crate) struct GenerationRequest {
     pub(crate) output: mpsc::Sender<Result<v1::GenerateResponse, Error>>,
     /// When the client asked.
     pub(crate) arrived: Instant,
+    /// Who asked.
+    pub(crate) caller: Caller,
 }
 
 /// Queue and running generations.

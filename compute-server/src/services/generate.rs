@@ -8,6 +8,7 @@ use candle_models::{ChatMessage, CompletionText, Sampler, SamplingOptions, Token
 
 use super::inference::tokenizer;
 use crate::app::App;
+use crate::caller::Caller;
 use crate::error::{Error, Result};
 use crate::owner::{GenerationRequest, ModelHandle, OutputStream, Step};
 use crate::transactions::Reader;
@@ -22,7 +23,7 @@ pub(crate) type GenerateStream = OutputStream<v1::GenerateResponse, v1::Generate
 ///
 /// # Errors
 /// When the request is not valid, names nothing that there is, or exceeds a limit.
-pub(crate) async fn start(app: &Arc<App>, request: v1::GenerateRequest) -> Result<GenerateStream> {
+pub(crate) async fn start(app: &Arc<App>, caller: Caller, request: v1::GenerateRequest) -> Result<GenerateStream> {
     let arrived = Instant::now();
     let reader = Reader::open(app, request.transaction.as_ref())?;
     let model = reader.find(&request.model, &request.adapter)?;
@@ -48,6 +49,7 @@ pub(crate) async fn start(app: &Arc<App>, request: v1::GenerateRequest) -> Resul
         request: app.requests.begin("generate", model.name()),
         output,
         arrived,
+        caller,
     };
     model.call(move |owner| owner.submit_generation(generation)).await?;
     Ok(stream)

@@ -8,6 +8,7 @@ use candle_models::Tokenizer;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{Service, generate, texts};
+use crate::caller::Caller;
 use crate::chunks::Assembly;
 use crate::error::{Error, Result};
 use crate::owner::{ModelHandle, OutputStream, Step};
@@ -20,7 +21,9 @@ impl InferenceService for Service {
     type ForwardStream = OutputStream<v1::ReadGradientsResponse, v1::ForwardResponse>;
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        Ok(Response::new(generate::start(&self.app, request.into_inner()).await?))
+        let caller = Caller::of(&request);
+        let stream = generate::start(&self.app, caller, request.into_inner()).await?;
+        Ok(Response::new(stream))
     }
 
     async fn tokenize(&self, request: Request<v1::TokenizeRequest>) -> Result<Response<v1::TokenizeResponse>, Status> {
