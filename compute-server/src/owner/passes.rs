@@ -53,9 +53,9 @@ impl Owner {
             first_sequence: inputs.first_sequence + done as u64,
         };
         let options = inputs.settings.pass(self.half_weights(), inputs.loss_factor, key);
-        let rest = &sequences[done..];
-        let batch = &rest[..training::leading_sequences(rest, MICRO_BATCH_TOKENS, options.reuses())];
         let decoder = self.training_weights(view);
+        let rest = &sequences[done..];
+        let batch = &rest[..training::leading_sequences(rest, MICRO_BATCH_TOKENS, options.reuses(decoder))];
         Ok(training::accumulate_in_place(
             decoder, batch, gradient, &options, cancelled,
         )?)

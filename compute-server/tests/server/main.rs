@@ -1,6 +1,7 @@
 //! Tests of the program `compute-server` over real sockets, with tiny models made from nothing.
 #![allow(clippy::unwrap_used, unreachable_pub)]
 
+mod adapter_dropout;
 mod adapters;
 mod bad_input;
 mod benchmarks;

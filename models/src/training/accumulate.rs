@@ -47,10 +47,12 @@ impl Default for PassOptions<'_> {
 }
 
 impl PassOptions<'_> {
-    /// Whether sequences share the activations of what they have in common: not with dropout, whose masks differ.
+    /// Whether sequences share the activations of what they have in common: not with dropout, of the model or of an
+    /// adapter, whose masks differ.
     #[must_use]
-    pub fn reuses(&self) -> bool {
-        self.activations.reuse && !self.dropout.is_on()
+    pub fn reuses(&self, decoder: &Decoder) -> bool {
+        let mut matrices = decoder.adapted_modules().iter();
+        self.activations.reuse && !self.dropout.is_on() && !matrices.any(|(_, matrix)| matrix.dropout > 0.0)
     }
 }
 
@@ -81,7 +83,7 @@ pub(super) struct Pass<'a> {
     pub(super) losses: RoundingLosses,
     /// Factor of each row's loss in the scaled gradient, `[targets]`.
     pub(super) factors: Vec<f32>,
-    pub(super) dropout: Option<PassDropout>,
+    pub(super) dropout: PassDropout,
     pub(super) cancelled: &'a dyn Fn() -> bool,
 }
 
@@ -131,18 +133,13 @@ pub fn accumulate_in_place(
     if gradient.parameter_count() != decoder.parameters().len() {
         return Err(Error::InvalidArgument("the gradient is of another model".into()));
     }
-    if decoder.lora_config().is_some_and(|adapter| adapter.dropout > 0.0) {
-        return Err(Error::Unsupported(
-            "training an adapter with dropout is not supported; make it with dropout 0".into(),
-        ));
-    }
     let counts = sequences.iter().map(TrainingSequence::target_count);
     let mut losses: Vec<_> = counts
         .map(|token_count| SequenceLoss { loss: 0.0, token_count })
         .collect();
     let (mut tape, mut lost) = (vec![], (0, 0));
     gradient.rescale(options.loss_scale)?;
-    for batch in Packed::split(sequences, options.reuses()) {
+    for batch in Packed::split(sequences, options.reuses(decoder)) {
         gradient.allocate()?;
         let pass = Pass::new(decoder, &batch, gradient, options, cancelled)?;
         let recorded = pass.forward()?;

@@ -11,8 +11,9 @@ use super::{Pass, check_cancelled};
 use crate::decoder::{Layer, LowRank, NormParameters, ParameterId, Projection, Weight, WeightType};
 use crate::error::Result;
 use crate::ops::backward::{
-    self, AttentionTape, LowRankFactors, Matrix, NormWeights, OutputGradient, attention_backward, cross_entropy_head,
-    embedding_backward, frozen_head, frozen_linear_backward, gather_rows, linear_backward, low_rank_backward,
+    self, AttentionTape, InputDropout, LowRankFactors, Matrix, NormWeights, OutputGradient, attention_backward,
+    cross_entropy_head, embedding_backward, frozen_head, frozen_linear_backward, gather_rows, linear_backward,
+    low_rank_backward,
 };
 use crate::ops::half::{rounded_gradient, widened};
 use crate::ops::rotary;
@@ -232,9 +233,11 @@ impl Pass<'_> {
 
     /// What an adapter adds to a projection, and where the gradients of that are added up.
     pub(super) fn low_rank(&self, projection: &Projection) -> Result<Option<LowRankFactors<'_>>> {
-        let Some(LowRank { a, b, scale, .. }) = projection.low_rank else {
+        let Some(matrix) = projection.low_rank else {
             return Ok(None);
         };
+        let LowRank { a, b, scale, .. } = matrix;
+        let masks = self.dropout_at(DropoutSite::LowRank(matrix));
         Ok(Some(LowRankFactors {
             a: self.weight_f32(a)?,
             b: self.weight_f32(b)?,
@@ -242,6 +245,10 @@ impl Pass<'_> {
             scale,
             da: self.gradient_of(a),
             db: self.gradient_of(b),
+            dropout: masks.map(|masks| InputDropout {
+                masks,
+                bounds: &self.batch.bounds,
+            }),
         }))
     }
 

@@ -3,6 +3,7 @@
 use candle_kernels_cpu::Dropout;
 
 use crate::config::{DecoderConfig, Fields};
+use crate::decoder::LowRank;
 use crate::error::{Error, Result};
 
 /// Probabilities of dropout, with transformers' names; from 0 to below 1. Nothing is dropped by default: what a
@@ -56,7 +57,7 @@ pub struct DropoutKey {
 }
 
 /// A place of the network where something is dropped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum DropoutSite {
     /// The embeddings' sum.
     Embedding,
@@ -66,6 +67,8 @@ pub(super) enum DropoutSite {
     AttentionOutput(usize),
     /// What a layer's feed-forward network adds to the stream.
     FeedForward(usize),
+    /// The input of an adapter's low-rank matrix.
+    LowRank(LowRank),
 }
 
 impl DropoutSite {
@@ -77,8 +80,10 @@ impl DropoutSite {
             Self::AttentionOutput(layer) => of_layer(layer, 0),
             Self::FeedForward(layer) => of_layer(layer, 1),
             Self::Attention(layer) => of_layer(layer, 2),
+            // One a matrix: query, key and value of a fused one read the same input.
+            Self::LowRank(matrix) => of_layer(config.layers, matrix.a.0),
         };
-        // Layers times heads come nowhere near the limit.
+        // Layers times heads and parameters come nowhere near the limit.
         number as u32
     }
 }
@@ -92,15 +97,15 @@ pub(super) struct PassDropout {
 }
 
 impl PassDropout {
-    /// Of a pass over the sequences `members` of those that `key` counts; none if nothing is dropped.
-    pub(super) fn new(settings: DropoutSettings, key: DropoutKey, members: &[usize]) -> Option<Self> {
+    /// Of a pass over the sequences `members` of those that `key` counts.
+    pub(super) fn new(settings: DropoutSettings, key: DropoutKey, members: &[usize]) -> Self {
         // Sequences that wrap around would only share masks.
         let number = |&member: &usize| (key.first_sequence + member as u64) as u32;
-        settings.is_on().then(|| Self {
+        Self {
             settings,
             key: mixed(key.seed.wrapping_add(mixed(key.step))),
             sequences: members.iter().map(number).collect(),
-        })
+        }
     }
 
     /// What is dropped at a place; none if nothing is.
@@ -109,6 +114,7 @@ impl PassDropout {
             DropoutSite::Embedding => self.settings.embedding,
             DropoutSite::Attention(_) => self.settings.attention,
             DropoutSite::AttentionOutput(_) | DropoutSite::FeedForward(_) => self.settings.residual,
+            DropoutSite::LowRank(matrix) => f64::from(matrix.dropout),
         };
         (probability > 0.0).then(|| Dropout {
             probability,
@@ -131,6 +137,7 @@ fn mixed(number: u64) -> u64 {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::decoder::ParameterId;
     use serde_json::{Value, json};
 
     fn read(settings: Value) -> Result<DropoutSettings> {
@@ -173,7 +180,14 @@ mod tests {
             let first = DropoutSite::Attention(layer).number(&config);
             numbers.extend([first, first + 1]);
         }
-        assert_eq!(numbers, (0..13).collect::<Vec<_>>());
+        let low_rank = |a: usize| LowRank {
+            a: ParameterId(a),
+            b: ParameterId(a + 1),
+            scale: 1.0,
+            dropout: 0.5,
+        };
+        numbers.extend([0, 1].map(|a| DropoutSite::LowRank(low_rank(a)).number(&config)));
+        assert_eq!(numbers, (0..15).collect::<Vec<_>>());
     }
 
     #[test]
@@ -189,11 +203,9 @@ mod tests {
                 },
                 &[0, 4],
             )
-            .unwrap()
         };
         assert_ne!(key(1, 0).key, key(0, 1).key);
         assert_ne!(key(0, 0).key, key(0, 1).key);
         assert_eq!(key(0, 0).sequences, [3, 7]);
-        assert!(PassDropout::new(DropoutSettings::default(), DropoutKey::default(), &[0]).is_none());
     }
 }

@@ -137,7 +137,7 @@ impl Pass<'_> {
 
     /// What is dropped at a place; none if nothing is.
     pub(super) fn dropout_at(&self, site: DropoutSite) -> Option<Dropout<'_>> {
-        self.dropout.as_ref()?.at(site, self.decoder.config())
+        self.dropout.at(site, self.decoder.config())
     }
 
     /// Drops elements of `x` `[tokens, width]` in place, forward or backward.

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod activations;
+mod adapter_dropout;
 mod adapters;
 mod batching;
 mod checkpoints;

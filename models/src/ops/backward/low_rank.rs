@@ -3,9 +3,9 @@
 use std::ops::Range;
 
 use candle_core::{Device, Tensor};
-use candle_kernels_cpu::{MatrixRef, matmul};
+use candle_kernels_cpu::{Dropout, MatrixRef, matmul};
 
-use super::add_in_place;
+use super::{add_in_place, drop_in_place};
 use crate::error::Result;
 use crate::ops::storage::{CpuSlice, is_cpu, with_mut_slice};
 
@@ -23,12 +23,32 @@ pub(crate) struct LowRankFactors<'a> {
     pub(crate) da: Option<&'a Tensor>,
     /// `[out, rank]`; none for a frozen factor.
     pub(crate) db: Option<&'a Tensor>,
+    /// What is dropped of the input of `A`, and nowhere else; none if nothing is.
+    pub(crate) dropout: Option<InputDropout<'a>>,
+}
+
+/// Dropout of the input `[tokens, in]` of a low-rank matrix.
+pub(crate) struct InputDropout<'a> {
+    /// The masks.
+    pub(crate) masks: Dropout<'a>,
+    /// Where each of the packed sequences begins, and where the last ends, `[sequences + 1]`.
+    pub(crate) bounds: &'a [usize],
 }
 
 impl LowRankFactors<'_> {
     /// The projection's part of `B` or its gradient; shares storage.
     fn part(&self, tensor: &Tensor) -> Result<Tensor> {
         Ok(tensor.narrow(0, self.rows.start, self.rows.len())?)
+    }
+
+    /// What `A` reads of `x`: a copy where something is dropped.
+    fn input(&self, x: &Tensor) -> Result<Tensor> {
+        let Some(dropout) = &self.dropout else {
+            return Ok(x.clone());
+        };
+        let x = x.copy()?;
+        drop_in_place(&x, dropout.bounds, &dropout.masks)?;
+        Ok(x)
     }
 
     /// `scale * x A^T`, `[tokens, rank]`.
@@ -39,20 +59,28 @@ impl LowRankFactors<'_> {
 
 /// Adds `scale * x A^T B[rows]^T` to `y` `[tokens, rows]` in place; `x` is `[tokens, in]`.
 pub(crate) fn low_rank_forward(factors: &LowRankFactors<'_>, x: &Tensor, y: &Tensor) -> Result<()> {
-    add_product(y, &factors.inner(x)?, &factors.part(factors.b)?, [false, true])
+    let inner = factors.inner(&factors.input(x)?)?;
+    add_product(y, &inner, &factors.part(factors.b)?, [false, true])
 }
 
 /// From `x` `[tokens, in]` and the gradient `dy` `[tokens, rows]` of the output: adds the gradients of the factors, and
 /// that of `x` to `dx` in place.
 pub(crate) fn low_rank_backward(factors: &LowRankFactors<'_>, x: &Tensor, dy: &Tensor, dx: &Tensor) -> Result<()> {
+    let x = factors.input(x)?;
     if let Some(sum) = factors.db {
-        add_product(&factors.part(sum)?, dy, &factors.inner(x)?, [true, false])?;
+        add_product(&factors.part(sum)?, dy, &factors.inner(&x)?, [true, false])?;
     }
     let dinner = (product(dy, &factors.part(factors.b)?, false)? * f64::from(factors.scale))?;
     if let Some(sum) = factors.da {
-        add_product(sum, &dinner, x, [true, false])?;
+        add_product(sum, &dinner, &x, [true, false])?;
     }
-    add_product(dx, &dinner, factors.a, [false, false])
+    let Some(dropout) = &factors.dropout else {
+        return add_product(dx, &dinner, factors.a, [false, false]);
+    };
+    // Only the adapter's way back is dropped; `dx` has the matrix' already.
+    let own = product(&dinner, factors.a, false)?;
+    drop_in_place(&own, dropout.bounds, &dropout.masks)?;
+    add_in_place(dx, &own)
 }
 
 /// `left right`, or `left right^T`.
@@ -97,8 +125,19 @@ mod tests {
     use crate::ops::test_util::{assert_close, noise};
 
     /// Central differences of the sum of `weights * y` by every element.
-    #[test]
-    fn gradients_agree_with_finite_differences() {
+    fn check_gradients(probability: f64) {
+        let dropout = || {
+            let masks = Dropout {
+                probability,
+                key: 3,
+                site: 1,
+                sequences: &[0, 4],
+            };
+            (probability > 0.0).then_some(InputDropout {
+                masks,
+                bounds: &[0, 1, 3],
+            })
+        };
         let (a, b, x) = (noise(&[2, 5], 1), noise(&[7, 2], 2), noise(&[3, 5], 3));
         let dy = noise(&[3, 4], 4);
         let (da, db) = (a.zeros_like().unwrap(), b.zeros_like().unwrap());
@@ -110,6 +149,7 @@ mod tests {
             scale: 1.5,
             da: Some(&da),
             db: Some(&db),
+            dropout: dropout(),
         };
         let dx = x.ones_like().unwrap();
         low_rank_backward(&factors, &x, &dy, &dx).unwrap();
@@ -121,6 +161,7 @@ mod tests {
                 scale: 1.5,
                 da: None,
                 db: None,
+                dropout: dropout(),
             };
             let y = dy.zeros_like().unwrap();
             low_rank_forward(&factors, x, &y).unwrap();
@@ -146,5 +187,16 @@ mod tests {
         assert_close(&dx, &want, 1e-3);
         let untouched = db.to_vec2::<f32>().unwrap();
         assert!(untouched[0].iter().chain(&untouched[6]).all(|element| *element == 0.0));
+    }
+
+    #[test]
+    fn gradients_agree_with_finite_differences() {
+        check_gradients(0.0);
+    }
+
+    /// The masks are the same in every evaluation of the loss.
+    #[test]
+    fn gradients_agree_with_finite_differences_where_inputs_are_dropped() {
+        check_gradients(0.4);
     }
 }

@@ -22,7 +22,7 @@ pub(crate) use embedding::{embedding_backward, gather_rows};
 pub(crate) use frozen::{frozen_head, frozen_linear_backward};
 pub(crate) use head::cross_entropy_head;
 pub(crate) use linear::{Matrix, OutputGradient, linear_backward, linear_forward};
-pub(crate) use low_rank::{LowRankFactors, low_rank_backward, low_rank_forward};
+pub(crate) use low_rank::{InputDropout, LowRankFactors, low_rank_backward, low_rank_forward};
 pub(crate) use norm::NormWeights;
 
 #[cfg(test)]
