@@ -1,9 +1,10 @@
-"""Greedy generation in PyTorch with a key-value cache: 128 tokens of prompt, 64 decoded, random weights in f32.
+"""Greedy generation in PyTorch with a key-value cache, random weights.
 
-    pytorch_generate.py gpt2|smollm2
+    pytorch_generate.py gpt2|smollm2 float32|bfloat16
 
-Measures once per line of standard input and answers {"decode": tokens/s, "prefill": tokens/s}. SmolLM2 has no 4-bit
-kernels here: it runs in f32, as transformers would run it.
+Measures once per line of standard input, {"sequences": n, "prompt": tokens, "tokens": decoded}, and answers
+{"decode": tokens/s, "prefill": tokens/s, "seconds": of the whole}. SmolLM2 has no 4-bit kernels here: it runs in f32,
+as transformers would run it.
 """
 
 import json
@@ -13,8 +14,6 @@ import time
 
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
-
-PROMPT, DECODED = 128, 64
 
 CONFIGS = {
     "gpt2": GPT2Config(),
@@ -32,26 +31,32 @@ CONFIGS = {
 
 
 @torch.no_grad()
-def measure(model, prompt):
+def measure(model, prompt, tokens):
+    sequences, length = prompt.shape
     start = time.perf_counter()
     output = model(prompt, use_cache=True, logits_to_keep=1)
     token = output.logits[:, -1:].argmax(-1)
     prefilled = time.perf_counter()
-    for _ in range(DECODED - 1):
+    for _ in range(tokens - 1):
         output = model(token, past_key_values=output.past_key_values, use_cache=True)
         token = output.logits[:, -1:].argmax(-1)
     end = time.perf_counter()
-    return {"decode": (DECODED - 1) / (end - prefilled), "prefill": PROMPT / (prefilled - start)}
+    return {
+        "decode": sequences * (tokens - 1) / (end - prefilled),
+        "prefill": sequences * length / (prefilled - start),
+        "seconds": end - start,
+    }
 
 
 def main():
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
     config = CONFIGS[sys.argv[1]]
-    model = AutoModelForCausalLM.from_config(config).eval()
-    prompt = torch.tensor([[(i * 7919 + 13) % config.vocab_size for i in range(PROMPT)]])
-    for _ in sys.stdin:
-        print(json.dumps(measure(model, prompt)), flush=True)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, sys.argv[2])).eval()
+    for line in sys.stdin:
+        work = json.loads(line)
+        prompt = torch.randint(config.vocab_size, (work["sequences"], work["prompt"]))
+        print(json.dumps(measure(model, prompt, work["tokens"])), flush=True)
 
 
 main()

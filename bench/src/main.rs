@@ -1,8 +1,8 @@
 //! Measures the whole path: decode, prefill, training and parameter scans, from SQL and over gRPC directly, and the parts
-//! of a training step alone, in turn with the same work in PyTorch. Every figure is the median over the rounds of one run.
+//! of a training step alone, in turn with the same work in PyTorch and llama.cpp. Every figure is the median over the rounds of one run.
 //!
-//! `make bench` runs it. `BENCH_ROUNDS` sets the number of rounds (default 5), `BENCH_PYTHON` a Python with PyTorch;
-//! arguments name the subjects that are measured (default all).
+//! `make bench` runs it. `BENCH_ROUNDS` sets the number of rounds (default 5), `BENCH_PYTHON` a Python with PyTorch,
+//! `BENCH_LLAMA_CPP_PYTHON` one with llama-cpp-python; arguments name the subjects that are measured (default all).
 #![allow(clippy::unwrap_used)] // A benchmark that cannot measure has nothing better to do than to stop.
 
 mod direct;
@@ -11,8 +11,10 @@ mod generation;
 mod overhead;
 mod parts;
 mod peer;
+mod prompts;
 mod report;
 mod scan;
+mod serving;
 mod training;
 
 // Pages that were freed stay with the process (`scripts/bench` says so in the environment), as in the server.
@@ -33,7 +35,12 @@ fn main() {
     let only: Vec<String> = std::env::args().skip(1).collect();
     let subjects: &[Subject] = &[
         ("smollm2", generation::smollm2),
+        ("smollm2-sequences", generation::smollm2_sequences),
         ("gpt2", generation::gpt2),
+        ("gpt2-bf16", generation::gpt2_bf16),
+        ("gpt2-sequences", generation::gpt2_sequences),
+        ("prefix", serving::prefix),
+        ("memory", serving::memory),
         ("overhead", overhead::measurements),
         ("training", training::measurements),
         ("growth", training::growth),

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use candle_kernels_cpu::{AdamWStep, HeadGradients, MatrixRef, adamw, axpy, cross_entropy_head, matmul};
 
-use crate::peer::Peer;
+use crate::peer::{Peer, Program};
 use crate::report::{Figure, Measurement, Measurements};
 
 const PARAMETERS: usize = 124_439_808;
@@ -28,7 +28,7 @@ const PRODUCTS: &str = "products of a training step of GPT-2 124M, 4 x 256";
 /// The measurements.
 pub(crate) fn measurements() -> Measurements {
     let mut list: Measurements = vec![Box::new(Optimizer::new()), Box::new(Head::new()), Box::new(Products)];
-    if let Some(peer) = Peer::start("pytorch_parts.py", "") {
+    if let Some(peer) = Peer::start(Program::PyTorch, "pytorch_parts.py", &[]) {
         list.push(Box::new(InPyTorch { peer }));
     }
     list

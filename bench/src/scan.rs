@@ -13,7 +13,7 @@ use crate::report::{Figure, Measurement, Measurements};
 pub(crate) fn measurements() -> Measurements {
     let fixture = Fixture::with_models();
     let mut client = fixture.connect();
-    client.batch_execute(crate::training::CREATE_GPT2).unwrap();
+    client.batch_execute(&crate::training::create_gpt2("f32")).unwrap();
     vec![Box::new(Scan {
         client,
         _fixture: fixture,
@@ -27,7 +27,7 @@ pub(crate) fn gradients() -> Measurements {
     let second = ComputeServer::start_with(&["--durability", "checkpoint"]);
     let mut client = fixture.connect();
     add_server(&mut client, "second", &second, "b");
-    let create = crate::training::CREATE_GPT2.replace(r#""tokenizer": "small""#, r#""learning_rate": 0.001"#);
+    let create = crate::training::create_gpt2("f32").replace(r#""tokenizer": "small""#, r#""learning_rate": 0.001"#);
     client.batch_execute(&create).unwrap();
     client.batch_execute(&create.replace("llm.", "b.")).unwrap();
     let batch =

@@ -5,13 +5,17 @@ use std::time::Instant;
 use end_to_end_tests::fixture::Fixture;
 use postgres::Client;
 
-use crate::peer::Peer;
-use crate::report::{Figure, Measurement, Measurements};
+use crate::peer::{Peer, Program};
+use crate::report::{Figure, Measurement, Measurements, memory_megabytes};
 
 /// Makes the model `m`: GPT-2's smallest shape with random weights.
-pub(crate) const CREATE_GPT2: &str = r#"INSERT INTO llm.models (name, seed, config) VALUES ('m', 1,
-    '{"architecture": "gpt2", "layers": 12, "width": 768, "heads": 12, "context_length": 1024, "vocabulary": 50257,
-      "tokenizer": "small"}')"#;
+pub(crate) fn create_gpt2(dtype: &str) -> String {
+    format!(
+        r#"INSERT INTO llm.models (name, seed, dtype, config) VALUES ('m', 1, '{dtype}',
+            '{{"architecture": "gpt2", "layers": 12, "width": 768, "heads": 12, "context_length": 1024,
+              "vocabulary": 50257, "tokenizer": "small"}}')"#
+    )
+}
 
 /// The measurements.
 pub(crate) fn measurements() -> Measurements {
@@ -19,7 +23,7 @@ pub(crate) fn measurements() -> Measurements {
     for work in [F32, BF16] {
         let fixture = Fixture::with_models();
         let mut client = fixture.connect();
-        client.batch_execute(CREATE_GPT2).unwrap();
+        client.batch_execute(&create_gpt2("f32")).unwrap();
         let precision = format!(r#"{{"precision": "{}"}}"#, work.precision);
         client
             .execute(
@@ -28,7 +32,7 @@ pub(crate) fn measurements() -> Measurements {
             )
             .unwrap();
         list.push(Box::new(FromSql { work, client, fixture }));
-        if let Some(peer) = Peer::start("pytorch_train.py", work.precision) {
+        if let Some(peer) = Peer::start(Program::PyTorch, "pytorch_train.py", &[work.precision]) {
             list.push(Box::new(InPyTorch { work, peer }));
         }
     }
@@ -134,7 +138,7 @@ impl Measurement for FromSql {
             )
             .unwrap();
         let seconds = started.elapsed().as_secs_f64();
-        let megabytes = peak_megabytes(self.fixture.server.process_id());
+        let megabytes = memory_megabytes(self.fixture.server.process_id(), "VmHWM");
         vec![
             Figure {
                 subject: self.work.step,
@@ -160,7 +164,7 @@ struct InPyTorch {
 impl Measurement for InPyTorch {
     fn run(&mut self) -> Vec<Figure> {
         let answer = self.peer.measure();
-        let megabytes = peak_megabytes(self.peer.process_id());
+        let megabytes = memory_megabytes(self.peer.process_id(), "VmHWM");
         vec![
             Figure {
                 subject: self.work.step,
@@ -176,10 +180,4 @@ impl Measurement for InPyTorch {
             },
         ]
     }
-}
-
-fn peak_megabytes(process: u32) -> f64 {
-    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse::<f64>().unwrap() / 1024.0
 }
