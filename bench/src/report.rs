@@ -68,10 +68,3 @@ pub(crate) fn median(sorted: &[f64]) -> f64 {
         f64::midpoint(sorted[middle - 1], sorted[middle])
     }
 }
-
-/// Megabytes of a process: its `VmRSS` now or its `VmHWM` at most.
-pub(crate) fn memory_megabytes(process: u32, field: &str) -> f64 {
-    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
-    let line = status.lines().find(|line| line.starts_with(field)).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse::<f64>().unwrap() / 1024.0
-}

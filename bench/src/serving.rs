@@ -3,13 +3,14 @@
 use std::time::Instant;
 
 use end_to_end_tests::fixture::Fixture;
+use end_to_end_tests::processes::{peak_kilobytes, resident_kilobytes};
 use postgres::Client;
 use serde_json::json;
 
 use crate::generation;
 use crate::peer::{Peer, Program};
 use crate::prompts::Prompts;
-use crate::report::{Figure, Measurement, Measurements, memory_megabytes};
+use crate::report::{Figure, Measurement, Measurements};
 
 /// The second request with a prefix of 1,000 tokens that another has had, and the first row of `generation_tokens`
 /// against a time to first token. SmolLM2.
@@ -129,7 +130,7 @@ struct Memory {
 impl Measurement for Memory {
     fn run(&mut self) -> Vec<Figure> {
         let process = self.fixture.server.process_id();
-        let idle = memory_megabytes(process, "VmRSS");
+        let idle = resident_kilobytes(process) as f64 / 1024.0;
         let prompts: Vec<String> = (0..SEQUENCES).map(|_| self.prompts.next(PROMPT)).collect();
         self.client
             .query_one(
@@ -138,7 +139,7 @@ impl Measurement for Memory {
                 &[&prompts, &TOKENS],
             )
             .unwrap();
-        memory_figures("compute-server", idle, memory_megabytes(process, "VmHWM"))
+        memory_figures("compute-server", idle, peak_kilobytes(process) as f64 / 1024.0)
     }
 }
 
@@ -148,10 +149,10 @@ struct MemoryInPeer {
 
 impl Measurement for MemoryInPeer {
     fn run(&mut self) -> Vec<Figure> {
-        let idle = memory_megabytes(self.peer.process_id(), "VmRSS");
+        let idle = resident_kilobytes(self.peer.process_id()) as f64 / 1024.0;
         let work = json!({"sequences": SEQUENCES, "prompt": PROMPT, "tokens": TOKENS});
         self.peer.ask(&work.to_string());
-        let peak = memory_megabytes(self.peer.process_id(), "VmHWM");
+        let peak = peak_kilobytes(self.peer.process_id()) as f64 / 1024.0;
         memory_figures(Program::LlamaCpp.name(), idle, peak)
     }
 }

@@ -3,10 +3,11 @@
 use std::time::Instant;
 
 use end_to_end_tests::fixture::Fixture;
+use end_to_end_tests::processes::peak_kilobytes;
 use postgres::Client;
 
 use crate::peer::{Peer, Program};
-use crate::report::{Figure, Measurement, Measurements, memory_megabytes};
+use crate::report::{Figure, Measurement, Measurements};
 
 /// Makes the model `m`: GPT-2's smallest shape with random weights.
 pub(crate) fn create_gpt2(dtype: &str) -> String {
@@ -138,7 +139,7 @@ impl Measurement for FromSql {
             )
             .unwrap();
         let seconds = started.elapsed().as_secs_f64();
-        let megabytes = memory_megabytes(self.fixture.server.process_id(), "VmHWM");
+        let megabytes = peak_kilobytes(self.fixture.server.process_id()) as f64 / 1024.0;
         vec![
             Figure {
                 subject: self.work.step,
@@ -164,7 +165,7 @@ struct InPyTorch {
 impl Measurement for InPyTorch {
     fn run(&mut self) -> Vec<Figure> {
         let answer = self.peer.measure();
-        let megabytes = memory_megabytes(self.peer.process_id(), "VmHWM");
+        let megabytes = peak_kilobytes(self.peer.process_id()) as f64 / 1024.0;
         vec![
             Figure {
                 subject: self.work.step,

@@ -4,6 +4,7 @@
 pub mod cluster;
 pub mod database_errors;
 pub mod fixture;
+pub mod processes;
 pub mod server;
 pub mod sql_logic;
 pub mod waiting;
