@@ -91,6 +91,11 @@ impl ActiveRequest {
         self.total.store(total, Ordering::Relaxed);
     }
 
+    /// Counts one more unit as finished.
+    pub(crate) fn advance(&self) {
+        self.done.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Whether somebody asked for it to stop.
     pub(crate) fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Relaxed)

@@ -1,11 +1,12 @@
 //! The generations of one model: a queue, and the sequences that run together.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Instant;
 
 use candle_compute_proto::v1;
 use candle_models::sampling::Sampler;
-use candle_models::{CompletionText, Decoder, KeyValueCache, SequenceStep};
+use candle_models::{CompletionText, Decoder, KeyValueCache, SequenceStep, Tokenizer};
 use tokio::sync::mpsc;
 
 use super::View;
@@ -15,22 +16,26 @@ use crate::caller::Caller;
 use crate::error::{Error, Result};
 use crate::requests::RequestGuard;
 
-/// A generation to be run.
+/// A generation to be run: one completion of a request.
 pub(crate) struct GenerationRequest {
     /// Whose weights it uses.
     pub(crate) view: View,
     /// The prompt; generated tokens are added behind it.
     pub(crate) tokens: Vec<u32>,
+    /// Which completion of its request it is.
+    pub(crate) choice: u32,
     /// Most tokens to generate, at least 1; prompt and completion together fit the context.
     pub(crate) max_tokens: usize,
     /// Chooses tokens.
     pub(crate) sampler: Sampler,
     /// Makes text of them.
     pub(crate) text: CompletionText,
+    /// Knows what bytes tokens stand for.
+    pub(crate) tokenizer: Arc<Tokenizer>,
     /// Send every token, not only the summary.
     pub(crate) stream_tokens: bool,
-    /// Keeps it listed.
-    pub(crate) request: RequestGuard,
+    /// Keeps the request listed.
+    pub(crate) request: Arc<RequestGuard>,
     /// Where messages go. A full channel pauses the generation, a closed one ends it.
     pub(crate) output: mpsc::Sender<Result<v1::GenerateResponse, Error>>,
     /// When the client asked.
@@ -82,22 +87,27 @@ impl Generations {
 }
 
 impl Owner {
-    /// Queues a generation.
+    /// Queues the completions of a request, all or none.
     ///
     /// # Errors
-    /// `Limit` when the queue is full.
-    pub(crate) fn submit_generation(&mut self, request: GenerationRequest) -> Result<()> {
+    /// `Limit` when the queue has no room for them.
+    pub(crate) fn submit_generations(&mut self, requests: Vec<GenerationRequest>) -> Result<()> {
         self.generations.drop_abandoned();
-        let waiting = self.generations.waiting.len();
-        if waiting >= self.limits.queue {
+        let room = self.limits.queue.saturating_sub(self.generations.waiting.len());
+        if requests.len() > room {
             return Err(Error::Limit {
-                what: format!("a further generation in the queue of model \"{}\"", self.shared.name),
+                what: match requests.len() {
+                    1 => format!("a further generation in the queue of model \"{}\"", self.shared.name),
+                    n => format!("{n} further generations in the queue of model \"{}\"", self.shared.name),
+                },
                 limit: self.limits.queue as u64,
                 flag: "max-queue",
             });
         }
-        request.request.wake_on_cancel(std::sync::Arc::clone(&self.shared.wake));
-        self.generations.waiting.push_back(request);
+        for request in &requests {
+            request.request.wake_on_cancel(Arc::clone(&self.shared.wake));
+        }
+        self.generations.waiting.extend(requests);
         Ok(())
     }
 
@@ -158,7 +168,7 @@ impl Owner {
                 views.push(sequence.request.view.clone());
             }
         }
-        let shared = std::sync::Arc::clone(&self.shared);
+        let shared = Arc::clone(&self.shared);
         for view in &views {
             let mut of_view: Vec<&mut Sequence> = active
                 .iter_mut()

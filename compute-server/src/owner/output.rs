@@ -28,7 +28,7 @@ pub(crate) enum Step<T> {
 /// A thread that goes away before the end is an error of the stream.
 pub(crate) struct OutputStream<M, T> {
     receiver: mpsc::Receiver<Result<M, Error>>,
-    map: fn(M) -> Step<T>,
+    map: Box<dyn FnMut(M) -> Step<T> + Send>,
     handle: ModelHandle,
     wake: Arc<Notify>,
     ended: bool,
@@ -36,14 +36,17 @@ pub(crate) struct OutputStream<M, T> {
 
 impl<M, T> OutputStream<M, T> {
     /// A channel from the thread of `handle`.
-    pub(crate) fn channel(handle: &ModelHandle, map: fn(M) -> Step<T>) -> (mpsc::Sender<Result<M, Error>>, Self) {
+    pub(crate) fn channel(
+        handle: &ModelHandle,
+        map: impl FnMut(M) -> Step<T> + Send + 'static,
+    ) -> (mpsc::Sender<Result<M, Error>>, Self) {
         let (sender, receiver) = mpsc::channel(CAPACITY);
         let wake = Arc::clone(&handle.facts().wake);
         (
             sender,
             Self {
                 receiver,
-                map,
+                map: Box::new(map),
                 handle: handle.clone(),
                 wake,
                 ended: false,

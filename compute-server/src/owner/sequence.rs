@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::time::Instant;
 
 use candle_compute_proto::v1;
-use candle_models::KeyValueCache;
+use candle_models::{KeyValueCache, Sampled, Tokenizer};
 use tokio::sync::mpsc::error::TrySendError;
 
 use super::generation::GenerationRequest;
@@ -92,7 +92,6 @@ impl Sequence {
     /// Takes the logits after the last token, `[vocabulary]`, which are overwritten, and adds a token.
     pub(super) fn accept(&mut self, logits: &mut [f32], end_tokens: &[u32]) {
         if self.read_tokens() < self.request.tokens.len() {
-            self.request.request.set_progress(0, self.request.max_tokens as u64);
             return;
         }
         let sampled = match self.request.sampler.sample(logits, &self.request.tokens) {
@@ -106,9 +105,7 @@ impl Sequence {
         }
         self.request.tokens.push(sampled.token);
         let count = self.completion_tokens();
-        self.request
-            .request
-            .set_progress(count as u64, self.request.max_tokens as u64);
+        self.request.request.advance();
         let progress = self.request.text.push(sampled.token);
         self.completion.push_str(&progress.text);
         self.release_held();
@@ -117,6 +114,9 @@ impl Sequence {
             token_id: sampled.token,
             text: progress.text,
             logprob: sampled.logprob,
+            choice: self.request.choice,
+            bytes: self.request.tokenizer.token_bytes(sampled.token).to_vec().into(),
+            top_logprobs: top_logprobs(&self.request.tokenizer, &sampled),
         });
         if progress.stopped {
             self.end("stop");
@@ -162,6 +162,7 @@ impl Sequence {
             time_to_first_token_ms: milliseconds(self.first_token.unwrap_or_else(Instant::now)),
             duration_ms: milliseconds(Instant::now()),
             queue_ms: milliseconds(self.started),
+            choice: self.request.choice,
         };
         self.outbox.push_back(Ok(v1::GenerateResponse {
             token: None,
@@ -199,4 +200,18 @@ impl Sequence {
             }
         }
     }
+}
+
+/// The most likely tokens at the place of `sampled`, as messages.
+fn top_logprobs(tokenizer: &Tokenizer, sampled: &Sampled) -> Vec<v1::TopLogprob> {
+    let message = |&(token_id, logprob): &(u32, f32)| {
+        let bytes = tokenizer.token_bytes(token_id);
+        v1::TopLogprob {
+            token_id,
+            text: String::from_utf8_lossy(bytes).into_owned(),
+            bytes: bytes.to_vec().into(),
+            logprob,
+        }
+    };
+    sampled.top_logprobs.iter().map(message).collect()
 }

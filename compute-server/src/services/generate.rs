@@ -6,7 +6,7 @@ use std::time::Instant;
 use candle_compute_proto::v1;
 use candle_models::{ChatMessage, CompletionText, Sampler, SamplingOptions, Tokenizer};
 
-use super::inference::tokenizer;
+use super::inputs::tokenizer;
 use crate::app::App;
 use crate::caller::Caller;
 use crate::error::{Error, Result};
@@ -16,47 +16,78 @@ use crate::transactions::Reader;
 /// Tokens generated when a request does not say how many.
 const DEFAULT_MAX_TOKENS: i64 = 256;
 
-/// Tokens as they are generated, and the summary. Dropping it ends the generation at the next token.
+/// Most completions of one request.
+const MAX_CHOICES: i32 = 128;
+
+/// Tokens as they are generated, and a summary for every completion; the last summary ends it. Dropping it ends the work.
 pub(crate) type GenerateStream = OutputStream<v1::GenerateResponse, v1::GenerateResponse>;
 
-/// Checks a request and queues it at its model.
+/// Checks a request and queues its completions at its model.
 ///
 /// # Errors
-/// When the request is not valid, names nothing that there is, or exceeds a limit.
+/// `InvalidArgument` for a bad value, `NotFound` for a model that does not exist, `Precondition` for one without a
+/// tokenizer or chat template, `Limit` when the queue is full or the request too long.
 pub(crate) async fn start(app: &Arc<App>, caller: Caller, request: v1::GenerateRequest) -> Result<GenerateStream> {
     let arrived = Instant::now();
     let reader = Reader::open(app, request.transaction.as_ref())?;
     let model = reader.find(&request.model, &request.adapter)?;
+    let choices = choices(request.n)?;
     let tokenizer = tokenizer(&model)?;
     let tokens = prompt_tokens(&model, &tokenizer, request.input)?;
-    let max_tokens = max_tokens(app, &model, tokens.len(), request.max_tokens)?;
-    let sampler = Sampler::new(&sampling_options(request.sampling.unwrap_or_default())?)?;
-    let text = CompletionText::new(tokenizer, &tokens, &request.stop)?;
-    let (output, stream) = OutputStream::channel(&model, |message: v1::GenerateResponse| {
-        if message.summary.is_some() {
-            Step::Last(message)
-        } else {
-            Step::Next(message)
+    let max_tokens = max_tokens(&model, tokens.len(), request.max_tokens)?;
+    app.check_request_tokens((choices as usize * (tokens.len() + max_tokens)) as u64)?;
+    let sampling = sampling_options(request.sampling.unwrap_or_default(), request.top_logprobs)?;
+    sampling.validate_for(model.facts().decoder_config.vocabulary)?;
+    let mut left = choices;
+    let (output, stream) = OutputStream::channel(&model, move |message: v1::GenerateResponse| {
+        left -= u32::from(message.summary.is_some());
+        match left {
+            0 => Step::Last(message),
+            _ => Step::Next(message),
         }
     });
-    let generation = GenerationRequest {
-        view: reader.view(),
-        tokens,
-        max_tokens,
-        sampler,
-        text,
-        stream_tokens: request.stream_tokens,
-        request: app.requests.begin("generate", model.name()),
-        output,
-        arrived,
-        caller,
+    let guard = Arc::new(app.requests.begin("generate", model.name()));
+    guard.set_progress(0, u64::from(choices) * max_tokens as u64);
+    let completion = |choice: u32| {
+        let seed = sampling.seed.wrapping_add(u64::from(choice));
+        Ok(GenerationRequest {
+            view: reader.view(),
+            tokens: tokens.clone(),
+            choice,
+            max_tokens,
+            sampler: Sampler::new(&SamplingOptions {
+                seed,
+                ..sampling.clone()
+            })?,
+            text: CompletionText::new(Arc::clone(&tokenizer), &tokens, &request.stop)?,
+            tokenizer: Arc::clone(&tokenizer),
+            stream_tokens: request.stream_tokens,
+            request: Arc::clone(&guard),
+            output: output.clone(),
+            arrived,
+            caller: caller.clone(),
+        })
     };
-    model.call(move |owner| owner.submit_generation(generation)).await?;
+    let generations = (0..choices).map(completion).collect::<Result<Vec<_>>>()?;
+    // The stream ends with an error if the thread goes away, for which no sender may be left here.
+    drop(output);
+    model.call(move |owner| owner.submit_generations(generations)).await?;
     Ok(stream)
 }
 
+/// Number of completions.
+fn choices(asked: Option<i32>) -> Result<u32> {
+    let asked = asked.unwrap_or(1);
+    match asked {
+        1..=MAX_CHOICES => Ok(asked.unsigned_abs()),
+        _ => Err(Error::invalid(format!(
+            "n is {asked}; it must be from 1 to {MAX_CHOICES}"
+        ))),
+    }
+}
+
 /// Tokens that a generation may add: what was asked for, cut to what the context still holds.
-fn max_tokens(app: &App, model: &ModelHandle, prompt: usize, asked: Option<i64>) -> Result<usize> {
+fn max_tokens(model: &ModelHandle, prompt: usize, asked: Option<i64>) -> Result<usize> {
     let context = model.facts().decoder_config.context_length;
     if prompt >= context {
         return Err(Error::invalid(format!(
@@ -72,9 +103,7 @@ fn max_tokens(app: &App, model: &ModelHandle, prompt: usize, asked: Option<i64>)
                 "max_tokens is {asked}; it must be from 1 to {context}, the context of the model"
             ))
         })?;
-    let max_tokens = asked.min(context - prompt);
-    app.check_request_tokens((prompt + max_tokens) as u64)?;
-    Ok(max_tokens)
+    Ok(asked.min(context - prompt))
 }
 
 /// Tokens of the prompt, or of the conversation as the model's template renders it.
@@ -117,14 +146,25 @@ fn prompt_tokens(
     Ok(tokens)
 }
 
-fn sampling_options(given: v1::SamplingOptions) -> Result<SamplingOptions> {
+fn sampling_options(given: v1::SamplingOptions, top_logprobs: Option<i32>) -> Result<SamplingOptions> {
     let default = SamplingOptions::default();
+    let bias = given.logit_bias.into_iter();
+    let bias = bias.map(|(token, bias)| match u32::try_from(token) {
+        Ok(token) => Ok((token, bias)),
+        Err(_) => Err(Error::invalid(format!(
+            "logit_bias has the token {token}, which is no token id"
+        ))),
+    });
     Ok(SamplingOptions {
         temperature: given.temperature.unwrap_or(default.temperature),
         top_k: given.top_k.map_or(default.top_k, i64::from),
         top_p: given.top_p.unwrap_or(default.top_p),
         min_p: given.min_p.unwrap_or(default.min_p),
         repetition_penalty: given.repetition_penalty.unwrap_or(default.repetition_penalty),
+        frequency_penalty: given.frequency_penalty.unwrap_or(default.frequency_penalty),
+        presence_penalty: given.presence_penalty.unwrap_or(default.presence_penalty),
+        logit_bias: bias.collect::<Result<_>>()?,
+        top_logprobs: top_logprobs.map_or(default.top_logprobs, i64::from),
         // Every bit pattern is a seed.
         seed: given.seed.unwrap_or(0) as u64,
     })

@@ -1,23 +1,22 @@
 //! `InferenceService`.
 
-use std::sync::Arc;
-
 use candle_compute_proto::v1;
 use candle_compute_proto::v1::inference_service_server::InferenceService;
-use candle_models::Tokenizer;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Service, generate, texts};
+use super::inputs::{check_sequence, token_ids, tokenizer};
+use super::{ResponseStream, Service, generate, texts};
 use crate::caller::Caller;
 use crate::chunks::Assembly;
 use crate::error::{Error, Result};
-use crate::owner::{ModelHandle, OutputStream, Step};
+use crate::owner::{OutputStream, Step};
 use crate::requests::Phase;
 use crate::transactions::Reader;
 
 #[tonic::async_trait]
 impl InferenceService for Service {
     type GenerateStream = generate::GenerateStream;
+    type EmbedStream = ResponseStream<v1::EmbedResponse>;
     type ForwardStream = OutputStream<v1::ReadGradientsResponse, v1::ForwardResponse>;
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
@@ -86,7 +85,7 @@ impl InferenceService for Service {
             }
             None => return Err(Error::invalid("input or tokens is required").into()),
         };
-        self.check_sequence(&model, &ids)?;
+        check_sequence(&self.app, &model, &ids)?;
         let guard = self.app.requests.begin("score", model.name());
         let view = reader.view();
         let scored = model.start_work(move |owner, reply| {
@@ -113,12 +112,19 @@ impl InferenceService for Service {
         }))
     }
 
+    async fn embed(&self, _request: Request<v1::EmbedRequest>) -> Result<Response<Self::EmbedStream>, Status> {
+        Err(Error::from(candle_models::Error::Unsupported(
+            "embeddings are not served yet".to_owned(),
+        ))
+        .into())
+    }
+
     async fn forward(&self, request: Request<v1::ForwardRequest>) -> Result<Response<Self::ForwardStream>, Status> {
         let request = request.into_inner();
         let reader = Reader::open(&self.app, request.transaction.as_ref())?;
         let model = reader.find(&request.model, &request.adapter)?;
         let ids = token_ids(&request.token_ids, model.facts().decoder_config.vocabulary)?;
-        self.check_sequence(&model, &ids)?;
+        check_sequence(&self.app, &model, &ids)?;
         let guard = self.app.requests.begin("forward", model.name());
         let (output, stream) =
             OutputStream::channel(&model, |message: v1::ReadGradientsResponse| match message.chunk {
@@ -172,44 +178,4 @@ impl InferenceService for Service {
             gates: routes.gates,
         }))
     }
-}
-
-impl Service {
-    /// Checks the length of a sequence that is read at once.
-    fn check_sequence(&self, model: &ModelHandle, tokens: &[u32]) -> Result<()> {
-        let context = model.facts().decoder_config.context_length;
-        match tokens.len() {
-            0 => Err(Error::invalid("there are no tokens; at least one is needed")),
-            count if count > context => Err(Error::invalid(format!(
-                "{count} tokens are more than the context of {context}; shorten the input"
-            ))),
-            count => self.app.check_request_tokens(count as u64),
-        }
-    }
-}
-
-pub(super) fn tokenizer(model: &ModelHandle) -> Result<Arc<Tokenizer>> {
-    model.facts().tokenizer.clone().ok_or_else(|| Error::Precondition {
-        message: format!(
-            "model \"{}\" has no tokenizer, so it takes token ids only",
-            model.name()
-        ),
-        hint: "Load a model with a tokenizer, or create it with \"tokenizer\" in its config.",
-    })
-}
-
-/// Token ids below `vocabulary`.
-pub(super) fn token_ids(ids: &[i64], vocabulary: usize) -> Result<Vec<u32>> {
-    let check = |(index, &id): (usize, &i64)| {
-        u32::try_from(id)
-            .ok()
-            .filter(|&token| (token as usize) < vocabulary)
-            .ok_or_else(|| {
-                Error::invalid(format!(
-                    "token {index} is {id}; it must be from 0 to {}",
-                    vocabulary.saturating_sub(1)
-                ))
-            })
-    };
-    ids.iter().enumerate().map(check).collect()
 }

@@ -5,6 +5,7 @@ mod benchmarks;
 mod checkpoints;
 pub(crate) mod generate;
 mod inference;
+mod inputs;
 mod load;
 mod losses;
 mod models;

@@ -6,7 +6,7 @@ use candle_compute_proto::v1;
 use candle_models::Tokenizer;
 use candle_models::tokenizer::Documents;
 
-use super::inference::{token_ids, tokenizer};
+use super::inputs::{token_ids, tokenizer};
 use crate::error::{Error, Result};
 use crate::owner::ModelHandle;
 

@@ -132,7 +132,7 @@ async fn generations_that_cannot_be_run() {
         change(&mut request);
         request
     };
-    let sampling = |sampling: SamplingOptions| with(&|request| request.sampling = Some(sampling));
+    let sampling = |sampling: SamplingOptions| with(&|request| request.sampling = Some(sampling.clone()));
     let invalid = (Code::InvalidArgument, "22023");
     let messages = |role: &str| {
         let message = ChatMessage {
@@ -215,6 +215,41 @@ async fn generations_that_cannot_be_run() {
                 ..Default::default()
             }),
             invalid,
+        ),
+        (
+            sampling(SamplingOptions {
+                frequency_penalty: Some(3.0),
+                ..Default::default()
+            }),
+            invalid,
+        ),
+        (
+            sampling(SamplingOptions {
+                presence_penalty: Some(-2.1),
+                ..Default::default()
+            }),
+            invalid,
+        ),
+        (
+            sampling(SamplingOptions {
+                logit_bias: [(-1, 1.0)].into(),
+                ..Default::default()
+            }),
+            invalid,
+        ),
+        (
+            sampling(SamplingOptions {
+                logit_bias: [(1_000_000, 1.0)].into(),
+                ..Default::default()
+            }),
+            invalid,
+        ),
+        (with(&|request| request.n = Some(0)), invalid),
+        (with(&|request| request.n = Some(129)), invalid),
+        (with(&|request| request.top_logprobs = Some(21)), invalid),
+        (
+            with(&|request| (request.n, request.max_tokens) = (Some(128), Some(100))),
+            (Code::ResourceExhausted, "53400"),
         ),
     ];
     for (request, (code, sqlstate)) in cases {

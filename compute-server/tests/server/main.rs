@@ -6,6 +6,7 @@ mod adapters;
 mod bad_input;
 mod benchmarks;
 mod checkpoints;
+mod choices;
 mod client_driven;
 mod crashes;
 mod durability;

@@ -42,10 +42,12 @@ fn generate(
                 min_p,
                 repetition_penalty,
                 seed,
+                ..SamplingOptions::default()
             }),
             stop: stop.unwrap_or_default().into_iter().flatten().collect(),
             stream_tokens: false,
             adapter: adapters::checked(adapter)?,
+            ..GenerateRequest::default()
         };
         wait(run(client, request))
     };

@@ -46,10 +46,12 @@ pub(super) fn request(call: &Call, stream_tokens: bool) -> Result<GenerateReques
             min_p: inputs.real("min_p"),
             repetition_penalty: inputs.real("repetition_penalty"),
             seed: inputs.integer("seed"),
+            ..SamplingOptions::default()
         }),
         stop: inputs.texts("stop"),
         stream_tokens,
         adapter: adapters::named(inputs)?,
+        ..GenerateRequest::default()
     })
 }
 

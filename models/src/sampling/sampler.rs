@@ -1,20 +1,27 @@
-//! The sampler itself: penalty, temperature, filters, draw.
+//! The sampler itself: penalties, bias, temperature, filters, draw.
+
+use std::collections::BTreeMap;
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use super::adjustments::Adjusted;
 use super::candidates::{Candidate, select};
 use super::exponential::{exp_of_negative, largest, sum_of_exponentials};
 use super::options::SamplingOptions;
+use super::top::largest_logits;
 use crate::error::{Error, Result};
 
 /// A chosen token.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Sampled {
     /// Its id.
     pub token: u32,
-    /// Natural logarithm of the probability that the raw logits give it: before penalty, temperature and filters.
+    /// Natural logarithm of the probability that the raw logits give it: before penalties, bias, temperature and filters.
     pub logprob: f32,
+    /// The most likely tokens by the raw logits with the logarithms of their probabilities, most likely first; as many as
+    /// the options ask for.
+    pub top_logprobs: Vec<(u32, f32)>,
 }
 
 /// Draws tokens. The random stream is its own, so the same seed gives the same draws whatever runs beside it.
@@ -22,6 +29,8 @@ pub struct Sampled {
 pub struct Sampler {
     options: SamplingOptions,
     random: ChaCha8Rng,
+    /// How often each token was chosen, where a penalty asks for it.
+    counts: BTreeMap<u32, u32>,
     /// Both kept between calls, to spare allocations of the vocabulary's size per token.
     scaled: Vec<f32>,
     candidates: Vec<Candidate>,
@@ -38,32 +47,37 @@ impl Sampler {
         Ok(Self {
             options: options.clone(),
             random,
+            counts: BTreeMap::new(),
             scaled: Vec::new(),
             candidates: Vec::new(),
         })
     }
 
-    /// Chooses a token from `logits` `[vocabulary]`, which the repetition penalty changes in place.
+    /// Chooses a token from `logits` `[vocabulary]`, which penalties and bias change in place.
     ///
     /// `seen` are the tokens of prompt and completion so far, in any order, repetitions allowed. One number is drawn
-    /// per call unless greedy. The order is penalty, temperature, top-k, top-p, min-p, as in transformers.
+    /// per call unless greedy. The order is repetition penalty, frequency and presence penalty, bias, temperature, top-k,
+    /// top-p, min-p.
     ///
     /// # Errors
     /// `FailedPrecondition` if a logit is NaN or infinitely large, or none is finite: the model's weights are broken.
     pub fn sample(&mut self, logits: &mut [f32], seen: &[u32]) -> Result<Sampled> {
         let normalizer = log_sum_exp(logits)?;
-        let saved = match self.options.repetition_penalty {
-            1.0 => Vec::new(),
-            penalty => penalize(logits, seen, penalty),
-        };
-        let token = self.choose(logits);
-        let raw = match saved.binary_search_by_key(&token, |&(id, _)| id) {
-            Ok(index) => saved[index].1,
-            Err(_) => logits[token as usize],
-        };
+        let logprob = |logit: f32| (f64::from(logit) - normalizer) as f32;
+        let mut top_logprobs = largest_logits(logits, usize::try_from(self.options.top_logprobs).unwrap_or(0));
+        top_logprobs.iter_mut().for_each(|(_, value)| *value = logprob(*value));
+        let mut adjusted = Adjusted::new(logits);
+        adjusted.repetition(seen, self.options.repetition_penalty);
+        adjusted.counts(&self.counts, &self.options);
+        adjusted.bias(&self.options.logit_bias);
+        let token = self.choose(adjusted.logits());
+        if self.options.frequency_penalty != 0.0 || self.options.presence_penalty != 0.0 {
+            *self.counts.entry(token).or_insert(0) += 1;
+        }
         Ok(Sampled {
             token,
-            logprob: (f64::from(raw) - normalizer) as f32,
+            logprob: logprob(adjusted.former(token)),
+            top_logprobs,
         })
     }
 
@@ -121,34 +135,6 @@ fn draw_in_order(candidates: &[Candidate], draw: f64) -> u32 {
         }
     }
     last
-}
-
-/// Applies the repetition penalty once per seen token; returns the changed tokens, sorted, with their former logits.
-fn penalize(logits: &mut [f32], seen: &[u32], penalty: f32) -> Vec<(u32, f32)> {
-    let mut distinct: Vec<u32> = seen
-        .iter()
-        .copied()
-        .filter(|&token| (token as usize) < logits.len())
-        .collect();
-    distinct.sort_unstable();
-    distinct.dedup();
-    let change = |token: u32| {
-        let logit = &mut logits[token as usize];
-        let former = *logit;
-        let changed = if former > 0.0 {
-            former / penalty
-        } else {
-            former * penalty
-        };
-        // An extreme penalty must not make an infinity; a token that was impossible stays so.
-        *logit = if former.is_finite() {
-            changed.clamp(f32::MIN, f32::MAX)
-        } else {
-            former
-        };
-        (token, former)
-    };
-    distinct.into_iter().map(change).collect()
 }
 
 /// log(sum(exp(logits))).

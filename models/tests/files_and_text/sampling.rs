@@ -269,6 +269,75 @@ fn bad_options_are_named() {
     assert!(with(|o| o.min_p = f32::NAN).starts_with("min_p is NaN,"));
     assert!(with(|o| o.repetition_penalty = 0.0).starts_with("repetition_penalty is 0,"));
     assert!(with(|o| o.repetition_penalty = f32::NAN).starts_with("repetition_penalty is NaN,"));
+    assert!(with(|o| o.frequency_penalty = 2.5).starts_with("frequency_penalty is 2.5,"));
+    assert!(with(|o| o.presence_penalty = f32::NAN).starts_with("presence_penalty is NaN,"));
+    assert!(with(|o| o.logit_bias = vec![(1, 0.0), (7, 101.0)]).starts_with("logit_bias of token 7 is 101,"));
+    assert!(with(|o| o.logit_bias = vec![(7, f32::NAN)]).starts_with("logit_bias of token 7 is NaN,"));
+    assert!(with(|o| o.logit_bias = vec![(0, 0.0); 4097]).starts_with("logit_bias is of 4097 tokens,"));
+    assert!(with(|o| o.top_logprobs = 21).starts_with("top_logprobs is 21,"));
+    assert!(with(|o| o.top_logprobs = -1).starts_with("top_logprobs is -1,"));
+}
+
+#[test]
+fn penalties_count_what_was_generated_and_not_the_prompt() {
+    let mut sampler = Sampler::new(&SamplingOptions {
+        frequency_penalty: 0.5,
+        presence_penalty: 1.0,
+        ..Default::default()
+    })
+    .unwrap();
+    let raw = [3.0, 2.0, 1.9, -5.0];
+    let mut chosen = Vec::new();
+    for _ in 0..4 {
+        let mut logits = raw;
+        chosen.push(sampler.sample(&mut logits, &[1, 1, 1]).unwrap().token);
+        for (token, &logit) in raw.iter().enumerate() {
+            let count = chosen[..chosen.len() - 1]
+                .iter()
+                .filter(|&&id| id as usize == token)
+                .count() as f32;
+            let expected = if count == 0.0 { logit } else { logit - 0.5 * count - 1.0 };
+            assert_eq!(logits[token], expected);
+        }
+    }
+    assert_eq!(chosen, [0, 1, 2, 0]);
+}
+
+#[test]
+fn bias_is_added_after_the_penalties() {
+    let mut sampler = Sampler::new(&SamplingOptions {
+        repetition_penalty: 2.0,
+        logit_bias: vec![(1, 10.0), (0, -100.0), (77, 5.0)],
+        ..Default::default()
+    })
+    .unwrap();
+    let mut logits = [f32::NEG_INFINITY, -1.0, 8.0];
+    let sampled = sampler.sample(&mut logits, &[1, 2]).unwrap();
+    assert_eq!(logits, [f32::NEG_INFINITY, 8.0, 4.0]);
+    assert_eq!(sampled.token, 1);
+    // Of the raw logits: exp(-1) / (exp(-1) + exp(8)).
+    assert!((sampled.logprob - (-9.0 - 1.000_123_4_f32.ln())).abs() < 1e-5);
+}
+
+#[test]
+fn top_logprobs_are_of_the_raw_logits() {
+    let logits = [1.0f32, 4.0, 4.0, -2.0, 3.0];
+    let sum: f32 = logits.iter().map(|logit| logit.exp()).sum();
+    let mut sampler = Sampler::new(&SamplingOptions {
+        temperature: 0.5,
+        top_k: 1,
+        logit_bias: vec![(3, 100.0)],
+        top_logprobs: 3,
+        ..Default::default()
+    })
+    .unwrap();
+    let sampled = sampler.sample(&mut logits.clone(), &[]).unwrap();
+    assert_eq!(sampled.token, 3);
+    let ids: Vec<u32> = sampled.top_logprobs.iter().map(|(id, _)| *id).collect();
+    assert_eq!(ids, [1, 2, 4]);
+    for (id, logprob) in sampled.top_logprobs {
+        assert!((logprob - (logits[id as usize].exp() / sum).ln()).abs() < 1e-5);
+    }
 }
 
 #[test]
