@@ -146,7 +146,7 @@ impl Error {
     }
 
     /// The gRPC code, the SQLSTATE, and the hint.
-    fn classify(&self) -> (Code, &'static str, Option<&'static str>) {
+    pub(crate) fn classify(&self) -> (Code, &'static str, Option<&'static str>) {
         match self {
             Self::Model(error) => classify_model_error(error),
             Self::InvalidArgument(_) => (Code::InvalidArgument, "22023", None),

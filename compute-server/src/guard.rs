@@ -1,4 +1,4 @@
-//! What every gRPC call passes first: its token is checked, and a server that shuts down takes no new work.
+//! What every gRPC call and HTTP request passes first: its token is checked, and a server that shuts down takes no new work.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -35,7 +35,7 @@ const OPEN: &str = "/grpc.health.v1.Health/";
 
 impl Guard {
     /// The holder of the call's token.
-    fn admit(&self, path: &str, headers: &HeaderMap) -> Result<&str> {
+    pub(crate) fn admit(&self, path: &str, headers: &HeaderMap) -> Result<&str> {
         let holder = match &self.tokens {
             Some(tokens) if !path.starts_with(OPEN) => {
                 tokens.holder(headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()))?

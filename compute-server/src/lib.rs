@@ -30,6 +30,7 @@ mod requests;
 mod server;
 mod services;
 mod sources;
+mod tls;
 mod tokenizers;
 mod transactions;
 

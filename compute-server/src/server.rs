@@ -20,7 +20,7 @@ use crate::connections::Incoming;
 use crate::error::{Error, Result};
 use crate::guard::{self, Guard};
 use crate::services::{self, SERVICES};
-use crate::{http, recovery, transactions};
+use crate::{http, recovery, tls, transactions};
 
 /// How long calls may take to notice that they were cancelled, once the drain timeout is over.
 const CANCEL_GRACE: Duration = Duration::from_secs(1);
@@ -62,7 +62,12 @@ pub async fn serve(config: Config, ready: impl FnOnce(&Listening)) -> Result<()>
             .tls_config(tls_config)
             .map_err(|error| Error::invalid(format!("TLS: {}", chain(&error))))?;
     }
+    let tls = config.tls.as_ref().map(tls::acceptor).transpose()?;
     let (app, recovered) = App::open(config)?;
+    let guard = Arc::new(Guard {
+        app: Arc::clone(&app),
+        tokens,
+    });
     let grpc = bind("listen", app.config.listen).await?;
     let http = match app.config.http {
         Some(address) => Some(bind("http", address).await?),
@@ -75,7 +80,7 @@ pub async fn serve(config: Config, ready: impl FnOnce(&Listening)) -> Result<()>
     };
     // Signals that arrive from now on are kept for `drain`.
     let (terminate, interrupt) = (signals(SignalKind::terminate())?, signals(SignalKind::interrupt())?);
-    let (reporter, routes) = routes(&app, tokens).await?;
+    let (reporter, routes) = routes(&guard).await?;
     let (closed, closings) = mpsc::unbounded_channel();
     let (stop, stopped) = watch::channel(false);
     let mut serving = tokio::spawn(
@@ -83,14 +88,7 @@ pub async fn serve(config: Config, ready: impl FnOnce(&Listening)) -> Result<()>
             .add_routes(routes)
             .serve_with_incoming_shutdown(Incoming::new(grpc, closed), wait(stopped.clone())),
     );
-    if let Some(listener) = http {
-        let router = http::router(Arc::clone(&app));
-        tokio::spawn(async move {
-            axum::serve(listener, router)
-                .with_graceful_shutdown(wait(stopped))
-                .await
-        });
-    }
+    let serving_http = http.map(|listener| tokio::spawn(http::serve(listener, tls, http::router(guard), stopped)));
     tokio::spawn(watch_connections(Arc::clone(&app), closings));
     tokio::spawn(watch_transactions(Arc::clone(&app)));
     let serve = async {
@@ -108,13 +106,19 @@ pub async fn serve(config: Config, ready: impl FnOnce(&Listening)) -> Result<()>
     }
     drain(&app, &reporter).await;
     let _ = stop.send(true);
-    let _ = tokio::time::timeout(CLOSE_GRACE, serving).await;
+    let closed = async {
+        let _ = serving.await;
+        if let Some(serving) = serving_http {
+            let _ = serving.await;
+        }
+    };
+    let _ = tokio::time::timeout(CLOSE_GRACE, closed).await;
     tracing::info!("stopped");
     Ok(())
 }
 
 /// All gRPC services, behind the guard.
-async fn routes(app: &Arc<App>, tokens: Option<Tokens>) -> Result<(HealthReporter, Routes)> {
+async fn routes(guard: &Arc<Guard>) -> Result<(HealthReporter, Routes)> {
     let (reporter, health) = tonic_health::server::health_reporter();
     report(&reporter, ServingStatus::NotServing).await;
     let reflection = || {
@@ -123,17 +127,13 @@ async fn routes(app: &Arc<App>, tokens: Option<Tokens>) -> Result<(HealthReporte
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
     let failed = |error: tonic_reflection::server::Error| Error::Internal(format!("reflection: {error}"));
-    let routes = services::routes(app)
+    let routes = services::routes(&guard.app)
         .add_service(health)
         .add_service(reflection().build_v1().map_err(failed)?)
         .add_service(reflection().build_v1alpha().map_err(failed)?);
-    let guard = Arc::new(Guard {
-        app: Arc::clone(app),
-        tokens,
-    });
     let router = routes
         .into_axum_router()
-        .layer(axum::middleware::from_fn_with_state(guard, guard::guard));
+        .layer(axum::middleware::from_fn_with_state(Arc::clone(guard), guard::guard));
     Ok((reporter, Routes::from(router)))
 }
 

@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::Bytes;
 
-/// Serves models over gRPC (candle.compute.v1): inference, training, checkpoints, transactions.
+/// Serves models over gRPC (candle.compute.v1) and HTTP (OpenAI's API): inference, training, checkpoints, transactions.
 #[derive(Debug, Parser)]
 #[command(
     name = "compute-server",
@@ -46,7 +46,8 @@ pub struct Options {
     #[arg(long, env = "COMPUTE_SERVER_LISTEN", value_name = "ADDRESS:PORT")]
     pub listen: Option<String>,
 
-    /// Address and port of HTTP (/healthz, /readyz), or `off`. [default: 127.0.0.1:8080]
+    /// Address and port of HTTP (OpenAI's /v1, /healthz, /readyz, /metrics), or `off`. An address other than loopback needs a
+    /// token file. [default: 127.0.0.1:8080]
     #[arg(long, env = "COMPUTE_SERVER_HTTP", value_name = "ADDRESS:PORT")]
     pub http: Option<String>,
 
@@ -76,7 +77,7 @@ pub struct Options {
     #[arg(long, env = "COMPUTE_SERVER_TOKEN_FILE", value_name = "FILE")]
     pub token_file: Option<PathBuf>,
 
-    /// Certificate chain of the gRPC services in PEM; turns TLS on. Needs --tls-key.
+    /// Certificate chain of gRPC and HTTP in PEM; turns TLS on. Needs --tls-key.
     #[arg(long, env = "COMPUTE_SERVER_TLS_CERT", value_name = "FILE")]
     pub tls_cert: Option<PathBuf>,
 

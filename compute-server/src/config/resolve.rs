@@ -52,7 +52,7 @@ pub struct Config {
     pub threads: usize,
     /// File of bearer tokens.
     pub token_file: Option<PathBuf>,
-    /// Certificate and key of the gRPC services.
+    /// Certificate and key of gRPC and HTTP.
     pub tls: Option<Tls>,
     /// How long running work may take to finish after SIGTERM.
     pub drain_timeout: Duration,
