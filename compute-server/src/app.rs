@@ -9,6 +9,7 @@ use crate::config::Config;
 use crate::data_folder::DataFolder;
 use crate::error::{Error, Result};
 use crate::memory::MemoryBudget;
+use crate::metrics::ServerMetrics;
 use crate::registry::Registry;
 use crate::requests::Requests;
 use crate::tokenizers::TokenizerStore;
@@ -23,6 +24,8 @@ pub(crate) struct App {
     pub(crate) tokenizers: TokenizerStore,
     pub(crate) requests: Arc<Requests>,
     pub(crate) memory: Arc<MemoryBudget>,
+    /// What is measured of the server.
+    pub(crate) metrics: ServerMetrics,
     /// Held by the one run of kernel benchmarks.
     pub(crate) benchmarking: Arc<tokio::sync::Mutex<()>>,
     /// Models that have a thread, published or not.
@@ -62,6 +65,7 @@ impl App {
             tokenizers: TokenizerStore::new(Arc::clone(&folder)),
             requests: Arc::new(Requests::default()),
             memory: MemoryBudget::new(config.limits.memory),
+            metrics: ServerMetrics::new()?,
             benchmarking: Arc::default(),
             model_count: Arc::default(),
             draining: AtomicBool::new(false),

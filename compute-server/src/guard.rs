@@ -65,6 +65,7 @@ pub(crate) async fn guard(State(guard): State<Arc<Guard>>, mut request: Request,
     let status = Status::from_header_map(response.headers());
     let code = status.as_ref().map_or(Code::Ok, Status::code);
     let milliseconds = start.elapsed().as_secs_f64() * 1e3;
+    guard.app.metrics.answered_grpc(&path, code);
     tracing::debug!(%path, holder, ?code, milliseconds, "answered");
     match status {
         Some(status) if code == Code::OutOfRange && status.message().contains("message length too large") => {

@@ -22,6 +22,7 @@ mod guard;
 mod http;
 mod logging;
 mod memory;
+mod metrics;
 mod names;
 mod owner;
 mod recovery;

@@ -6,6 +6,7 @@ mod datasets;
 mod generate;
 mod gradients;
 mod server;
+mod statistics;
 mod tokens;
 mod train;
 mod train_tokenizer;

@@ -30,6 +30,7 @@ pub(crate) const RELATIONS: &[&dyn Relation] = &[
     &relations::Checkpoints,
     &relations::Devices,
     &relations::Requests,
+    &relations::Metrics,
     &relations::KernelBenchmarks,
 ];
 

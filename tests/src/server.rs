@@ -34,7 +34,13 @@ impl ComputeServer {
     /// Starts a server that loads weights from below `models`.
     #[must_use]
     pub fn start_with_models(models: &Path) -> Self {
-        Self::start_in(Some(models), &[])
+        Self::start_with_models_and(models, &[])
+    }
+
+    /// Starts a server that loads weights from below `models`, with further command-line options.
+    #[must_use]
+    pub fn start_with_models_and(models: &Path, options: &[&str]) -> Self {
+        Self::start_in(Some(models), options)
     }
 
     fn start_in(models: Option<&Path>, options: &[&str]) -> Self {

@@ -77,6 +77,10 @@ pub struct Options {
     #[arg(long, env = "COMPUTE_SERVER_TOKEN_FILE", value_name = "FILE")]
     pub token_file: Option<PathBuf>,
 
+    /// Show /metrics to whoever reaches HTTP, without a token. [default: false]
+    #[arg(long, env = "COMPUTE_SERVER_METRICS_PUBLIC", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    pub metrics_public: Option<bool>,
+
     /// Certificate chain of gRPC and HTTP in PEM; turns TLS on. Needs --tls-key.
     #[arg(long, env = "COMPUTE_SERVER_TLS_CERT", value_name = "FILE")]
     pub tls_cert: Option<PathBuf>,
@@ -167,6 +171,7 @@ impl Options {
             threads: self.threads.or(file.threads),
             memory_limit: self.memory_limit.or(file.memory_limit),
             token_file: self.token_file.or(file.token_file),
+            metrics_public: self.metrics_public.or(file.metrics_public),
             tls_cert: self.tls_cert.or(file.tls_cert),
             tls_key: self.tls_key.or(file.tls_key),
             config: self.config,

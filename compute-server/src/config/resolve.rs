@@ -52,6 +52,8 @@ pub struct Config {
     pub threads: usize,
     /// File of bearer tokens.
     pub token_file: Option<PathBuf>,
+    /// Whether /metrics asks for no token.
+    pub metrics_public: bool,
     /// Certificate and key of gRPC and HTTP.
     pub tls: Option<Tls>,
     /// How long running work may take to finish after SIGTERM.
@@ -151,6 +153,7 @@ impl Config {
             device: device(options.device.as_deref().unwrap_or("cpu"))?,
             threads: threads(options.threads)?,
             token_file: options.token_file.clone(),
+            metrics_public: options.metrics_public.unwrap_or(false),
             tls,
             drain_timeout: Duration::from_secs(options.drain_timeout.unwrap_or(30)),
             transaction_timeout: Duration::from_secs(options.transaction_timeout.unwrap_or(3600).max(1)),

@@ -5,16 +5,24 @@
 //! ```
 
 mod admission;
+mod answer;
+mod body;
+mod chat_completions;
+mod choices;
+mod completions;
 mod connections;
 mod error;
+mod fields;
 mod health;
+mod metrics;
 mod model_names;
 mod models;
+mod parameters;
 
 use std::sync::Arc;
 
 use axum::Router;
-use axum::routing::get;
+use axum::routing::{get, post};
 
 pub(crate) use connections::serve;
 
@@ -23,13 +31,21 @@ use crate::guard::Guard;
 /// The routes.
 pub(crate) fn router(guard: Arc<Guard>) -> Router {
     let app = Arc::clone(&guard.app);
-    Router::new()
+    let metrics = Router::new().route("/metrics", get(metrics::show));
+    let (guarded, open) = match app.config.metrics_public {
+        true => (Router::new(), metrics),
+        false => (metrics, Router::new()),
+    };
+    let guarded = guarded
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::retrieve))
+        .route("/v1/completions", post(completions::create))
+        .route("/v1/chat/completions", post(chat_completions::create))
         .fallback(error::unknown_path)
         .method_not_allowed_fallback(error::wrong_method)
-        .layer(axum::middleware::from_fn_with_state(guard, admission::admit))
-        .route("/healthz", get(health::alive))
+        .layer(axum::middleware::from_fn_with_state(guard, admission::admit));
+    open.route("/healthz", get(health::alive))
         .route("/readyz", get(health::ready))
+        .merge(guarded)
         .with_state(app)
 }

@@ -21,7 +21,14 @@ pub(super) fn resolve(app: &App, id: &str) -> ModelKey {
     let mut splits = id.match_indices(':').collect::<Vec<_>>();
     splits.reverse();
     // Names are short, and so is what is worth looking for.
-    let splits = splits.into_iter().take(16).map(|(at, _)| ModelKey::new(&id[..at], &id[at + 1..]));
+    let splits = splits
+        .into_iter()
+        .take(16)
+        .map(|(at, _)| ModelKey::new(&id[..at], &id[at + 1..]));
     let known = |key: &ModelKey| app.registry.find(key).is_some() || app.registry.unavailable(key).is_some();
-    splits.into_iter().filter(|key| key.adapter.is_some()).find(known).unwrap_or(whole)
+    splits
+        .into_iter()
+        .filter(|key| key.adapter.is_some())
+        .find(known)
+        .unwrap_or(whole)
 }

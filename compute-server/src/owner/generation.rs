@@ -14,6 +14,7 @@ use super::sequence::Sequence;
 use super::state::Owner;
 use crate::caller::Caller;
 use crate::error::{Error, Result};
+use crate::metrics::ModelMetrics;
 use crate::requests::RequestGuard;
 
 /// A generation to be run: one completion of a request.
@@ -36,6 +37,8 @@ pub(crate) struct GenerationRequest {
     pub(crate) stream_tokens: bool,
     /// Keeps the request listed.
     pub(crate) request: Arc<RequestGuard>,
+    /// What is measured of the model or adapter.
+    pub(crate) metrics: Arc<ModelMetrics>,
     /// Where messages go. A full channel pauses the generation, a closed one ends it.
     pub(crate) output: mpsc::Sender<Result<v1::GenerateResponse, Error>>,
     /// When the client asked.
@@ -186,6 +189,9 @@ impl Owner {
             };
             let (mut prefilling, mut decoding): (Vec<_>, Vec<_>) =
                 of_view.drain(..).partition(|sequence| sequence.is_prefilling());
+            if !decoding.is_empty() {
+                shared.metrics.decoded(decoding.len());
+            }
             forward(decoder, &mut decoding, &shared.end_tokens);
             // Prompts are read one at a time, each in chunks of its own, in the order of arrival.
             prefilling.truncate(1);

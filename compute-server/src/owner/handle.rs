@@ -25,6 +25,7 @@ use crate::config::Limits;
 use crate::data_folder::Staged;
 use crate::error::{Error, Result};
 use crate::memory::{MemoryBudget, Reservation};
+use crate::metrics::ModelMetrics;
 use crate::names::ModelKey;
 
 /// A piece of work for the thread. Long work puts itself into a queue of the owner and returns.
@@ -140,6 +141,8 @@ pub(crate) struct Shared {
     pub(super) saves: AtomicU64,
     /// Bytes of the caches of running generations.
     pub(super) cache_bytes: AtomicU64,
+    /// What is measured of it.
+    pub(crate) metrics: Arc<ModelMetrics>,
     descriptions: Mutex<HashMap<View, Description>>,
 }
 
@@ -243,6 +246,7 @@ impl ModelHandle {
             phase: AtomicU8::new(RUNNING),
             saves: AtomicU64::new(0),
             cache_bytes: AtomicU64::new(0),
+            metrics: Arc::new(ModelMetrics::new()?),
             descriptions: Mutex::default(),
         });
         let (work, inbox) = mpsc::channel(limits.queue);
@@ -411,6 +415,11 @@ impl ModelHandle {
         description.map(|description| description.retention).unwrap_or_default()
     }
 
+    /// Bytes of keys and values that it holds.
+    pub(crate) fn cache_bytes(&self) -> u64 {
+        self.shared.cache_bytes.load(Ordering::Relaxed)
+    }
+
     /// The row of `models` that `view` sees, without status.
     pub(crate) fn describe(&self, view: &View) -> v1::Model {
         let shared = &self.shared;
@@ -420,7 +429,7 @@ impl ModelHandle {
         if let Some(description) = description {
             config.extend(description.settings.clone());
         }
-        let cache_bytes = shared.cache_bytes.load(Ordering::Relaxed);
+        let cache_bytes = self.cache_bytes();
         v1::Model {
             name: shared.name.clone(),
             architecture: shared.decoder_config.architecture.name().to_owned(),

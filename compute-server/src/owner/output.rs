@@ -53,12 +53,9 @@ impl<M, T> OutputStream<M, T> {
             },
         )
     }
-}
 
-impl<M, T> Stream for OutputStream<M, T> {
-    type Item = Result<T, Status>;
-
-    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+    /// The next message, with an error that has not been translated yet.
+    pub(crate) fn poll_message(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<T, Error>>> {
         if self.ended {
             return Poll::Ready(None);
         }
@@ -70,11 +67,11 @@ impl<M, T> Stream for OutputStream<M, T> {
             Some(Ok(message)) => (self.map)(message),
             Some(Err(error)) => {
                 self.ended = true;
-                return Poll::Ready(Some(Err(error.into())));
+                return Poll::Ready(Some(Err(error)));
             }
             None => {
                 self.ended = true;
-                return Poll::Ready(Some(Err(self.handle.facts().gone().into())));
+                return Poll::Ready(Some(Err(self.handle.facts().gone())));
             }
         };
         match step {
@@ -88,6 +85,14 @@ impl<M, T> Stream for OutputStream<M, T> {
                 Poll::Ready(None)
             }
         }
+    }
+}
+
+impl<M, T> Stream for OutputStream<M, T> {
+    type Item = Result<T, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.poll_message(context).map_err(Status::from)
     }
 }
 

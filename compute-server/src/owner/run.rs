@@ -99,6 +99,7 @@ impl Owner {
 
     /// Makes the present state known as what everybody sees.
     pub(super) fn describe_committed(&self) {
+        self.shared.metrics.trained(self.log.last());
         self.shared
             .describe(View::Committed, self.description(&View::Committed));
     }

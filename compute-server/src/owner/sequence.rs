@@ -81,7 +81,9 @@ impl Sequence {
     /// Looks whether the client is gone or asked for an end, and sends what waits.
     pub(super) fn poll(&mut self) {
         if self.request.output.is_closed() {
-            self.abandoned = true;
+            if !std::mem::replace(&mut self.abandoned, true) && !self.ended {
+                self.request.metrics.abandoned();
+            }
             self.cache = None;
         } else if self.request.request.is_cancelled() && !self.ended {
             self.end("cancelled");
@@ -104,6 +106,7 @@ impl Sequence {
             return self.end("stop");
         }
         self.request.tokens.push(sampled.token);
+        self.request.metrics.generated();
         let count = self.completion_tokens();
         self.request.request.advance();
         let progress = self.request.text.push(sampled.token);
@@ -164,6 +167,7 @@ impl Sequence {
             queue_ms: milliseconds(self.started),
             choice: self.request.choice,
         };
+        self.request.metrics.finished(&summary);
         self.outbox.push_back(Ok(v1::GenerateResponse {
             token: None,
             summary: Some(summary),

@@ -6,7 +6,7 @@ use std::time::Instant;
 use candle_compute_proto::v1;
 use candle_models::{ChatMessage, CompletionText, Sampler, SamplingOptions, Tokenizer};
 
-use super::inputs::tokenizer;
+use super::inputs::{token_ids, tokenizer};
 use crate::app::App;
 use crate::caller::Caller;
 use crate::error::{Error, Result};
@@ -63,6 +63,7 @@ pub(crate) async fn start(app: &Arc<App>, caller: Caller, request: v1::GenerateR
             tokenizer: Arc::clone(&tokenizer),
             stream_tokens: request.stream_tokens,
             request: Arc::clone(&guard),
+            metrics: Arc::clone(&model.facts().metrics),
             output: output.clone(),
             arrived,
             caller: caller.clone(),
@@ -137,6 +138,9 @@ fn prompt_tokens(
                 })
                 .collect();
             tokenizer.encode_without_special_tokens(&template.render(&messages)?)?
+        }
+        Some(v1::generate_request::Input::Tokens(tokens)) => {
+            token_ids(&tokens.ids, model.facts().decoder_config.vocabulary)?
         }
         None => return Err(Error::invalid("prompt or messages is required")),
     };

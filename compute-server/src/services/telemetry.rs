@@ -9,6 +9,7 @@ use super::tracking::Tracked;
 use super::{ResponseStream, Service, benchmarks};
 use crate::devices;
 use crate::error::Error;
+use crate::metrics;
 
 #[tonic::async_trait]
 impl TelemetryService for Service {
@@ -53,6 +54,14 @@ impl TelemetryService for Service {
         Ok(Response::new(v1::ListRequestsResponse {
             requests: rows.collect(),
         }))
+    }
+
+    async fn list_metrics(
+        &self,
+        _request: Request<v1::ListMetricsRequest>,
+    ) -> Result<Response<v1::ListMetricsResponse>, Status> {
+        let samples = metrics::samples(&metrics::gather(&self.app)?);
+        Ok(Response::new(v1::ListMetricsResponse { samples }))
     }
 
     type TrackRequestStream = ReceiverStream<Result<v1::TrackRequestResponse, Status>>;

@@ -13,6 +13,7 @@ mod durability;
 mod full_disk;
 mod generation;
 mod gradients;
+mod http;
 mod log_damage;
 mod operations;
 mod parameters;

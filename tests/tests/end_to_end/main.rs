@@ -6,6 +6,7 @@ mod faults;
 mod files;
 mod gradients;
 mod grpc;
+mod http;
 mod interruption;
 mod pretrained;
 mod sessions;

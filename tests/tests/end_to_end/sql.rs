@@ -36,6 +36,7 @@ sql_tests!(
     input_forms,
     models,
     precision,
+    statistics,
     table_semantics,
     training
 );

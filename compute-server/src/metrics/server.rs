@@ -1,0 +1,110 @@
+//! The instruments of the server as a whole.
+
+use std::time::SystemTime;
+
+use prometheus::core::Collector;
+use prometheus::{IntCounterVec, Opts};
+
+use super::model::{defect, gauge};
+use super::process;
+use crate::app::App;
+use crate::error::Result;
+
+/// What is measured of the server.
+#[derive(Debug)]
+pub(crate) struct ServerMetrics {
+    started: SystemTime,
+    grpc: IntCounterVec,
+    http: IntCounterVec,
+}
+
+impl ServerMetrics {
+    /// Instruments that have measured nothing.
+    ///
+    /// # Errors
+    /// `Internal`, for a defect of the names below.
+    pub(crate) fn new() -> Result<Self> {
+        let grpc = Opts::new(
+            "candle_grpc_requests_total",
+            "gRPC calls by service and code; of a stream, the code that it began with",
+        );
+        let http = Opts::new("candle_http_requests_total", "HTTP requests by route and status");
+        Ok(Self {
+            started: SystemTime::now(),
+            grpc: IntCounterVec::new(grpc, &["service", "code"]).map_err(defect)?,
+            http: IntCounterVec::new(http, &["route", "status"]).map_err(defect)?,
+        })
+    }
+
+    /// A gRPC call to `path` was answered with `code`.
+    pub(crate) fn answered_grpc(&self, path: &str, code: tonic::Code) {
+        let service = path.trim_start_matches('/').split('/').next().unwrap_or_default();
+        // Labels must not grow with what clients think of.
+        let listed = crate::services::SERVICES.into_iter().chain(["grpc.health.v1.Health"]);
+        let service = listed.into_iter().find(|listed| *listed == service).unwrap_or("other");
+        self.grpc.with_label_values(&[service, &format!("{code:?}")]).inc();
+    }
+
+    /// An HTTP request to `route`, as the router knows it, was answered with `status`.
+    pub(crate) fn answered_http(&self, route: Option<&str>, status: u16) {
+        let status = status.to_string();
+        self.http.with_label_values(&[route.unwrap_or("other"), &status]).inc();
+    }
+
+    /// Calls `show` with every instrument.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub(super) fn visit(&self, app: &App, mut show: impl FnMut(&dyn Collector)) -> Result<()> {
+        show(&self.grpc);
+        show(&self.http);
+        let gauges = [
+            (
+                "candle_models_loaded",
+                "Models and adapters that everybody sees",
+                Some(app.registry.list().len() as f64),
+            ),
+            (
+                "candle_transactions_open",
+                "Transactions that have staged something",
+                Some(app.transactions.count() as f64),
+            ),
+            (
+                "candle_memory_used_bytes",
+                "Bytes reserved for weights, gradients, optimizer states and caches",
+                Some(app.memory.used() as f64),
+            ),
+            (
+                "candle_memory_limit_bytes",
+                "Bytes that may be reserved",
+                Some(app.config.limits.memory as f64),
+            ),
+            (
+                "process_resident_memory_bytes",
+                "Resident memory size in bytes",
+                process::resident_bytes().map(|bytes| bytes as f64),
+            ),
+            (
+                "process_open_fds",
+                "Number of open file descriptors",
+                process::open_files().map(|files| files as f64),
+            ),
+            (
+                "process_start_time_seconds",
+                "Start time of the process since unix epoch in seconds",
+                Some(process::unix_seconds(self.started)),
+            ),
+        ];
+        for (name, help, value) in gauges {
+            if let Some(value) = value {
+                show(&gauge(name, help, value)?);
+            }
+        }
+        let build =
+            Opts::new("candle_build_info", "The version that runs").const_label("version", env!("CARGO_PKG_VERSION"));
+        let build = prometheus::IntGauge::with_opts(build).map_err(defect)?;
+        build.set(1);
+        show(&build);
+        Ok(())
+    }
+}

@@ -1,0 +1,545 @@
+//! The endpoint that OpenAI's clients speak to, over plain sockets.
+
+use std::collections::BTreeMap;
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use candle_compute_proto::v1::*;
+use serde_json::{Value, json};
+
+use crate::support::{Client, TestServer, endless, random};
+
+/// An answer over HTTP/1.0, which ends with its connection.
+struct Answer {
+    status: u16,
+    headers: String,
+    body: String,
+}
+
+impl Answer {
+    fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error} in {}", self.body))
+    }
+
+    /// The values of the events, without the last one, which has to be `[DONE]`.
+    fn events(&self) -> Vec<Value> {
+        let mut data: Vec<&str> = self
+            .body
+            .lines()
+            .filter_map(|line| line.strip_prefix("data: "))
+            .collect();
+        assert_eq!(data.pop(), Some("[DONE]"), "{}", self.body);
+        data.into_iter()
+            .map(|data| serde_json::from_str(data).unwrap())
+            .collect()
+    }
+
+    /// Status, and code and parameter of the error object.
+    fn error(&self) -> (u16, Value, Value) {
+        let error = self.json()["error"].take();
+        assert!(
+            error["message"].as_str().is_some_and(|message| !message.is_empty()),
+            "{}",
+            self.body
+        );
+        (self.status, error["code"].clone(), error["param"].clone())
+    }
+}
+
+/// Sends a request and leaves the answer to be read.
+fn send(server: &TestServer, method: &str, path: &str, headers: &str, body: &str) -> TcpStream {
+    let mut stream = TcpStream::connect(&server.http).unwrap();
+    let length = body.len();
+    write!(
+        stream,
+        "{method} {path} HTTP/1.0\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n{headers}\r\n{body}"
+    )
+    .unwrap();
+    stream
+}
+
+fn read(mut stream: TcpStream) -> Answer {
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    let (head, body) = text
+        .split_once("\r\n\r\n")
+        .unwrap_or_else(|| panic!("no head in {text:?}"));
+    Answer {
+        status: head.split(' ').nth(1).unwrap().parse().unwrap(),
+        headers: head.to_ascii_lowercase(),
+        body: body.to_owned(),
+    }
+}
+
+fn get(server: &TestServer, path: &str) -> Answer {
+    read(send(server, "GET", path, "", ""))
+}
+
+fn post(server: &TestServer, path: &str, body: &Value) -> Answer {
+    read(send(server, "POST", path, "", &body.to_string()))
+}
+
+/// A model with a chat template, under the name `chat`.
+async fn load_chat(server: &TestServer, client: &Client) {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden");
+    let folder = server.data.path().join("models/chat");
+    std::fs::create_dir_all(&folder).unwrap();
+    for file in [
+        "llama/config.json",
+        "llama/model.safetensors",
+        "chat/tokenizer.json",
+        "chat/tokenizer_config.json",
+    ] {
+        let file = golden.join(file);
+        std::fs::copy(&file, folder.join(file.file_name().unwrap())).unwrap();
+    }
+    let request = LoadModelRequest {
+        name: "chat".into(),
+        source: "chat".into(),
+        ..Default::default()
+    };
+    client.load(request).await.unwrap();
+}
+
+async fn requests(client: &Client) -> Vec<ActiveRequest> {
+    let listed = client.telemetry.clone().list_requests(ListRequestsRequest {}).await;
+    listed.unwrap().into_inner().requests
+}
+
+/// Waits until `found` finds something.
+async fn wait_for<T>(what: &str, client: &Client, found: impl Fn(&[ActiveRequest]) -> Option<T>) -> T {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        if let Some(value) = found(&requests(client).await) {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "{what}");
+        tokio::task::yield_now().await;
+    }
+}
+
+async fn server_with_model() -> (TestServer, Client) {
+    let server = TestServer::start(&[]);
+    let client = server.connect().await;
+    client.create("m").await;
+    (server, client)
+}
+
+#[tokio::test]
+async fn completions_are_those_of_grpc() {
+    let (server, client) = server_with_model().await;
+    let (tokens, summary) = client.generate(random("m", "the quick", 7, 20)).await.unwrap();
+    let request = json!({"model": "m", "prompt": "the quick", "max_tokens": 20, "temperature": 1, "seed": 7});
+    let whole = post(&server, "/v1/completions", &request);
+    assert_eq!(whole.status, 200, "{}", whole.body);
+    let whole = whole.json();
+    assert_eq!(whole["object"], "text_completion");
+    assert_eq!(whole["model"], "m");
+    assert_eq!(whole["choices"][0]["text"], summary.completion.as_str());
+    assert_eq!(whole["choices"][0]["finish_reason"], summary.finish_reason.as_str());
+    assert_eq!(whole["usage"]["prompt_tokens"], summary.prompt_tokens);
+    assert_eq!(whole["usage"]["completion_tokens"], summary.completion_tokens);
+    assert!(whole["usage"]["prompt_tokens_details"]["cached_tokens"].is_u64());
+
+    let mut streamed = request.clone();
+    streamed["stream"] = true.into();
+    streamed["stream_options"] = json!({"include_usage": true});
+    let events = post(&server, "/v1/completions", &streamed).events();
+    let text: String = events
+        .iter()
+        .filter_map(|event| event["choices"][0]["text"].as_str())
+        .collect();
+    assert_eq!(text, summary.completion);
+    let last = events.last().unwrap();
+    assert_eq!(last["choices"], json!([]));
+    assert_eq!(last["usage"]["completion_tokens"], tokens.len());
+    assert_eq!(
+        events[events.len() - 2]["choices"][0]["finish_reason"],
+        summary.finish_reason.as_str()
+    );
+    assert!(events.iter().all(|event| event["id"] == events[0]["id"]));
+}
+
+#[tokio::test]
+async fn several_prompts_and_completions_are_numbered_prompt_by_prompt() {
+    let (server, client) = server_with_model().await;
+    let ask = |prompt: Value, n: u32, stream: bool| {
+        let request = json!({"model": "m", "prompt": prompt, "n": n, "max_tokens": 6, "temperature": 1, "seed": 3, "stream": stream});
+        post(&server, "/v1/completions", &request)
+    };
+    let text = |answer: &Value, index: usize| answer["choices"][index]["text"].as_str().unwrap().to_owned();
+    let (fox, dog) = (
+        ask(json!("fox"), 2, false).json(),
+        ask(json!("lazy dog"), 2, false).json(),
+    );
+    let both = ask(json!(["fox", "lazy dog"]), 2, false).json();
+    let expected: BTreeMap<usize, String> = [(&fox, 0), (&fox, 1), (&dog, 0), (&dog, 1)]
+        .into_iter()
+        .map(|(answer, index)| text(answer, index))
+        .enumerate()
+        .collect();
+    for (index, expected) in &expected {
+        assert_eq!(both["choices"][*index]["index"], *index);
+        assert_eq!(&text(&both, *index), expected);
+    }
+    // A prompt counts once, whatever the number of its completions.
+    let prompt_tokens = |answer: &Value| answer["usage"]["prompt_tokens"].as_u64().unwrap();
+    assert_eq!(prompt_tokens(&both), prompt_tokens(&fox) + prompt_tokens(&dog));
+    let mut streamed: BTreeMap<usize, String> = BTreeMap::new();
+    for event in ask(json!(["fox", "lazy dog"]), 2, true).events() {
+        let choice = &event["choices"][0];
+        let index = choice["index"].as_u64().unwrap() as usize;
+        streamed
+            .entry(index)
+            .or_default()
+            .push_str(choice["text"].as_str().unwrap());
+    }
+    assert_eq!(streamed, expected);
+    // Token ids are the same as the text that they stand for.
+    let request = TokenizeRequest {
+        model: "m".into(),
+        input: "fox".into(),
+        ..Default::default()
+    };
+    let tokens = client
+        .inference
+        .clone()
+        .tokenize(request)
+        .await
+        .unwrap()
+        .into_inner()
+        .tokens;
+    let ids: Vec<u32> = tokens.iter().map(|token| token.token_id).collect();
+    assert_eq!(text(&ask(json!(ids), 1, false).json(), 0), expected[&0]);
+    assert_eq!(text(&ask(json!([ids]), 1, false).json(), 0), expected[&0]);
+}
+
+#[tokio::test]
+async fn logprobs_have_the_shape_of_each_endpoint() {
+    let server = TestServer::start(&[]);
+    let client = server.connect().await;
+    load_chat(&server, &client).await;
+    let request = json!({"model": "chat", "prompt": "hello", "max_tokens": 5, "logprobs": 2});
+    let answer = post(&server, "/v1/completions", &request).json();
+    let logprobs = &answer["choices"][0]["logprobs"];
+    let tokens = answer["usage"]["completion_tokens"].as_u64().unwrap() as usize;
+    let tokens_text: Vec<&str> = logprobs["tokens"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|token| token.as_str().unwrap())
+        .collect();
+    assert_eq!(tokens_text.concat(), answer["choices"][0]["text"].as_str().unwrap());
+    assert_eq!(logprobs["token_logprobs"].as_array().unwrap().len(), tokens);
+    assert_eq!(logprobs["top_logprobs"][0].as_object().unwrap().len(), 2);
+    assert_eq!(logprobs["text_offset"][1], tokens_text[0].chars().count());
+
+    let messages = json!([{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]);
+    let request =
+        json!({"model": "chat", "messages": messages, "max_completion_tokens": 5, "logprobs": true, "top_logprobs": 3});
+    let answer = post(&server, "/v1/chat/completions", &request).json();
+    assert_eq!(answer["choices"][0]["message"]["role"], "assistant");
+    let content = answer["choices"][0]["logprobs"]["content"].as_array().unwrap();
+    assert_eq!(
+        content.len() as u64,
+        answer["usage"]["completion_tokens"].as_u64().unwrap()
+    );
+    assert_eq!(content[0]["top_logprobs"].as_array().unwrap().len(), 3);
+    // Greedy: the token is the likeliest of those at its place.
+    assert_eq!(content[0]["top_logprobs"][0]["logprob"], content[0]["logprob"]);
+    assert!(content[0]["bytes"].is_array());
+
+    let mut streamed = request.clone();
+    streamed["stream"] = true.into();
+    let events = post(&server, "/v1/chat/completions", &streamed).events();
+    assert_eq!(events[0]["choices"][0]["delta"]["role"], "assistant");
+    assert_eq!(events[0]["object"], "chat.completion.chunk");
+    let text: String = events
+        .iter()
+        .filter_map(|event| event["choices"][0]["delta"]["content"].as_str())
+        .collect();
+    assert_eq!(text, answer["choices"][0]["message"]["content"].as_str().unwrap());
+}
+
+#[tokio::test]
+async fn models_and_adapters_are_listed_under_the_names_that_requests_use() {
+    let (server, client) = server_with_model().await;
+    let request = CreateAdapterRequest {
+        model: "m".into(),
+        name: "style".into(),
+        ..Default::default()
+    };
+    client.adapters.clone().create_adapter(request).await.unwrap();
+    let listed = get(&server, "/v1/models").json();
+    let ids: Vec<&str> = listed["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|model| model["id"].as_str().unwrap())
+        .collect();
+    assert_eq!(ids, ["m", "m:style"]);
+    let adapter = get(&server, "/v1/models/m:style").json();
+    assert_eq!((&adapter["object"], &adapter["parent"]), (&json!("model"), &json!("m")));
+    assert!(adapter["created"].as_u64().unwrap() > 1_600_000_000);
+    let request = json!({"model": "m:style", "prompt": "fox", "max_tokens": 3});
+    assert_eq!(post(&server, "/v1/completions", &request).status, 200);
+    for missing in ["m:none", "none", "a/b:c"] {
+        let answer = get(&server, &format!("/v1/models/{missing}"));
+        assert_eq!(
+            answer.error(),
+            (404, json!("model_not_found"), json!("model")),
+            "{missing}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_done_says_so_by_name() {
+    let (server, _client) = server_with_model().await;
+    let plain = json!({"model": "m", "prompt": "fox", "max_tokens": 2});
+    let cases = [
+        (json!({"echo": true}), "echo"),
+        (json!({"suffix": "x"}), "suffix"),
+        (json!({"best_of": 3}), "best_of"),
+        (json!({"colour": 1}), "colour"),
+        (json!({"n": 0}), "n"),
+        (json!({"n": "two"}), "n"),
+        (json!({"logprobs": 99}), "logprobs"),
+        (json!({"stream_options": {"include_usage": true}}), "stream_options"),
+        (json!({"prompt": {}}), "prompt"),
+        (json!({"prompt": null}), "prompt"),
+        (json!({"logit_bias": {"x": 1}}), "logit_bias"),
+        (json!({"max_tokens": 2, "max_completion_tokens": 3}), "max_tokens"),
+        (json!({"stop": 5}), "stop"),
+    ];
+    for (change, param) in cases {
+        let mut request = plain.clone();
+        request
+            .as_object_mut()
+            .unwrap()
+            .extend(change.as_object().unwrap().clone());
+        let answer = post(&server, "/v1/completions", &request);
+        assert_eq!(answer.error(), (400, Value::Null, json!(param)), "{}", answer.body);
+    }
+    // What says only what happens anyway is no reason to refuse.
+    let mut harmless = plain.clone();
+    for (name, value) in [
+        ("echo", json!(false)),
+        ("best_of", json!(1)),
+        ("user", json!("ann")),
+        ("seed", json!(null)),
+    ] {
+        harmless[name] = value;
+    }
+    assert_eq!(post(&server, "/v1/completions", &harmless).status, 200);
+    for (name, value) in [
+        ("temperature", json!(-1)),
+        ("top_p", json!(3)),
+        ("max_tokens", json!(0)),
+        ("stop", json!([""])),
+    ] {
+        let mut request = plain.clone();
+        request[name] = value;
+        let answer = post(&server, "/v1/completions", &request);
+        assert!(answer.status == 400 && answer.body.contains(name), "{}", answer.body);
+    }
+    let chat = json!({"model": "m", "messages": [{"role": "user", "content": "x"}]});
+    let mut tools = chat.clone();
+    tools["tools"] = json!([{"type": "function", "function": {"name": "f"}}]);
+    assert_eq!(
+        post(&server, "/v1/chat/completions", &tools).error(),
+        (400, Value::Null, json!("tools"))
+    );
+    let answer = post(&server, "/v1/chat/completions", &chat);
+    assert!(
+        answer.status == 400 && answer.body.contains("chat template"),
+        "{}",
+        answer.body
+    );
+    let unknown = json!({"model": "nobody", "prompt": "x"});
+    assert_eq!(
+        post(&server, "/v1/completions", &unknown).error(),
+        (404, json!("model_not_found"), json!("model"))
+    );
+}
+
+#[test]
+fn requests_that_are_none_are_refused() {
+    let server = TestServer::start(&["--max-message-bytes", "64K"]);
+    assert_eq!(read(send(&server, "POST", "/v1/completions", "", "{")).status, 400);
+    assert_eq!(read(send(&server, "GET", "/v1/completions", "", "")).status, 405);
+    assert_eq!(get(&server, "/v1/nothing").error().0, 404);
+    let large = json!({"model": "m", "prompt": "x".repeat(70_000)});
+    let answer = post(&server, "/v1/completions", &large);
+    assert!(
+        answer.status == 413 && answer.body.contains("--max-message-bytes"),
+        "{}",
+        answer.body
+    );
+    // Two gigabytes are refused when they are announced, not when they have come.
+    let mut stream = TcpStream::connect(&server.http).unwrap();
+    let head = "POST /v1/completions HTTP/1.0\r\ncontent-type: application/json\r\ncontent-length: 2147483648\r\n\r\n{";
+    stream.write_all(head.as_bytes()).unwrap();
+    assert_eq!(read(stream).status, 413);
+    let mut stream = TcpStream::connect(&server.http).unwrap();
+    stream
+        .write_all(b"POST /v1/completions HTTP/1.0\r\ncontent-length: 2\r\n\r\n{}")
+        .unwrap();
+    assert_eq!(read(stream).status, 415);
+}
+
+#[tokio::test]
+async fn a_client_that_goes_away_ends_its_generation() {
+    let (server, client) = server_with_model().await;
+    for stream in [true, false] {
+        let request = json!({"model": "m", "prompt": "the", "max_tokens": 30_000, "stream": stream});
+        let connection = send(&server, "POST", "/v1/completions", "", &request.to_string());
+        wait_for("a generation runs", &client, |requests| {
+            requests
+                .iter()
+                .any(|request| request.kind == "generate" && request.done > 0)
+                .then_some(())
+        })
+        .await;
+        drop(connection);
+        wait_for("nothing runs", &client, |requests| requests.is_empty().then_some(())).await;
+    }
+}
+
+#[tokio::test]
+async fn a_generation_that_somebody_cancels_says_so() {
+    let (server, client) = server_with_model().await;
+    for stream in [true, false] {
+        let request = json!({"model": "m", "prompt": "the", "max_tokens": 30_000, "stream": stream});
+        let connection = send(&server, "POST", "/v1/completions", "", &request.to_string());
+        let reader = std::thread::spawn(move || read(connection));
+        let id = wait_for("a generation runs", &client, |requests| {
+            Some(requests.first()?.id.clone())
+        })
+        .await;
+        client
+            .telemetry
+            .clone()
+            .cancel_request(CancelRequestRequest { id })
+            .await
+            .unwrap();
+        let answer = reader.join().unwrap();
+        let error = match stream {
+            false => answer.error(),
+            true => {
+                let last = answer.body.lines().rfind(|line| line.starts_with("data: ")).unwrap();
+                let last: Value = serde_json::from_str(&last["data: ".len()..]).unwrap();
+                (499, last["error"]["code"].clone(), Value::Null)
+            }
+        };
+        assert_eq!(error, (499, json!("cancelled"), Value::Null), "{}", answer.body);
+    }
+}
+
+#[tokio::test]
+async fn sigterm_lets_an_answer_finish() {
+    let (mut server, client) = server_with_model().await;
+    let request = json!({"model": "m", "prompt": "the", "max_tokens": 2000, "stream": true});
+    let connection = send(&server, "POST", "/v1/completions", "", &request.to_string());
+    wait_for("a generation runs", &client, |requests| requests.first().map(drop)).await;
+    server.terminate();
+    let events = read(connection).events();
+    assert_eq!(events.last().unwrap()["choices"][0]["finish_reason"], "length");
+    drop(client);
+    assert_eq!(server.wait().code(), Some(0));
+}
+
+#[tokio::test]
+async fn tokens_are_asked_for_everywhere_but_at_probes() {
+    let data = tempfile::tempdir().unwrap();
+    let file = data.path().join("tokens");
+    std::fs::write(&file, "ann s3cret-token\n").unwrap();
+    let server = TestServer::start_in(data, &["--token-file", file.to_str().unwrap()]);
+    for path in ["/v1/models", "/v1/models/m", "/metrics"] {
+        for header in [
+            "",
+            "authorization: Bearer s3cret\r\n",
+            "authorization: Basic s3cret-token\r\n",
+        ] {
+            let answer = read(send(&server, "GET", path, header, ""));
+            assert_eq!(answer.error(), (401, json!("invalid_api_key"), Value::Null));
+            assert!(answer.headers.contains("www-authenticate: bearer") && !answer.body.contains("s3cret"));
+        }
+        let answer = read(send(&server, "GET", path, "authorization: Bearer s3cret-token\r\n", ""));
+        assert_ne!(answer.status, 401, "{path}");
+    }
+    assert_eq!(post(&server, "/v1/completions", &json!({})).status, 401);
+    assert_eq!(
+        (get(&server, "/healthz").status, get(&server, "/readyz").status),
+        (200, 200)
+    );
+}
+
+#[tokio::test]
+async fn metrics_may_be_public_and_count_what_was_done() {
+    let data = tempfile::tempdir().unwrap();
+    let file = data.path().join("tokens");
+    std::fs::write(&file, "ann s3cret-token\n").unwrap();
+    let server = TestServer::start_in(data, &["--token-file", file.to_str().unwrap(), "--metrics-public"]);
+    assert_eq!(get(&server, "/v1/models").status, 401);
+    assert!(
+        get(&server, "/metrics")
+            .body
+            .contains("candle_http_requests_total{route=\"/v1/models\",status=\"401\"} 1")
+    );
+    drop(server);
+
+    let (server, client) = server_with_model().await;
+    let (tokens, summary) = client.generate(random("m", "the quick", 7, 20)).await.unwrap();
+    let _ = client.generate(endless("nobody")).await.unwrap_err();
+    let text = get(&server, "/metrics");
+    assert!(text.headers.contains("text/plain; version=0.0.4"), "{}", text.headers);
+    let count = tokens.len();
+    let prompt = summary.prompt_tokens;
+    for line in [
+        format!("candle_generation_tokens_total{{model_name=\"m\"}} {count}"),
+        format!("candle_prompt_tokens_total{{model_name=\"m\"}} {prompt}"),
+        "candle_request_duration_seconds_count{model_name=\"m\"} 1".to_owned(),
+        "candle_time_to_first_token_seconds_count{model_name=\"m\"} 1".to_owned(),
+        "candle_time_per_output_token_seconds_count{model_name=\"m\"} 1".to_owned(),
+        "candle_requests_waiting{kind=\"generate\",model_name=\"m\"} 0".to_owned(),
+        format!("candle_build_info{{version=\"{}\"}} 1", env!("CARGO_PKG_VERSION")),
+    ] {
+        assert!(
+            text.body.lines().any(|found| found == line),
+            "{line} is missing from\n{}",
+            text.body
+        );
+    }
+    let samples = client
+        .telemetry
+        .clone()
+        .list_metrics(ListMetricsRequest {})
+        .await
+        .unwrap()
+        .into_inner()
+        .samples;
+    let loss = |samples: &[MetricSample]| {
+        samples
+            .iter()
+            .find(|sample| sample.name == "candle_training_loss")
+            .map(|sample| sample.value)
+    };
+    assert_eq!(loss(&samples), None);
+    client.batch("m", None, &[&[1, 2, 3]]).await.unwrap();
+    let step = client.step("m", None).await.unwrap();
+    let samples = client
+        .telemetry
+        .clone()
+        .list_metrics(ListMetricsRequest {})
+        .await
+        .unwrap()
+        .into_inner()
+        .samples;
+    assert_eq!(loss(&samples), Some(step.loss));
+    // What a model measured goes with it.
+    client.drop_model("m").await.unwrap();
+    assert!(!get(&server, "/metrics").body.contains("model_name=\"m\""));
+}
