@@ -16,6 +16,7 @@
 //! | not something this build can do | `UNIMPLEMENTED` | 0A000 |
 //! | no token, or a wrong one | `UNAUTHENTICATED` | 28000 |
 //! | cancelled | `CANCELLED` | 57014 |
+//! | later than the call's `grpc-timeout` | `DEADLINE_EXCEEDED` | 57014 |
 //! | starting or shutting down | `UNAVAILABLE` | HV00N |
 //! | anything else | `INTERNAL` | HV00L |
 
@@ -91,6 +92,9 @@ pub enum Error {
     /// The caller went away or asked for the work to stop.
     #[error("cancelled")]
     Cancelled,
+    /// The time that the caller gave has passed.
+    #[error("the deadline of the call passed before it ended")]
+    DeadlineExceeded,
     /// A model or adapter could not be made again after a restart.
     #[error("{kind} \"{name}\" could not be recovered: {reason}")]
     Unrecovered {
@@ -176,6 +180,7 @@ impl Error {
                 Some("Give the server's token in the user mapping's option \"token\"."),
             ),
             Self::Cancelled => (Code::Cancelled, "57014", None),
+            Self::DeadlineExceeded => (Code::DeadlineExceeded, "57014", Some("Give the call more time.")),
             Self::Unrecovered { .. } => (
                 Code::FailedPrecondition,
                 "55000",

@@ -305,8 +305,12 @@ pub(crate) type Row = Vec<Value>;
 /// What the server reports of its work, for EXPLAIN ANALYZE.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Usage {
+    pub(crate) generations: u64,
     pub(crate) prompt_tokens: u64,
+    pub(crate) cached_tokens: u64,
     pub(crate) completion_tokens: u64,
+    /// Sequences that the server ran together, in the mean over a generation; of several generations the sum.
+    pub(crate) batch_sizes: f64,
     pub(crate) queue_ms: f64,
     pub(crate) prefill_ms: f64,
     pub(crate) decode_ms: f64,
@@ -315,8 +319,11 @@ pub(crate) struct Usage {
 impl From<&GenerationSummary> for Usage {
     fn from(summary: &GenerationSummary) -> Self {
         Self {
+            generations: 1,
             prompt_tokens: summary.prompt_tokens.into(),
+            cached_tokens: summary.cached_tokens.into(),
             completion_tokens: summary.completion_tokens.into(),
+            batch_sizes: summary.batch_size,
             queue_ms: summary.queue_ms,
             prefill_ms: (summary.time_to_first_token_ms - summary.queue_ms).max(0.0),
             decode_ms: (summary.duration_ms - summary.time_to_first_token_ms).max(0.0),

@@ -118,6 +118,15 @@ pub struct Options {
     #[arg(long, env = "COMPUTE_SERVER_MAX_QUEUE", value_name = "N")]
     pub max_queue: Option<u64>,
 
+    /// Seconds that a generation may wait for its turn; 0 for as long as it takes. [default: 600]
+    #[arg(long, env = "COMPUTE_SERVER_QUEUE_TIMEOUT", value_name = "SECONDS")]
+    pub queue_timeout: Option<u64>,
+
+    /// Most tokens of one pass over a model: one for each generation that writes, the rest for prompts. With fewer,
+    /// tokens come more evenly while prompts are read; with more, prompts are read faster. [default: 256]
+    #[arg(long, env = "COMPUTE_SERVER_MAX_BATCH_TOKENS", value_name = "N")]
+    pub max_batch_tokens: Option<u64>,
+
     /// Most transactions open at once. [default: 1024]
     #[arg(long, env = "COMPUTE_SERVER_MAX_TRANSACTIONS", value_name = "N")]
     pub max_transactions: Option<u64>,
@@ -181,6 +190,8 @@ impl Options {
             max_models: self.max_models.or(file.max_models),
             max_generations: self.max_generations.or(file.max_generations),
             max_queue: self.max_queue.or(file.max_queue),
+            queue_timeout: self.queue_timeout.or(file.queue_timeout),
+            max_batch_tokens: self.max_batch_tokens.or(file.max_batch_tokens),
             max_transactions: self.max_transactions.or(file.max_transactions),
             max_request_tokens: self.max_request_tokens.or(file.max_request_tokens),
             max_accumulated_tokens: self.max_accumulated_tokens.or(file.max_accumulated_tokens),

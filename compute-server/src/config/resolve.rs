@@ -101,6 +101,10 @@ pub struct Limits {
     pub generations: usize,
     /// Work waiting for a model.
     pub queue: usize,
+    /// Longest time that a generation waits for its turn; none without end.
+    pub queue_timeout: Option<Duration>,
+    /// Tokens of one pass over a model.
+    pub batch_tokens: usize,
     /// Transactions open at once.
     pub transactions: usize,
     /// Tokens of one request.
@@ -263,6 +267,11 @@ fn limits(options: &Options) -> Result<Limits, ConfigError> {
         models: count("max-models", options.max_models, 256)?,
         generations: size(count("max-generations", options.max_generations, 64)?),
         queue: size(count("max-queue", options.max_queue, 1024)?),
+        queue_timeout: match options.queue_timeout.unwrap_or(600) {
+            0 => None,
+            seconds => Some(Duration::from_secs(seconds)),
+        },
+        batch_tokens: size(count("max-batch-tokens", options.max_batch_tokens, 256)?),
         transactions: size(count("max-transactions", options.max_transactions, 1024)?),
         request_tokens: count("max-request-tokens", options.max_request_tokens, 1 << 20)?,
         accumulated_tokens: count("max-accumulated-tokens", options.max_accumulated_tokens, 1 << 24)?,

@@ -1,18 +1,19 @@
 //! The generations of one model: a queue, and the sequences that run together.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
 use candle_compute_proto::v1;
 use candle_models::sampling::Sampler;
-use candle_models::{CompletionText, Decoder, KeyValueCache, SequenceStep, Tokenizer};
+use candle_models::{CompletionText, KeyValueCache, Tokenizer};
 use tokio::sync::mpsc;
 
-use super::View;
 use super::sequence::Sequence;
 use super::state::Owner;
+use super::turns::TurnQueue;
+use super::{AppliedAdapter, View};
 use crate::caller::Caller;
+use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::metrics::ModelMetrics;
 use crate::requests::RequestGuard;
@@ -21,6 +22,8 @@ use crate::requests::RequestGuard;
 pub(crate) struct GenerationRequest {
     /// Whose weights it uses.
     pub(crate) view: View,
+    /// What is added to them, where the thread is not the adapter's own.
+    pub(crate) adapter: Option<AppliedAdapter>,
     /// The prompt; generated tokens are added behind it.
     pub(crate) tokens: Vec<u32>,
     /// Which completion of its request it is.
@@ -47,11 +50,24 @@ pub(crate) struct GenerationRequest {
     pub(crate) caller: Caller,
 }
 
+impl GenerationRequest {
+    /// Why it ends before its turn or in the middle, unless it goes on.
+    pub(super) fn end(&self) -> Option<Error> {
+        let late = |deadline: Instant| Instant::now() >= deadline;
+        if self.caller.deadline.is_some_and(late) {
+            return Some(Error::DeadlineExceeded);
+        }
+        self.adapter.as_ref().and_then(|adapter| adapter.check().err())
+    }
+}
+
 /// Queue and running generations.
 #[derive(Default)]
 pub(super) struct Generations {
-    waiting: VecDeque<GenerationRequest>,
-    active: Vec<Sequence>,
+    waiting: TurnQueue<GenerationRequest>,
+    pub(super) active: Vec<Sequence>,
+    /// Counts rounds.
+    pub(super) round: u64,
 }
 
 impl Generations {
@@ -64,28 +80,46 @@ impl Generations {
             .sum()
     }
 
-    /// Whether generations are queued.
-    pub(super) fn is_waiting(&self) -> bool {
-        !self.waiting.is_empty()
+    /// Whether time alone may change what is to be done: queued generations wait for memory or give up, running ones have a
+    /// deadline.
+    pub(super) fn watches_time(&self) -> bool {
+        let has_deadline = |sequence: &Sequence| sequence.request.caller.deadline.is_some();
+        self.waiting.len() > 0 || self.active.iter().any(has_deadline)
     }
 
     /// Ends all with an error.
     pub(super) fn end_all(&mut self, error: &impl Fn() -> Error) {
         self.active.drain(..).for_each(|mut sequence| sequence.fail(error()));
-        for waiting in self.waiting.drain(..) {
+        for waiting in self.waiting.remove_if(|_, _| true) {
             let _ = waiting.output.try_send(Err(error()));
         }
     }
 
-    /// Drops queued generations that nobody waits for.
-    fn drop_abandoned(&mut self) {
-        self.waiting.retain(|waiting| {
-            let cancelled = waiting.request.is_cancelled();
-            if cancelled {
-                let _ = waiting.output.try_send(Err(Error::Cancelled));
-            }
-            !cancelled && !waiting.output.is_closed()
-        });
+    /// Drops queued generations that nobody waits for any more, or that have waited too long.
+    fn drop_abandoned(&mut self, model: &str, limits: &Limits) {
+        let late = |request: &GenerationRequest| {
+            let timeout = limits.queue_timeout;
+            timeout.filter(|timeout| request.arrived.elapsed() >= *timeout)
+        };
+        let leaves = |request: &GenerationRequest| {
+            request.request.is_cancelled()
+                || request.output.is_closed()
+                || late(request).is_some()
+                || request.end().is_some()
+        };
+        for request in self.waiting.remove_if(|_, request| leaves(request)) {
+            let error = match (late(&request), request.end()) {
+                _ if request.request.is_cancelled() => Error::Cancelled,
+                (_, Some(error)) => error,
+                (Some(timeout), None) => Error::Limit {
+                    what: format!("the wait of a generation for its turn on model \"{model}\", in seconds,"),
+                    limit: timeout.as_secs(),
+                    flag: "queue-timeout",
+                },
+                (None, None) => Error::Cancelled,
+            };
+            let _ = request.output.try_send(Err(error));
+        }
     }
 }
 
@@ -95,7 +129,7 @@ impl Owner {
     /// # Errors
     /// `Limit` when the queue has no room for them.
     pub(crate) fn submit_generations(&mut self, requests: Vec<GenerationRequest>) -> Result<()> {
-        self.generations.drop_abandoned();
+        self.generations.drop_abandoned(&self.shared.name, &self.limits);
         let room = self.limits.queue.saturating_sub(self.generations.waiting.len());
         if requests.len() > room {
             return Err(Error::Limit {
@@ -107,10 +141,10 @@ impl Owner {
                 flag: "max-queue",
             });
         }
-        for request in &requests {
+        for request in requests {
             request.request.wake_on_cancel(Arc::clone(&self.shared.wake));
+            self.generations.waiting.push(request.caller.clone(), request);
         }
-        self.generations.waiting.extend(requests);
         Ok(())
     }
 
@@ -120,130 +154,45 @@ impl Owner {
         self.generations.active.retain(|sequence| !sequence.is_over());
         self.admit();
         let mut active = std::mem::take(&mut self.generations.active);
-        let worked = self.step_sequences(&mut active);
+        let worked = self.run_round(&mut active);
         active.retain(|sequence| !sequence.is_over());
         self.generations.active = active;
         worked
     }
 
-    /// Starts queued generations as far as the limits allow.
+    /// Starts queued generations as far as the limits allow, their callers in turn.
     fn admit(&mut self) {
-        self.generations.drop_abandoned();
-        while let Some(next) = self.generations.waiting.front() {
+        self.generations.drop_abandoned(&self.shared.name, &self.limits);
+        loop {
             // A generation whose client is slow does not keep others from running.
-            let running = self
-                .generations
-                .active
-                .iter()
-                .filter(|sequence| !sequence.is_paused())
-                .count();
-            if running >= self.limits.generations {
+            let active = self.generations.active.iter();
+            let running = active.filter(|sequence| !sequence.is_paused());
+            let callers: Vec<_> = running.map(|sequence| &sequence.request.caller).collect();
+            if callers.len() >= self.limits.generations {
                 return;
             }
+            let next = self.generations.waiting.next(&callers.into_iter().collect());
+            let Some((at, next)) = next.and_then(|at| Some((at, self.generations.waiting.get(at)?))) else {
+                return;
+            };
             let config = self.model.decoder.config();
             let per_token = 8 * (config.layers * config.key_value_heads * config.head_dim) as u64;
             let bytes = per_token * (next.tokens.len() + next.max_tokens) as u64;
-            match self.budget.reserve("the key/value cache of a generation", bytes) {
+            let reserved = self.budget.reserve("the key/value cache of a generation", bytes);
+            if reserved.is_err() && !self.generations.active.is_empty() {
+                // Running ones will give memory back; without any the limit is too small for this request.
+                return;
+            }
+            let Some(request) = self.generations.waiting.take(at) else {
+                return;
+            };
+            match reserved {
                 Ok(memory) => {
-                    let Some(request) = self.generations.waiting.pop_front() else {
-                        return;
-                    };
                     let cache = self.model.decoder.new_cache();
                     self.generations.active.push(Sequence::new(request, cache, memory));
                 }
-                // Running ones will give memory back; without any the limit is too small for this request.
-                Err(_) if !self.generations.active.is_empty() => return,
-                Err(error) => {
-                    let Some(request) = self.generations.waiting.pop_front() else {
-                        return;
-                    };
-                    let _ = request.output.try_send(Err(error));
-                }
+                Err(error) => drop(request.output.try_send(Err(error))),
             }
-        }
-    }
-
-    /// One decoding step of all sequences, and one chunk of one prompt, view by view.
-    fn step_sequences(&mut self, active: &mut [Sequence]) -> bool {
-        let mut views: Vec<View> = Vec::new();
-        for sequence in active.iter().filter(|sequence| sequence.is_runnable()) {
-            if !views.contains(&sequence.request.view) {
-                views.push(sequence.request.view.clone());
-            }
-        }
-        let shared = Arc::clone(&self.shared);
-        for view in &views {
-            let mut of_view: Vec<&mut Sequence> = active
-                .iter_mut()
-                .filter(|sequence| sequence.is_runnable() && sequence.request.view == *view)
-                .collect();
-            let decoder = match self.decoder(view) {
-                Ok(decoder) => decoder,
-                Err(error) => {
-                    let status = error.to_string();
-                    of_view
-                        .into_iter()
-                        .for_each(|sequence| sequence.fail(Error::Stale(status.clone())));
-                    continue;
-                }
-            };
-            let (mut prefilling, mut decoding): (Vec<_>, Vec<_>) =
-                of_view.drain(..).partition(|sequence| sequence.is_prefilling());
-            if !decoding.is_empty() {
-                shared.metrics.decoded(decoding.len());
-            }
-            forward(decoder, &mut decoding, &shared.end_tokens);
-            // Prompts are read one at a time, each in chunks of its own, in the order of arrival.
-            prefilling.truncate(1);
-            forward(decoder, &mut prefilling, &shared.end_tokens);
-        }
-        !views.is_empty()
-    }
-}
-
-/// One forward pass over `sequences`.
-fn forward(decoder: &Decoder, sequences: &mut [&mut Sequence], end_tokens: &[u32]) {
-    if sequences.is_empty() {
-        return;
-    }
-    let mut caches: Vec<KeyValueCache> = Vec::with_capacity(sequences.len());
-    sequences
-        .iter_mut()
-        .for_each(|sequence| caches.push(sequence.cache.take().unwrap_or_else(|| decoder.new_cache())));
-    let mut steps: Vec<SequenceStep<'_>> = sequences
-        .iter()
-        .zip(&mut caches)
-        .map(|(sequence, cache)| {
-            let next = cache.len()
-                ..sequence
-                    .request
-                    .tokens
-                    .len()
-                    .min(cache.len() + super::sequence::PREFILL_CHUNK);
-            SequenceStep {
-                tokens: &sequence.request.tokens[next],
-                cache,
-            }
-        })
-        .collect();
-    let logits = decoder
-        .forward(&mut steps)
-        .and_then(|logits| Ok(logits.to_vec2::<f32>()?));
-    drop(steps);
-    for (sequence, cache) in sequences.iter_mut().zip(caches) {
-        sequence.cache = Some(cache);
-    }
-    match logits {
-        Ok(rows) => {
-            for (sequence, mut row) in sequences.iter_mut().zip(rows) {
-                sequence.accept(&mut row, end_tokens);
-            }
-        }
-        Err(error) => {
-            let message = error.to_string();
-            sequences
-                .iter_mut()
-                .for_each(|sequence| sequence.fail(Error::Internal(message.clone())));
         }
     }
 }

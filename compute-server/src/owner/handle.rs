@@ -15,6 +15,7 @@ use serde_json::{Map, Value};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use super::base::{Base, Followed};
+use super::factors::PublishedFactors;
 use super::reading::ChunkReader;
 use super::settings::TrainingSettings;
 use super::state::{Owner, Versions};
@@ -109,6 +110,10 @@ pub(crate) struct Shared {
     pub(crate) name: String,
     /// Of an adapter: its name, and the number of the loaded model that it belongs to.
     adapter: Option<(String, u64)>,
+    /// Of an adapter: wakes the thread of its model.
+    base_wake: Option<Arc<Notify>>,
+    /// Of an adapter: what it adds, for its model's thread.
+    pub(super) factors: PublishedFactors,
     /// What adapters share of it.
     pub(crate) base: Arc<Base>,
     source: String,
@@ -170,6 +175,11 @@ impl Shared {
         }
     }
 
+    /// Whether the thread answers.
+    pub(super) fn is_running(&self) -> bool {
+        self.phase.load(Ordering::Relaxed) == RUNNING
+    }
+
     /// Whether the model was unloaded.
     pub(super) fn is_unloaded(&self) -> bool {
         self.phase.load(Ordering::Relaxed) == UNLOADED
@@ -211,6 +221,7 @@ impl ModelHandle {
         let mut config = model.config.as_object().cloned().unwrap_or_default();
         TRAINING_FIELDS.iter().for_each(|&field| drop(config.remove(field)));
         let adapter = new.adapter;
+        let base_wake = adapter.as_ref().map(|(_, model)| Arc::clone(&model.shared.wake));
         let adapter_name = adapter.as_ref().map(|(name, model)| (name.clone(), model.shared.id));
         let (id, created_at) = match new.logged {
             Some((id, created_at)) => {
@@ -227,6 +238,8 @@ impl ModelHandle {
             id,
             name: new.name,
             adapter: adapter_name,
+            base_wake,
+            factors: PublishedFactors::default(),
             base: Arc::new(Base::new(&model.decoder, &new.settings)),
             source: new.source,
             seed: new.seed,
@@ -296,6 +309,10 @@ impl ModelHandle {
     /// Facts that never change.
     pub(crate) fn facts(&self) -> &Shared {
         &self.shared
+    }
+
+    pub(super) fn shared(&self) -> Arc<Shared> {
+        Arc::clone(&self.shared)
     }
 
     /// Its number, which no other model has had.
@@ -400,6 +417,8 @@ impl ModelHandle {
             .phase
             .compare_exchange(RUNNING, UNLOADED, Ordering::Relaxed, Ordering::Relaxed);
         self.shared.wake.notify_one();
+        // Its model's thread may be at generations with it.
+        self.shared.base_wake.iter().for_each(|wake| wake.notify_one());
     }
 
     /// Waits until the thread has ended and its memory is free.

@@ -7,6 +7,7 @@
 mod accumulated;
 mod adapter;
 mod base;
+mod factors;
 mod generation;
 mod handle;
 mod log_row;
@@ -19,6 +20,7 @@ mod publishing;
 mod reading;
 mod recording;
 mod replaying;
+mod round;
 mod run;
 mod saving;
 mod sequence;
@@ -27,8 +29,10 @@ mod staging;
 mod state;
 mod tape;
 mod training;
+mod turns;
 mod writing;
 
+pub(crate) use factors::AppliedAdapter;
 pub(crate) use generation::GenerationRequest;
 pub(crate) use handle::{ModelHandle, NewBase, NewModel};
 pub(crate) use log_row::from_json as log_row_from_json;

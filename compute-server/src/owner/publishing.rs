@@ -91,6 +91,9 @@ impl Owner {
         self.release_half();
         self.shared.forget(id);
         self.describe_committed();
+        if changes > 0 {
+            self.republish_factors();
+        }
         Ok(())
     }
 

@@ -18,8 +18,8 @@ use crate::error::Error;
 /// Longest time spent on short work before generations get their next token.
 const WORK_SLICE: Duration = Duration::from_millis(5);
 
-/// How often a generation that waits for memory is tried again.
-const MEMORY_POLL: Duration = Duration::from_millis(100);
+/// How often a generation that waits for memory is tried again, and deadlines are looked at.
+const POLL: Duration = Duration::from_millis(100);
 
 impl Owner {
     /// Runs until the model is unloaded or no handle is left.
@@ -35,13 +35,14 @@ impl Owner {
                     break;
                 }
                 if !self.on_base(Self::turn) && inbox.is_empty() {
-                    // Nothing tells when another model gives memory back that a queued generation waits for.
-                    let waits_for_memory = self.generations.is_waiting();
+                    // Nothing tells when another model gives memory back that a queued generation waits for, or that a
+                    // deadline has passed.
+                    let watches_time = self.generations.watches_time();
                     let next = runtime.block_on(async {
                         tokio::select! {
                             work = inbox.recv() => work.map(Some),
                             () = shared.wake.notified() => Some(None),
-                            () = tokio::time::sleep(MEMORY_POLL), if waits_for_memory => Some(None),
+                            () = tokio::time::sleep(POLL), if watches_time => Some(None),
                         }
                     });
                     match next {
@@ -52,6 +53,7 @@ impl Owner {
                 }
             }
             self.end_all(|| shared.gone());
+            shared.factors.clear();
         }));
         if ended.is_err() {
             shared.set_failed();

@@ -12,10 +12,6 @@ use crate::error::Error;
 use crate::memory::Reservation;
 use crate::requests::Phase;
 
-/// Tokens that a forward pass reads of one prompt at most. Always the same, so that a prompt's numbers do not depend on
-/// what else runs.
-pub(super) const PREFILL_CHUNK: usize = 256;
-
 /// A generation that has left the queue.
 pub(super) struct Sequence {
     pub(super) request: GenerationRequest,
@@ -31,6 +27,10 @@ pub(super) struct Sequence {
     first_token: Option<Instant>,
     ended: bool,
     abandoned: bool,
+    /// The round in which it last had a part in a pass.
+    pub(super) last_round: u64,
+    /// Passes that it took part in, and the sequences of all of them together.
+    passes: (u64, u64),
     _memory: Reservation,
 }
 
@@ -49,6 +49,8 @@ impl Sequence {
             first_token: None,
             ended: false,
             abandoned: false,
+            last_round: 0,
+            passes: (0, 0),
             _memory: memory,
         }
     }
@@ -73,6 +75,17 @@ impl Sequence {
         self.read_tokens() + 1 < self.request.tokens.len()
     }
 
+    /// Tokens that a pass has yet to read.
+    pub(super) fn unread_tokens(&self) -> usize {
+        self.request.tokens.len() - self.read_tokens()
+    }
+
+    /// Counts a pass of so many sequences.
+    pub(super) fn count_pass(&mut self, round: u64, sequences: usize) {
+        self.last_round = round;
+        self.passes = (self.passes.0 + 1, self.passes.1 + sequences as u64);
+    }
+
     /// Tokens in the cache.
     fn read_tokens(&self) -> usize {
         self.cache.as_ref().map_or(0, KeyValueCache::len)
@@ -87,6 +100,8 @@ impl Sequence {
             self.cache = None;
         } else if self.request.request.is_cancelled() && !self.ended {
             self.end("cancelled");
+        } else if let Some(error) = self.request.end() {
+            self.fail(error);
         }
         self.flush();
     }
@@ -166,6 +181,7 @@ impl Sequence {
             duration_ms: milliseconds(Instant::now()),
             queue_ms: milliseconds(self.started),
             choice: self.request.choice,
+            batch_size: self.passes.1 as f64 / self.passes.0.max(1) as f64,
         };
         self.request.metrics.finished(&summary);
         self.outbox.push_back(Ok(v1::GenerateResponse {

@@ -7,6 +7,7 @@ use candle_compute_proto::v1;
 use candle_models::{ChatMessage, CompletionText, Sampler, SamplingOptions, Tokenizer};
 
 use super::inputs::{token_ids, tokenizer};
+use super::placement::{Placement, place};
 use crate::app::App;
 use crate::caller::Caller;
 use crate::error::{Error, Result};
@@ -30,7 +31,12 @@ pub(crate) type GenerateStream = OutputStream<v1::GenerateResponse, v1::Generate
 pub(crate) async fn start(app: &Arc<App>, caller: Caller, request: v1::GenerateRequest) -> Result<GenerateStream> {
     let arrived = Instant::now();
     let reader = Reader::open(app, request.transaction.as_ref())?;
-    let model = reader.find(&request.model, &request.adapter)?;
+    let Placement {
+        asked,
+        model,
+        view,
+        adapter,
+    } = place(&reader, &request.model, &request.adapter).await?;
     let choices = choices(request.n)?;
     let tokenizer = tokenizer(&model)?;
     let tokens = prompt_tokens(&model, &tokenizer, request.input)?;
@@ -51,7 +57,8 @@ pub(crate) async fn start(app: &Arc<App>, caller: Caller, request: v1::GenerateR
     let completion = |choice: u32| {
         let seed = sampling.seed.wrapping_add(u64::from(choice));
         Ok(GenerationRequest {
-            view: reader.view(),
+            view: view.clone(),
+            adapter: adapter.clone(),
             tokens: tokens.clone(),
             choice,
             max_tokens,
@@ -63,7 +70,7 @@ pub(crate) async fn start(app: &Arc<App>, caller: Caller, request: v1::GenerateR
             tokenizer: Arc::clone(&tokenizer),
             stream_tokens: request.stream_tokens,
             request: Arc::clone(&guard),
-            metrics: Arc::clone(&model.facts().metrics),
+            metrics: Arc::clone(&asked.facts().metrics),
             output: output.clone(),
             arrived,
             caller: caller.clone(),

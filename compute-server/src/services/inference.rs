@@ -5,6 +5,7 @@ use candle_compute_proto::v1::inference_service_server::InferenceService;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::inputs::{check_sequence, token_ids, tokenizer};
+use super::placement::{Placement, place};
 use super::{ResponseStream, Service, generate, texts};
 use crate::caller::Caller;
 use crate::chunks::Assembly;
@@ -77,7 +78,9 @@ impl InferenceService for Service {
     async fn score(&self, request: Request<v1::ScoreRequest>) -> Result<Response<v1::ScoreResponse>, Status> {
         let request = request.into_inner();
         let reader = Reader::open(&self.app, request.transaction.as_ref())?;
-        let model = reader.find(&request.model, &request.adapter)?;
+        let Placement {
+            model, view, adapter, ..
+        } = place(&reader, &request.model, &request.adapter).await?;
         let ids = match request.source {
             Some(v1::score_request::Source::Input(text)) => tokenizer(&model)?.encode(&text).map_err(Error::from)?,
             Some(v1::score_request::Source::Tokens(ids)) => {
@@ -87,12 +90,9 @@ impl InferenceService for Service {
         };
         check_sequence(&self.app, &model, &ids)?;
         let guard = self.app.requests.begin("score", model.name());
-        let view = reader.view();
         let scored = model.start_work(move |owner, reply| {
             guard.set_phase(Phase::Running);
-            let scores = owner
-                .decoder(&view)
-                .and_then(|decoder| Ok(decoder.score_unless(&ids, &|| reply.is_closed() || guard.is_cancelled())?));
+            let scores = owner.score(&view, adapter.as_ref(), &ids, &|| reply.is_closed() || guard.is_cancelled());
             reply.send(scores.map(|scores| (ids, scores)));
         });
         let (ids, scores) = scored.await?;

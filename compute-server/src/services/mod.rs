@@ -9,6 +9,7 @@ mod inputs;
 mod load;
 mod losses;
 mod models;
+mod placement;
 mod telemetry;
 mod texts;
 mod tracking;

@@ -118,7 +118,8 @@ pub fn lora(name: &str) -> CreateAdapterRequest {
     }
 }
 
-fn with(adapter: &str, request: GenerateRequest) -> GenerateRequest {
+/// The request, of an adapter.
+pub fn with(adapter: &str, request: GenerateRequest) -> GenerateRequest {
     GenerateRequest {
         adapter: adapter.into(),
         ..request

@@ -18,6 +18,7 @@ mod log_damage;
 mod operations;
 mod parameters;
 mod precision;
+mod scheduling;
 mod support;
 mod tensors;
 mod training_settings;

@@ -7,6 +7,7 @@ use pgrx::prelude::*;
 
 use super::execute::Scan;
 use super::plan::Private;
+use super::state::Totals;
 use crate::error::OrReport;
 use crate::table::{column_of, definition};
 
@@ -39,27 +40,41 @@ pub(super) unsafe extern "C-unwind" fn explain_foreign_scan(
         if !(*output).analyze {
             return;
         }
-        let totals = scan.totals;
+        show_totals(&scan.totals, output);
+    }
+}
+
+/// Shows what the calls cost. What differs from one run to the next is left out with `TIMING off`.
+///
+/// # Safety
+/// `output` is valid.
+pub(super) unsafe fn show_totals(totals: &Totals, output: *mut pg_sys::ExplainState) {
+    // SAFETY: the caller's promise; labels and units are constants.
+    unsafe {
         pg_sys::ExplainPropertyInteger(c"Calls".as_ptr(), std::ptr::null(), totals.calls as i64, output);
         let usage = totals.usage;
-        if usage.prompt_tokens == 0 {
+        if usage.generations == 0 {
             return;
         }
         for (label, tokens) in [
             (c"Prompt Tokens", usage.prompt_tokens),
+            (c"Cached Tokens", usage.cached_tokens),
             (c"Completion Tokens", usage.completion_tokens),
         ] {
             pg_sys::ExplainPropertyInteger(label.as_ptr(), std::ptr::null(), tokens as i64, output);
         }
-        if (*output).timing {
-            let times = [
-                (c"Queue Time", usage.queue_ms),
-                (c"Prefill Time", usage.prefill_ms),
-                (c"Decode Time", usage.decode_ms),
-            ];
-            for (label, time) in times {
-                pg_sys::ExplainPropertyFloat(label.as_ptr(), c"ms".as_ptr(), time, 3, output);
-            }
+        if !(*output).timing {
+            return;
+        }
+        let mean = usage.batch_sizes / usage.generations as f64;
+        pg_sys::ExplainPropertyFloat(c"Batch Size".as_ptr(), std::ptr::null(), mean, 1, output);
+        let times = [
+            (c"Queue Time", usage.queue_ms),
+            (c"Prefill Time", usage.prefill_ms),
+            (c"Decode Time", usage.decode_ms),
+        ];
+        for (label, time) in times {
+            pg_sys::ExplainPropertyFloat(label.as_ptr(), c"ms".as_ptr(), time, 3, output);
         }
     }
 }

@@ -119,8 +119,11 @@ impl Drop for Calls {
 
 impl Totals {
     fn add(&mut self, usage: Usage) {
+        self.usage.generations += usage.generations;
         self.usage.prompt_tokens += usage.prompt_tokens;
+        self.usage.cached_tokens += usage.cached_tokens;
         self.usage.completion_tokens += usage.completion_tokens;
+        self.usage.batch_sizes += usage.batch_sizes;
         self.usage.queue_ms += usage.queue_ms;
         self.usage.prefill_ms += usage.prefill_ms;
         self.usage.decode_ms += usage.decode_ms;

@@ -9,9 +9,12 @@ mod create;
 mod files;
 mod merge;
 mod peft;
+mod weights;
 
 pub use config::{LoraConfig, TargetModules};
 pub use create::create;
 pub use files::{CONFIG_FILE, WEIGHTS_FILE, load};
 pub use merge::{Delta, ProductData};
 pub use peft::config_json;
+pub(crate) use weights::AdapterRows;
+pub use weights::AdapterWeights;

@@ -20,6 +20,7 @@ pub(super) struct Adapted {
 }
 
 /// The low-rank factors of one matrix of the base.
+#[derive(Clone)]
 pub(crate) struct Factors {
     /// The matrix.
     pub(crate) matrix: ParameterId,

@@ -1,6 +1,7 @@
 //! The forward pass of inference: several cached sequences at once.
 
 use super::{Decoder, KeyValueCache, Layer, LowRank, NormParameters, Projection};
+use crate::adapters::{AdapterRows, AdapterWeights};
 use crate::error::{Error, Result};
 use crate::ops::attention::{AttentionShape, CachedSequence, attend_cached};
 use crate::ops::backward::add_in_place;
@@ -24,7 +25,22 @@ impl Decoder {
     /// Fails with [`Error::InvalidArgument`] for no sequence, a sequence without tokens, a token id outside the
     /// vocabulary, or more tokens than the context holds; the caches are then as before.
     pub fn forward(&self, batch: &mut [SequenceStep<'_>]) -> Result<Tensor> {
-        let hidden = self.hidden(batch)?;
+        self.forward_adapted(batch, &[])
+    }
+
+    /// As [`forward`](Self::forward), with the adapter of each sequence, if it has one, added to its rows alone: the same
+    /// numbers, bit for bit, as those of [`AdapterWeights::over`]. Sequences past the end of `adapters` have none;
+    /// neighbours of one adapter are computed together.
+    ///
+    /// Fails as [`forward`](Self::forward) and [`AdapterWeights::over`].
+    pub fn forward_adapted(
+        &self,
+        batch: &mut [SequenceStep<'_>],
+        adapters: &[Option<&AdapterWeights>],
+    ) -> Result<Tensor> {
+        let adapters = batch.iter().zip(adapters);
+        let rows = AdapterRows::new(self, adapters.map(|(step, adapter)| (step.tokens.len(), *adapter)))?;
+        let hidden = self.hidden_adapted(batch, &rows)?;
         let mut end = 0;
         let last_rows: Vec<u32> = batch
             .iter()
@@ -75,6 +91,10 @@ impl Decoder {
 
     /// The residual stream after the last layer, `[new tokens of all sequences, width]`; extends the caches.
     pub(super) fn hidden(&self, batch: &mut [SequenceStep<'_>]) -> Result<Tensor> {
+        self.hidden_adapted(batch, &AdapterRows::none())
+    }
+
+    fn hidden_adapted(&self, batch: &mut [SequenceStep<'_>], adapters: &AdapterRows<'_>) -> Result<Tensor> {
         if batch.is_empty() {
             return Err(Error::InvalidArgument("there are no sequences to run".into()));
         }
@@ -99,7 +119,7 @@ impl Decoder {
         let mut hidden = self.embed(&tokens, &positions)?;
         let angles = RotaryAngles::new(&self.inverse_frequencies, &positions, &self.device)?;
         for (index, layer) in self.layout.layers.iter().enumerate() {
-            hidden = self.layer(index, layer, &hidden, angles.as_ref(), batch)?;
+            hidden = self.layer(index, layer, &hidden, angles.as_ref(), batch, adapters)?;
         }
         for step in batch.iter_mut() {
             step.cache.advance(step.tokens.len());
@@ -129,27 +149,33 @@ impl Decoder {
         hidden: &Tensor,
         angles: Option<&RotaryAngles>,
         batch: &mut [SequenceStep<'_>],
+        adapters: &AdapterRows<'_>,
     ) -> Result<Tensor> {
+        let project = |input: &Tensor, projection: &Projection| {
+            let output = self.project(input, projection)?;
+            adapters.add(&output, input, projection)?;
+            Ok::<_, Error>(output)
+        };
         let normalized = self.normalize(hidden, &layer.attention_norm)?;
         let [query, key, value] = &layer.query_key_value;
-        let mut queries = self.project(&normalized, query)?;
-        let mut keys = self.project(&normalized, key)?;
-        let values = self.project(&normalized, value)?;
+        let mut queries = project(&normalized, query)?;
+        let mut keys = project(&normalized, key)?;
+        let values = project(&normalized, value)?;
         if let Some(angles) = angles {
             queries = rotary::rotate(queries, angles, self.config.head_dim)?;
             keys = rotary::rotate(keys, angles, self.config.head_dim)?;
         }
         let attended = self.attend(index, &queries, &keys, &values, batch)?;
-        let middle = self.project(&attended, &layer.attention_output)?;
+        let middle = project(&attended, &layer.attention_output)?;
         add_in_place(&middle, hidden)?;
         let normalized = self.normalize(&middle, &layer.feed_forward_norm)?;
         let feed_forward = &layer.feed_forward;
-        let up = self.project(&normalized, &feed_forward.up)?;
+        let up = project(&normalized, &feed_forward.up)?;
         let inner = match &feed_forward.gate {
             None => activation::activate(&up, self.config.activation)?,
-            Some(gate) => activation::gate(&self.project(&normalized, gate)?, &up, self.config.activation)?,
+            Some(gate) => activation::gate(&project(&normalized, gate)?, &up, self.config.activation)?,
         };
-        let output = self.project(&inner, &feed_forward.down)?;
+        let output = project(&inner, &feed_forward.down)?;
         add_in_place(&output, &middle)?;
         Ok(output)
     }

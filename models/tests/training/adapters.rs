@@ -1,9 +1,9 @@
 //! LoRA adapters: logits, gradients and ten steps against PyTorch and PEFT (`tests/golden/adapters.py`), over quantised
 //! bases, merged, and made from nothing.
 
-use candle_models::adapters::{self, Delta, LoraConfig, TargetModules};
+use candle_models::adapters::{self, AdapterWeights, Delta, LoraConfig, TargetModules};
 use candle_models::training::{self, AdamW, Gradient};
-use candle_models::{Decoder, Device, Error, WeightType, config};
+use candle_models::{Decoder, Device, Error, SequenceStep, WeightType, config};
 
 use serde_json::json;
 
@@ -70,6 +70,50 @@ fn logits_match_and_so_do_those_of_the_merged_base() {
         let (_, to_unmerged) = difference(&merged, &unmerged);
         println!("{name}: merged logits differ by {to_peft:e} from PEFT's and by {to_unmerged:e} from the unmerged");
         assert!(to_peft < 1e-5 && to_unmerged < 1e-5, "{name}");
+    }
+}
+
+#[test]
+fn a_pass_that_mixes_adapters_gives_each_what_it_gets_alone() {
+    for (architecture, kind) in [("gpt2", "f32"), ("llama", "q4_0")] {
+        let base = seeded(architecture, kind);
+        let (first, mut second) = (adapter_of_all(&base), adapter_of_all(&base));
+        let name = second.parameters()[second.own_parameters().start + 1].name.clone();
+        second.write_parameter(&name, 0, &[0.9, -0.8, 0.7]).unwrap();
+        let copies = [&first, &second].map(|adapter| AdapterWeights::of(adapter).unwrap());
+        let mut merged = first.deep_copy().unwrap();
+        merged.set_merged();
+        let nothing = AdapterWeights::of(&merged).unwrap();
+        assert!(copies[0].memory_bytes() > 0 && nothing.memory_bytes() == 0);
+        // Sequence 1 has no adapter, 4 a merged one; those of the first adapter are no neighbours.
+        let adapters = [Some(&copies[0]), None, Some(&copies[1]), Some(&copies[0]), Some(&nothing)];
+        let alone = [&first, &base, &second, &first, &base];
+        let mut mixed: Vec<_> = adapters.iter().map(|_| base.new_cache()).collect();
+        let mut single: Vec<_> = alone.iter().map(|decoder| decoder.new_cache()).collect();
+        for step in 0..4_u32 {
+            // A few tokens of a prompt beside single tokens.
+            let tokens: Vec<Vec<u32>> = (0..5_u32)
+                .map(|index| (0..1 + (index + step) % 3).map(|token| (token * 31 + index * 7 + step) % 90).collect())
+                .collect();
+            let mut batch: Vec<_> = tokens
+                .iter()
+                .zip(&mut mixed)
+                .map(|(tokens, cache)| SequenceStep { tokens, cache })
+                .collect();
+            let found: Vec<Vec<f32>> = base.forward_adapted(&mut batch, &adapters).unwrap().to_vec2().unwrap();
+            for (index, (decoder, cache)) in alone.iter().zip(&mut single).enumerate() {
+                let tokens = &tokens[index];
+                let logits = decoder.forward(&mut [SequenceStep { tokens, cache }]).unwrap();
+                let expected: Vec<Vec<f32>> = logits.to_vec2().unwrap();
+                assert_eq!(found[index], expected[0], "{architecture}, sequence {index}, step {step}");
+            }
+        }
+        let ids = [3, 1, 4, 1, 5];
+        let over = copies[1].over(&base).unwrap();
+        assert_eq!(logits(&over, &ids), logits(&second, &ids));
+        assert_ne!(logits(&over, &ids), logits(&base, &ids));
+        assert!(matches!(AdapterWeights::of(&base), Err(Error::InvalidArgument(_))));
+        assert!(matches!(copies[0].over(&first), Err(Error::Unsupported(_))));
     }
 }
 

@@ -1,0 +1,114 @@
+//! An adapter's factors as its model's thread computes with them, so that generations of the model and of all its adapters
+//! are one batch.
+//!
+//! The adapter's own thread trains them in place. What others see of them is a copy, made when a generation first asks for
+//! one and made anew when a change is committed. What a transaction has staged on the adapter stays with the adapter's
+//! thread, and so do the transaction's generations.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_models::adapters::AdapterWeights;
+
+use super::handle::{ModelHandle, Shared};
+use super::state::Owner;
+use crate::error::Result;
+use crate::memory::Reservation;
+
+/// A copy of an adapter's committed factors.
+pub(crate) struct Factors {
+    /// The copy.
+    pub(crate) weights: AdapterWeights,
+    /// Number that no other copy of any adapter has had: what was computed with one copy holds for that copy alone.
+    pub(crate) version: u64,
+}
+
+/// Where an adapter's thread puts the copy.
+#[derive(Default)]
+pub(super) struct PublishedFactors(Mutex<Option<(Arc<Factors>, Reservation)>>);
+
+static NEXT_VERSION: AtomicU64 = AtomicU64::new(1);
+
+impl PublishedFactors {
+    fn get(&self) -> Option<Arc<Factors>> {
+        self.lock().as_ref().map(|(factors, _)| Arc::clone(factors))
+    }
+
+    /// Gives the memory back.
+    pub(super) fn clear(&self) {
+        *self.lock() = None;
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<(Arc<Factors>, Reservation)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// An adapter in its model's batch.
+#[derive(Clone)]
+pub(crate) struct AppliedAdapter(Arc<Shared>);
+
+impl AppliedAdapter {
+    /// What it adds now.
+    ///
+    /// # Errors
+    /// When the adapter was dropped meanwhile.
+    pub(crate) fn factors(&self) -> Result<Arc<Factors>> {
+        let factors = self.0.factors.get().filter(|_| self.0.is_running());
+        factors.ok_or_else(|| self.0.gone())
+    }
+
+    /// As [`factors`](Self::factors), for a look alone.
+    pub(super) fn check(&self) -> Result<()> {
+        self.factors().map(drop)
+    }
+}
+
+impl ModelHandle {
+    /// An adapter as its model's thread uses it.
+    ///
+    /// # Errors
+    /// `Memory` for the copy of its factors; `Unloaded`.
+    pub(crate) async fn applied(&self) -> Result<AppliedAdapter> {
+        if self.facts().factors.get().is_none() {
+            self.call(Owner::publish_factors).await?;
+        }
+        Ok(AppliedAdapter(self.shared()))
+    }
+}
+
+impl Owner {
+    /// Makes the committed factors known, unless they are.
+    fn publish_factors(&mut self) -> Result<()> {
+        if self.shared.factors.get().is_some() {
+            return Ok(());
+        }
+        let weights = AdapterWeights::of(&self.model.decoder)?;
+        let memory = self
+            .budget
+            .reserve("the factors of an adapter in its model's batch", weights.memory_bytes())?;
+        self.put_factors(weights, memory);
+        Ok(())
+    }
+
+    /// Makes changed factors known, if the old ones were. Generations that run go on with them at their next token.
+    pub(super) fn republish_factors(&mut self) {
+        // The copy has the size of the one before, or less where the adapter was merged.
+        let Some((_, mut memory)) = self.shared.factors.lock().take() else {
+            return;
+        };
+        match AdapterWeights::of(&self.model.decoder) {
+            Ok(weights) => {
+                memory.shrink(weights.memory_bytes());
+                self.put_factors(weights, memory);
+            }
+            // The next generation tries again; those that run end.
+            Err(error) => tracing::error!(model = %self.shared.name, %error, "copying the factors of an adapter failed"),
+        }
+    }
+
+    fn put_factors(&self, weights: AdapterWeights, memory: Reservation) {
+        let version = NEXT_VERSION.fetch_add(1, Ordering::Relaxed);
+        *self.shared.factors.lock() = Some((Arc::new(Factors { weights, version }), memory));
+    }
+}
