@@ -19,10 +19,14 @@ pub mod tokenizer;
 pub mod training;
 
 pub use candle_core::{DType, Device, Tensor};
+pub use candle_kernels_cpu::CacheType;
 pub use chat_template::{ChatMessage, ChatTemplate};
 pub use completion::{CompletionText, Progress};
 pub use config::DecoderConfig;
-pub use decoder::{Decoder, KeyValueCache, ParameterId, ParameterInfo, SequenceStep, Weight, WeightType};
+pub use decoder::{
+    CacheUsage, Decoder, KeyValueCache, PAGE_POSITIONS, PageMemory, PagePool, ParameterId, ParameterInfo, Place, Scope,
+    SequenceStep, Weight, WeightType,
+};
 pub use error::{Error, Result};
 pub use model::{LoadOptions, Model};
 pub use sampling::{Sampled, Sampler, SamplingOptions};

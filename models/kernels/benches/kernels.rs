@@ -7,9 +7,9 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use candle_kernels_cpu::{
-    AdamWStep, AttentionHeads, AttentionSaved, CachedSequence, HeadGradients, MatrixRef, WeightFormat, Weights, adamw,
-    attention_backward, attention_decode, attention_forward, cross_entropy_head, dequantize, gelu_tanh, layer_norm,
-    linear, matmul, rms_norm, silu_gate, simd, threads,
+    AdamWStep, AttentionHeads, AttentionSaved, CacheType, CachedSequence, HeadGradients, MatrixRef, PageLayout,
+    WeightFormat, Weights, adamw, attention_backward, attention_decode, attention_forward, cross_entropy_head,
+    dequantize, gelu_tanh, layer_norm, linear, matmul, rms_norm, silu_gate, simd, threads,
 };
 use half::{bf16, f16};
 
@@ -235,20 +235,30 @@ fn attention(bench: &Bench) {
                 attention_backward(&heads, &bounds, &saved, None, &q, [&mut dq, &mut dk, &mut dv]);
             },
         );
-        let sequence = CachedSequence {
-            keys: &k,
-            values: &v,
-            new_tokens: 1,
-        };
-        let row = heads.query_width();
-        bench.report(
-            &format!("attention decode {name} 1 of {tokens}"),
-            8.0 * k.len() as f64,
-            "B",
-            || {
-                attention_decode(&heads, &q[..row], &[sequence], &mut out[..row]);
-            },
-        );
+        for kind in [CacheType::F32, CacheType::F16, CacheType::Q8] {
+            let layout = PageLayout {
+                kind,
+                positions: tokens,
+                key_value_heads: heads.key_value_heads,
+                head_dim: heads.head_dim,
+            };
+            let mut page = vec![0.0; layout.words()];
+            layout.store(&mut page, 0, &k, &v);
+            let sequence = CachedSequence {
+                pages: &[&page],
+                positions: tokens,
+                new_tokens: 1,
+            };
+            let row = heads.query_width();
+            bench.report(
+                &format!("attention decode {name} 1 of {tokens} in {}", kind.name()),
+                4.0 * page.len() as f64,
+                "B",
+                || {
+                    attention_decode(&heads, &layout, &q[..row], &[sequence], &mut out[..row]);
+                },
+            );
+        }
     }
 }
 

@@ -78,7 +78,7 @@ pub(crate) fn widen<T: Element, S: Simd>(s: S, from: &[T], to: &mut [f32]) {
 
 /// `to = from`, rounded.
 #[inline(always)]
-fn narrow<T: Element, S: Simd>(s: S, from: &[f32], to: &mut [T]) {
+pub(crate) fn narrow<T: Element, S: Simd>(s: S, from: &[f32], to: &mut [T]) {
     let (from_lanes, from_rest) = from.as_chunks::<LANES>();
     let (to_lanes, to_rest) = to.as_chunks_mut::<LANES>();
     for (from, to) in from_lanes.iter().zip(to_lanes) {

@@ -3,9 +3,10 @@
 use super::{Decoder, KeyValueCache, Layer, LowRank, NormParameters, Projection};
 use crate::adapters::{AdapterRows, AdapterWeights};
 use crate::error::{Error, Result};
-use crate::ops::attention::{AttentionShape, CachedSequence, attend_cached};
+use crate::ops::attention::{self, AttentionShape};
 use crate::ops::backward::add_in_place;
 use crate::ops::rotary::RotaryAngles;
+use crate::ops::storage::{CpuSlice, is_cpu};
 use crate::ops::{activation, embedding, linear, low_rank, norm, rotary};
 use candle_core::Tensor;
 
@@ -23,7 +24,8 @@ impl Decoder {
     /// `[sequences, vocabulary]` f32, which do not depend on what other sequences are in the batch.
     ///
     /// Fails with [`Error::InvalidArgument`] for no sequence, a sequence without tokens, a token id outside the
-    /// vocabulary, or more tokens than the context holds; the caches are then as before.
+    /// vocabulary, or more tokens than the context holds, and with [`Error::ResourceExhausted`] when the pool of a cache
+    /// has no page left; the caches then hold what they held before.
     pub fn forward(&self, batch: &mut [SequenceStep<'_>]) -> Result<Tensor> {
         self.forward_adapted(batch, &[])
     }
@@ -104,8 +106,13 @@ impl Decoder {
             }
             self.check_tokens(step.tokens, step.cache.remaining())?;
         }
+        let layout = *batch[0].cache.layout();
+        if batch.iter().any(|step| *step.cache.layout() != layout) {
+            let message = "the caches of one batch hold their elements in different types";
+            return Err(Error::FailedPrecondition(message.into()));
+        }
         for step in batch.iter_mut() {
-            step.cache.reserve(self.config.layers, step.tokens.len())?;
+            step.cache.reserve(step.tokens.len())?;
         }
         let tokens: Vec<u32> = batch.iter().flat_map(|step| step.tokens.iter().copied()).collect();
         let positions: Vec<u32> = batch
@@ -189,20 +196,47 @@ impl Decoder {
         values: &Tensor,
         batch: &mut [SequenceStep<'_>],
     ) -> Result<Tensor> {
-        let mut sequences = Vec::with_capacity(batch.len());
-        let mut first_row = 0;
-        for step in batch.iter_mut() {
-            let rows = step.tokens.len();
-            let (new_keys, new_values) = (keys.narrow(0, first_row, rows)?, values.narrow(0, first_row, rows)?);
-            let (keys, values) = step.cache.append(layer, &new_keys, &new_values)?;
-            sequences.push(CachedSequence {
-                rows: first_row..first_row + rows,
-                keys,
-                values,
-            });
-            first_row += rows;
+        let shape = AttentionShape::of(&self.config);
+        let width = self.config.key_value_width();
+        let append = |batch: &mut [SequenceStep<'_>], keys: &[f32], values: &[f32]| {
+            let mut end = 0;
+            batch.iter_mut().try_for_each(|step| {
+                let start = end;
+                end += step.tokens.len() * width;
+                step.cache.append(layer, &keys[start..end], &values[start..end])
+            })
+        };
+        if is_cpu(queries) {
+            let (keys, values) = (CpuSlice::new(keys)?, CpuSlice::new(values)?);
+            append(batch, keys.f32()?, values.f32()?)?;
+            let tables: Vec<_> = batch.iter().map(|step| step.cache.table(layer)).collect();
+            let sequences = batch.iter().zip(&tables);
+            let sequences = sequences.map(|(step, table)| step.cache.sequence(table, step.tokens.len()));
+            let sequences: Vec<_> = sequences.collect();
+            return attention::attend_cached(queries, batch[0].cache.layout(), &sequences, &shape);
         }
-        attend_cached(queries, &sequences, &AttentionShape::of(&self.config))
+        let on_host = |x: &Tensor| -> Result<Vec<f32>> { Ok(x.flatten_all()?.to_vec1()?) };
+        append(batch, &on_host(keys)?, &on_host(values)?)?;
+        self.attend_elsewhere(layer, queries, batch)
+    }
+
+    /// The attention of [`attend`](Self::attend) from plain candle operations, on any device.
+    fn attend_elsewhere(&self, layer: usize, queries: &Tensor, batch: &[SequenceStep<'_>]) -> Result<Tensor> {
+        let mut first_row = 0;
+        let sequences = batch.iter().map(|step| {
+            let rows = first_row..first_row + step.tokens.len();
+            first_row = rows.end;
+            let positions = step.cache.len() + step.tokens.len();
+            let shape = (positions, self.config.key_value_width());
+            let [keys, values] = step.cache.gather(layer, positions);
+            Ok(attention::CachedSequence {
+                rows,
+                keys: Tensor::from_vec(keys, shape, &self.device)?,
+                values: Tensor::from_vec(values, shape, &self.device)?,
+            })
+        });
+        let sequences: Vec<_> = sequences.collect::<Result<_>>()?;
+        attention::composed(queries, &sequences, &AttentionShape::of(&self.config))
     }
 
     pub(crate) fn normalize(&self, hidden: &Tensor, parameters: &NormParameters) -> Result<Tensor> {

@@ -16,7 +16,7 @@ mod weight;
 
 use adapted::Adapted;
 pub(crate) use adapted::Factors;
-pub use cache::KeyValueCache;
+pub use cache::{CacheUsage, KeyValueCache, PAGE_POSITIONS, PageMemory, PagePool, Place, Scope};
 pub use forward::SequenceStep;
 pub use layout::{
     FeedForward, Layer, Layout, LowRank, NormParameters, ParameterId, ParameterInfo, ParameterRole, Projection,

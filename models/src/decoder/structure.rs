@@ -106,9 +106,9 @@ impl Decoder {
             .map_or("f32", |(kind, _)| kind.name())
     }
 
-    /// An empty cache for one sequence.
+    /// An empty cache for one sequence, with pages of its own as f32. See [`PagePool`](super::PagePool) for shared ones.
     pub fn new_cache(&self) -> KeyValueCache {
-        KeyValueCache::new(&self.config, &self.device)
+        KeyValueCache::new(&self.config)
     }
 
     /// A decoder with the same weights. The storage of its own parameters is not shared.

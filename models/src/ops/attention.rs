@@ -1,10 +1,10 @@
 //! Causal grouped-query attention (arXiv:2305.13245) of new tokens over cached keys and values.
 
-use super::storage::{CpuSlice, is_cpu, new_tensor};
+use super::storage::{CpuSlice, new_tensor};
 use crate::config::DecoderConfig;
 use crate::error::Result;
 use candle_core::{D, Tensor};
-use candle_kernels_cpu::AttentionHeads;
+use candle_kernels_cpu::{AttentionHeads, PageLayout};
 use std::ops::Range;
 
 /// How the widths divide into heads.
@@ -32,7 +32,7 @@ impl AttentionShape {
     }
 }
 
-/// One sequence of a batch; the batch's sequences follow each other in the rows of the queries.
+/// One sequence of a batch as tensors; the batch's sequences follow each other in the rows of the queries.
 #[derive(Debug)]
 pub struct CachedSequence {
     /// Its rows of the queries: the last tokens of the sequence.
@@ -43,12 +43,14 @@ pub struct CachedSequence {
     pub values: Tensor,
 }
 
-/// Attends from `queries` `[rows, heads * head_dim]` to each sequence's own keys and values, each query to the tokens
-/// up to its own. Returns `[rows, heads * head_dim]`.
-pub fn attend_cached(queries: &Tensor, sequences: &[CachedSequence], shape: &AttentionShape) -> Result<Tensor> {
-    if !is_cpu(queries) {
-        return composed(queries, sequences, shape);
-    }
+/// Attends from `queries` `[rows, heads * head_dim]` on the CPU to each sequence's own pages of keys and values, each
+/// query to the tokens up to its own. Returns `[rows, heads * head_dim]`.
+pub fn attend_cached(
+    queries: &Tensor,
+    layout: &PageLayout,
+    sequences: &[candle_kernels_cpu::CachedSequence<'_>],
+    shape: &AttentionShape,
+) -> Result<Tensor> {
     let &AttentionShape {
         heads,
         key_value_heads,
@@ -61,30 +63,15 @@ pub fn attend_cached(queries: &Tensor, sequences: &[CachedSequence], shape: &Att
         head_dim,
         scale,
     };
-    let locked: Vec<(CpuSlice<'_>, CpuSlice<'_>)> = sequences
-        .iter()
-        .map(|sequence| Ok((CpuSlice::new(&sequence.keys)?, CpuSlice::new(&sequence.values)?)))
-        .collect::<Result<_>>()?;
-    let caches: Vec<candle_kernels_cpu::CachedSequence<'_>> = sequences
-        .iter()
-        .zip(&locked)
-        .map(|(sequence, (keys, values))| {
-            let new_tokens = sequence.rows.len();
-            Ok(candle_kernels_cpu::CachedSequence {
-                keys: keys.f32()?,
-                values: values.f32()?,
-                new_tokens,
-            })
-        })
-        .collect::<Result<_>>()?;
     let q = CpuSlice::new(queries)?;
     new_tensor(queries.shape(), |out| {
-        candle_kernels_cpu::attention_decode(&heads, q.f32()?, &caches, out);
+        candle_kernels_cpu::attention_decode(&heads, layout, q.f32()?, sequences, out);
         Ok(())
     })
 }
 
-/// [`attend_cached`] from plain candle operations: for devices without kernels of our own, and the tests' oracle.
+/// [`attend_cached`] from plain candle operations on keys and values that lie whole: for devices without kernels of our
+/// own, and the tests' oracle.
 pub fn composed(queries: &Tensor, sequences: &[CachedSequence], shape: &AttentionShape) -> Result<Tensor> {
     let attended: Vec<Tensor> = sequences
         .iter()
@@ -129,34 +116,4 @@ fn attend_one(queries: &Tensor, sequence: &CachedSequence, shape: &AttentionShap
     let weights = exponentials.broadcast_div(&exponentials.sum_keepdim(D::Minus1)?)?;
     let attended = weights.matmul(&values)?.transpose(0, 1)?.contiguous()?;
     Ok(attended.reshape((rows, heads * head_dim))?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::ops::test_util::{assert_close, noise};
-
-    #[test]
-    fn batches_of_unequal_pasts_equal_the_composition() {
-        let shape = AttentionShape {
-            heads: 6,
-            key_value_heads: 2,
-            head_dim: 5,
-            scale: 0.4,
-        };
-        let sequence = |rows: Range<usize>, length: usize| CachedSequence {
-            rows,
-            keys: (noise(&[length, 10], length as u64) * 3.0).unwrap(),
-            values: noise(&[length, 10], 100 + length as u64),
-        };
-        let sequences = [
-            sequence(0..1, 1),
-            sequence(1..2, 130),
-            sequence(2..9, 7),
-            sequence(9..12, 70),
-        ];
-        let queries = noise(&[12, 30], 7);
-        let found = attend_cached(&queries, &sequences, &shape).unwrap();
-        assert_close(&found, &composed(&queries, &sequences, &shape).unwrap(), 1e-5);
-    }
 }

@@ -86,14 +86,24 @@ fn a_pass_that_mixes_adapters_gives_each_what_it_gets_alone() {
         let nothing = AdapterWeights::of(&merged).unwrap();
         assert!(copies[0].memory_bytes() > 0 && nothing.memory_bytes() == 0);
         // Sequence 1 has no adapter, 4 a merged one; those of the first adapter are no neighbours.
-        let adapters = [Some(&copies[0]), None, Some(&copies[1]), Some(&copies[0]), Some(&nothing)];
+        let adapters = [
+            Some(&copies[0]),
+            None,
+            Some(&copies[1]),
+            Some(&copies[0]),
+            Some(&nothing),
+        ];
         let alone = [&first, &base, &second, &first, &base];
         let mut mixed: Vec<_> = adapters.iter().map(|_| base.new_cache()).collect();
         let mut single: Vec<_> = alone.iter().map(|decoder| decoder.new_cache()).collect();
         for step in 0..4_u32 {
             // A few tokens of a prompt beside single tokens.
             let tokens: Vec<Vec<u32>> = (0..5_u32)
-                .map(|index| (0..1 + (index + step) % 3).map(|token| (token * 31 + index * 7 + step) % 90).collect())
+                .map(|index| {
+                    (0..1 + (index + step) % 3)
+                        .map(|token| (token * 31 + index * 7 + step) % 90)
+                        .collect()
+                })
                 .collect();
             let mut batch: Vec<_> = tokens
                 .iter()
@@ -105,7 +115,10 @@ fn a_pass_that_mixes_adapters_gives_each_what_it_gets_alone() {
                 let tokens = &tokens[index];
                 let logits = decoder.forward(&mut [SequenceStep { tokens, cache }]).unwrap();
                 let expected: Vec<Vec<f32>> = logits.to_vec2().unwrap();
-                assert_eq!(found[index], expected[0], "{architecture}, sequence {index}, step {step}");
+                assert_eq!(
+                    found[index], expected[0],
+                    "{architecture}, sequence {index}, step {step}"
+                );
             }
         }
         let ids = [3, 1, 4, 1, 5];

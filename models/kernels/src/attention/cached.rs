@@ -1,7 +1,8 @@
-//! Attention of new tokens over a cache, for inference.
+//! Attention of new tokens over a cache in pages, for inference.
 
 use super::AttentionHeads;
 use super::forward::{Query, attend};
+use super::page::{PageLayout, PagedPast};
 use super::rows::Rows;
 use crate::simd::{Level, dispatch, level};
 use crate::threads::parallel_for_worth;
@@ -10,27 +11,34 @@ use crate::tiles::{Cuts, Tiles};
 /// One sequence's cache, the new tokens' keys and values already in it, at its end.
 #[derive(Clone, Copy, Debug)]
 pub struct CachedSequence<'a> {
-    /// Keys `[positions, key_value_heads * head_dim]`.
-    pub keys: &'a [f32],
-    /// Values `[positions, key_value_heads * head_dim]`.
-    pub values: &'a [f32],
+    /// One layer's part of each of its pages, in the order of positions.
+    pub pages: &'a [&'a [f32]],
+    /// Positions held; the last page may be partly filled, and further ones empty.
+    pub positions: usize,
     /// How many of the last positions are new tokens, whose queries are given.
     pub new_tokens: usize,
 }
 
-/// Causal attention of each sequence's new tokens over its cache.
+/// Causal attention of each sequence's new tokens over its cache, from the pages as they lie.
 ///
 /// `q` and `out` are `[new tokens of all sequences, heads * head_dim]`, sequence after sequence.
 ///
 /// # Panics
 /// Where the lengths do not fit each other.
-pub fn attention_decode(heads: &AttentionHeads, q: &[f32], sequences: &[CachedSequence<'_>], out: &mut [f32]) {
-    decode_with(level(), heads, q, sequences, out);
+pub fn attention_decode(
+    heads: &AttentionHeads,
+    layout: &PageLayout,
+    q: &[f32],
+    sequences: &[CachedSequence<'_>],
+    out: &mut [f32],
+) {
+    decode_with(level(), heads, layout, q, sequences, out);
 }
 
 pub(super) fn decode_with(
     level: Level,
     heads: &AttentionHeads,
+    layout: &PageLayout,
     q: &[f32],
     sequences: &[CachedSequence<'_>],
     out: &mut [f32],
@@ -44,13 +52,13 @@ pub(super) fn decode_with(
     let mut pieces = Vec::new();
     let mut cost = 0;
     for (index, sequence) in sequences.iter().enumerate() {
-        let positions = sequence.keys.len() / heads.key_value_width();
-        assert_eq!(
-            sequence.keys.len(),
-            positions * heads.key_value_width(),
-            "keys of sequence {index}"
+        let positions = sequence.positions;
+        assert!(
+            positions <= sequence.pages.len() * layout.positions
+                && sequence.pages.iter().all(|page| page.len() == layout.words()),
+            "sequence {index} has {} pages for {positions} positions",
+            sequence.pages.len()
         );
-        assert_eq!(sequence.values.len(), sequence.keys.len(), "values of sequence {index}");
         assert!(
             sequence.new_tokens <= positions,
             "sequence {index} has more new tokens than positions"
@@ -83,23 +91,18 @@ pub(super) fn decode_with(
         );
         let (index, first) = pieces[piece];
         let sequence = &sequences[index];
-        let positions = sequence.keys.len() / heads.key_value_width();
         let query_start = bounds[piece] * heads.query_width() + head * group * head_dim;
         let query = Query {
             rows: Rows::new(&q[query_start..], heads.query_width(), group, head_dim),
             tokens: bounds[piece + 1] - bounds[piece],
-            position: positions - sequence.new_tokens + first,
+            position: sequence.positions - sequence.new_tokens + first,
             group,
             scale: heads.scale,
         };
-        let rows = |data| Rows::new(data, heads.key_value_width(), 1, head_dim);
-        let (keys, values) = (
-            rows(&sequence.keys[head * head_dim..]),
-            rows(&sequence.values[head * head_dim..]),
-        );
+        let past = PagedPast::new(heads, layout, sequence.pages, head);
         dispatch!(
             level,
-            attend(query, [keys, values], head_dim, None, &mut out.take(piece, head), None)
+            attend(query, &past, head_dim, None, &mut out.take(piece, head), None)
         );
     });
 }

@@ -1,5 +1,6 @@
 //! The forward pass over packed sequences, and the block loop that cached inference shares.
 
+use super::page::Past;
 use super::rows::Rows;
 use super::tile::{KEYS, QUERY_ROWS, Scores, add_products, dot_rows};
 use super::{AttentionHeads, check_lengths};
@@ -118,7 +119,7 @@ pub(super) fn forward_with(
                 level,
                 attend(
                     query,
-                    [keys, values],
+                    &[keys, values],
                     head_dim,
                     masks.as_ref(),
                     &mut out,
@@ -200,12 +201,31 @@ pub(super) fn multiply<S: Simd>(s: S, scores: &mut [f32; KEYS], factors: &[f32; 
     }
 }
 
+impl Past for [Rows<'_>; 2] {
+    #[inline(always)]
+    fn scratch(&self, _: usize) -> usize {
+        0
+    }
+
+    #[inline(always)]
+    fn rows<'a, S: Simd>(
+        &'a self,
+        _: S,
+        which: usize,
+        start: usize,
+        count: usize,
+        _: &'a mut [f32],
+    ) -> [&'a [f32]; KEYS] {
+        self[which].block(start, count)
+    }
+}
+
 /// Attention of neighbouring tokens' queries over their sequence's keys and values, for one key-value head.
 #[inline(always)]
-pub(super) fn attend<S: Simd>(
+pub(super) fn attend<P: Past, S: Simd>(
     s: S,
     query: Query<'_>,
-    [keys, values]: [Rows<'_>; 2],
+    past: &P,
     head_dim: usize,
     masks: Option<&HeadMasks>,
     out: &mut Tile<'_, f32>,
@@ -213,6 +233,7 @@ pub(super) fn attend<S: Simd>(
 ) {
     let rows = query.tokens * query.group;
     let mut sums = vec![0.0; QUERY_ROWS.min(rows) * head_dim];
+    let mut scratch = vec![0.0; past.scratch(query.position + query.tokens)];
     let mut scores: Scores = [[0.0; KEYS]; QUERY_ROWS];
     for first in (0..rows).step_by(QUERY_ROWS) {
         let count = QUERY_ROWS.min(rows - first);
@@ -223,7 +244,7 @@ pub(super) fn attend<S: Simd>(
         let mut total = [0.0; QUERY_ROWS];
         for start in (0..=position(count - 1)).step_by(KEYS) {
             let width = KEYS.min(position(count - 1) + 1 - start);
-            let key_rows = keys.block::<KEYS>(start, width);
+            let key_rows = past.rows(s, 0, start, width, &mut scratch);
             dot_rows(s, &query_rows[..count], &key_rows[..width], &mut scores);
             for row in 0..count {
                 let visible = (position(row) + 1).saturating_sub(start).min(width);
@@ -241,7 +262,7 @@ pub(super) fn attend<S: Simd>(
                 }
             }
             let factor = |row: usize, key: usize| scores[row][key];
-            let value_rows = values.block::<KEYS>(start, width);
+            let value_rows = past.rows(s, 1, start, width, &mut scratch);
             add_products(s, count, factor, &value_rows[..width], head_dim, &mut sums);
         }
         for row in 0..count {

@@ -11,12 +11,14 @@
 mod backward;
 mod cached;
 mod forward;
+mod page;
 mod rows;
 mod tile;
 
 pub use backward::{AttentionSaved, attention_backward};
 pub use cached::{CachedSequence, attention_decode};
 pub use forward::attention_forward;
+pub use page::{CacheType, PageLayout};
 
 /// Shape of the heads.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -85,36 +85,108 @@ fn forward_agrees_with_the_definition() {
     }
 }
 
+/// Pages of 16 positions with these keys and values.
+fn paged(shape: &AttentionHeads, kind: CacheType, [k, v]: [&[f32]; 2]) -> (PageLayout, Vec<Vec<f32>>) {
+    let layout = PageLayout {
+        kind,
+        positions: 16,
+        key_value_heads: shape.key_value_heads,
+        head_dim: shape.head_dim,
+    };
+    let step = layout.positions * shape.key_value_width();
+    let pages = k.chunks(step).zip(v.chunks(step)).map(|(k, v)| {
+        let mut page = vec![f32::NAN; layout.words()];
+        // In two parts, since a position must not depend on those beside it.
+        let half = k.len() / shape.key_value_width() / 2;
+        let (k, v) = (
+            k.split_at(half * shape.key_value_width()),
+            v.split_at(half * shape.key_value_width()),
+        );
+        layout.store(&mut page, 0, k.0, v.0);
+        layout.store(&mut page, half, k.1, v.1);
+        page
+    });
+    (layout, pages.collect())
+}
+
 #[test]
-fn a_cache_gives_bitwise_what_the_whole_sequence_gives() {
-    let shape = heads(6, 2, 40);
-    let bounds = [0, 150, 230];
-    let [q, k, v] = inputs(&shape, 230);
-    let (width, kv_width) = (shape.query_width(), shape.key_value_width());
-    for level in available() {
-        let mut whole = vec![0.0; q.len()];
-        forward_with(level, &shape, &bounds, [&q, &k, &v], None, &mut whole, None);
-        // New tokens at the end of each sequence: one, some, all.
-        for new in [[1, 1], [7, 70], [150, 80], [0, 3]] {
-            let starts = [150 - new[0], 230 - new[1]];
-            let pick = |data: &[f32]| {
-                let parts = [
-                    &data[starts[0] * width..150 * width],
-                    &data[starts[1] * width..230 * width],
-                ];
-                parts.concat()
-            };
-            let sequence = |index: usize| CachedSequence {
-                keys: &k[bounds[index] * kv_width..bounds[index + 1] * kv_width],
-                values: &v[bounds[index] * kv_width..bounds[index + 1] * kv_width],
-                new_tokens: new[index],
-            };
-            let queries = pick(&q);
-            let mut out = vec![0.0; queries.len()];
-            decode_with(level, &shape, &queries, &[sequence(0), sequence(1)], &mut out);
-            assert_eq!(out, pick(&whole), "{level}, {new:?} new tokens");
+fn pages_give_bitwise_what_the_whole_sequence_gives() {
+    for (shape, kind) in [
+        (heads(6, 2, 40), CacheType::F32),
+        (heads(6, 2, 40), CacheType::F16),
+        (heads(3, 1, 7), CacheType::F16),
+        (heads(4, 4, 64), CacheType::Q8),
+        (heads(6, 2, 37), CacheType::Q8),
+    ] {
+        let bounds = [0, 150, 230];
+        let [q, k, v] = inputs(&shape, 230);
+        let (width, kv_width) = (shape.query_width(), shape.key_value_width());
+        let pages = [0, 1].map(|index| {
+            let rows = bounds[index] * kv_width..bounds[index + 1] * kv_width;
+            paged(&shape, kind, [&k[rows.clone()], &v[rows]])
+        });
+        // The definition is over what the pages hold.
+        let (mut k, mut v) = (vec![0.0; k.len()], vec![0.0; v.len()]);
+        let step = 16 * kv_width;
+        for (index, (layout, pages)) in pages.iter().enumerate() {
+            let rows = bounds[index] * kv_width..bounds[index + 1] * kv_width;
+            let (k, v) = (k[rows.clone()].chunks_mut(step), v[rows].chunks_mut(step));
+            k.zip(v).zip(pages).for_each(|((k, v), page)| layout.load(page, k, v));
+        }
+        for level in available() {
+            let mut whole = vec![0.0; q.len()];
+            forward_with(level, &shape, &bounds, [&q, &k, &v], None, &mut whole, None);
+            // New tokens at the end of each sequence: one, some, all.
+            for new in [[1, 1], [7, 70], [150, 80], [0, 3]] {
+                let starts = [150 - new[0], 230 - new[1]];
+                let pick = |data: &[f32]| {
+                    let parts = [
+                        &data[starts[0] * width..150 * width],
+                        &data[starts[1] * width..230 * width],
+                    ];
+                    parts.concat()
+                };
+                let tables = [0, 1].map(|index| pages[index].1.iter().map(Vec::as_slice).collect::<Vec<_>>());
+                let sequence = |index: usize| CachedSequence {
+                    pages: &tables[index],
+                    positions: bounds[index + 1] - bounds[index],
+                    new_tokens: new[index],
+                };
+                let queries = pick(&q);
+                let mut out = vec![0.0; queries.len()];
+                let sequences = [sequence(0), sequence(1)];
+                decode_with(level, &shape, &pages[0].0, &queries, &sequences, &mut out);
+                assert_eq!(out, pick(&whole), "{level}, {kind:?}, {new:?} new tokens");
+            }
         }
     }
+}
+
+#[test]
+fn pages_hold_what_was_stored_within_their_precision() {
+    let shape = heads(2, 2, 45);
+    let width = shape.key_value_width();
+    let (mut k, v) = (random(16 * width, 5), random(16 * width, 6));
+    k[3] = 1e9;
+    k[50] = f32::INFINITY;
+    for (kind, tolerance) in [(CacheType::F32, 0.0), (CacheType::F16, 0.001), (CacheType::Q8, 0.005)] {
+        let (layout, pages) = paged(&shape, kind, [&k, &v]);
+        let (mut found_k, mut found_v) = (vec![0.0; k.len()], vec![0.0; v.len()]);
+        layout.load(&pages[0], &mut found_k, &mut found_v);
+        assert!(
+            v.iter().zip(&found_v).all(|(a, b)| (a - b).abs() <= tolerance),
+            "{kind:?}"
+        );
+        match kind {
+            CacheType::F32 => assert_eq!(k, found_k),
+            CacheType::F16 => assert_eq!((found_k[3], found_k[50]), (65504.0, 65504.0)),
+            CacheType::Q8 => assert!(found_k[3] > 0.99e9 && found_k.iter().all(|value| value.is_finite())),
+        }
+    }
+    let words = |kind| paged(&shape, kind, [&k, &v]).0.words();
+    assert_eq!(words(CacheType::F32), 2 * 16 * 90);
+    assert_eq!(words(CacheType::F16), 16 * 90);
+    assert_eq!(words(CacheType::Q8), 2 * 16 * 90 / 4 + 2 * 16 * 2 * 2);
 }
 
 #[test]

@@ -63,12 +63,15 @@ fn a_token_at_a_time_equals_the_whole_and_batched_equals_single() {
             }
         }
         assert_eq!((first.len(), second.len()), (140, 140));
-        assert!(first.memory_bytes() <= 2 * 2 * 4 * 150 * 32);
+        assert_eq!(
+            first.memory_bytes(),
+            2 * 2 * 4 * 144 * decoder.config().key_value_width() as u64
+        );
     }
 }
 
 #[test]
-fn a_short_sequence_takes_one_chunk_of_cache() {
+fn a_short_sequence_takes_one_page_of_cache() {
     let mut settings = families().swap_remove(1);
     settings["context_length"] = json!(100_000);
     let decoder = decoder(&settings, None);
@@ -79,7 +82,42 @@ fn a_short_sequence_takes_one_chunk_of_cache() {
             cache: &mut cache,
         }])
         .unwrap();
-    assert_eq!(cache.memory_bytes(), 2 * 2 * 64 * 12 * 4);
+    assert_eq!(cache.memory_bytes(), 2 * 2 * 16 * 12 * 4);
+}
+
+#[test]
+fn attention_over_pages_equals_the_composition() {
+    for settings in families() {
+        let decoder = decoder(&settings, None);
+        let config = decoder.config();
+        let mut caches: Vec<_> = (0..4).map(|_| decoder.new_cache()).collect();
+        // Pasts of unequal lengths, some of several pages, and passes of unequal lengths.
+        for (cache, past) in caches.iter_mut().zip([0, 129, 0, 58]) {
+            let noise = |seed| crate::ops::test_util::noise(&[past, config.key_value_width()], seed);
+            let [keys, values] = [noise(1), noise(2)].map(|x| x.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+            cache.reserve(past).unwrap();
+            cache.append(1, &keys, &values).unwrap();
+            cache.advance(past);
+        }
+        let tokens = tokens(12);
+        let mut rest = tokens.as_slice();
+        let mut batch: Vec<_> = caches
+            .iter_mut()
+            .zip([1, 1, 7, 3])
+            .map(|(cache, new)| {
+                let (tokens, others) = rest.split_at(new);
+                rest = others;
+                cache.reserve(new).unwrap();
+                SequenceStep { tokens, cache }
+            })
+            .collect();
+        let noise = |width, seed| crate::ops::test_util::noise(&[12, width], seed);
+        let queries = noise(config.heads * config.head_dim, 3);
+        let [keys, values] = [noise(config.key_value_width(), 4), noise(config.key_value_width(), 5)];
+        let found = decoder.attend(1, &queries, &keys, &values, &mut batch).unwrap();
+        let expected = decoder.attend_elsewhere(1, &queries, &batch).unwrap();
+        crate::ops::test_util::assert_close(&found, &expected, 1e-5);
+    }
 }
 
 #[test]
