@@ -31,9 +31,8 @@ pub(crate) fn memory() -> Measurements {
         return Vec::new();
     };
     let mut list: Measurements = vec![Box::new(Memory {
-        client: fixture.connect(),
         prompts: Prompts::new(fixture.connect(), 5),
-        fixture,
+        _fixture: fixture,
     })];
     if let Some((_, peer)) = generation::llama_cpp(SEQUENCES, PROMPT as usize + TOKENS as usize) {
         list.push(Box::new(MemoryInPeer { peer }));
@@ -122,17 +121,21 @@ const PROMPT: i32 = 448;
 const TOKENS: i32 = 64;
 
 struct Memory {
-    client: Client,
     prompts: Prompts,
-    fixture: Fixture,
+    _fixture: Fixture,
 }
 
 impl Measurement for Memory {
     fn run(&mut self) -> Vec<Figure> {
-        let process = self.fixture.server.process_id();
+        // Each round has a server of its own, which keeps no keys and values of the rounds before.
+        let Some(fixture) = generation::smollm2_fixture() else {
+            return Vec::new();
+        };
+        let process = fixture.server.process_id();
         let idle = resident_kilobytes(process) as f64 / 1024.0;
         let prompts: Vec<String> = (0..SEQUENCES).map(|_| self.prompts.next(PROMPT)).collect();
-        self.client
+        fixture
+            .connect()
             .query_one(
                 "SELECT sum(completion_tokens) FROM llm.generations
                  WHERE model = 'm' AND prompt = ANY($1) AND max_tokens = $2",

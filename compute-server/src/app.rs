@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use crate::cache_memory::CacheMemory;
 use crate::checkpoints::{self, CheckpointStore};
 use crate::commit_log::{self, CommitLog, Recovered};
 use crate::config::Config;
@@ -58,13 +59,14 @@ impl App {
         };
         checkpoints::finish(&folder, &recovered.files)?;
         folder.clear_staging()?;
+        let cache = CacheMemory::new(config.limits.cache, config.limits.kept_cache);
         let app = Arc::new(Self {
             registry: Registry::default(),
             transactions: Transactions::new(config.limits.transactions, config.transaction_timeout),
             checkpoints: CheckpointStore::open(Arc::clone(&folder))?,
             tokenizers: TokenizerStore::new(Arc::clone(&folder)),
             requests: Arc::new(Requests::default()),
-            memory: MemoryBudget::new(config.limits.memory),
+            memory: MemoryBudget::new(config.limits.memory, cache),
             metrics: ServerMetrics::new()?,
             benchmarking: Arc::default(),
             model_count: Arc::default(),

@@ -9,6 +9,7 @@
 
 mod app;
 mod auth;
+mod cache_memory;
 mod caller;
 mod checkpoints;
 mod chunks;

@@ -1,8 +1,10 @@
-//! The memory limit: what is about to hold much memory reserves it first.
+//! The memory limit: what is about to hold much memory reserves it first. Pages of key/value caches that no generation uses
+//! make way for it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::cache_memory::CacheMemory;
 use crate::error::{Error, Result};
 
 /// Bytes that weights, gradients, optimizer states and caches may hold together.
@@ -10,14 +12,17 @@ use crate::error::{Error, Result};
 pub(crate) struct MemoryBudget {
     limit: u64,
     used: AtomicU64,
+    /// The pages' part of it.
+    pub(crate) cache: CacheMemory,
 }
 
 impl MemoryBudget {
-    /// A budget of `limit` bytes.
-    pub(crate) fn new(limit: u64) -> Arc<Self> {
+    /// A budget of `limit` bytes, part of which pages of caches may have.
+    pub(crate) fn new(limit: u64, cache: CacheMemory) -> Arc<Self> {
         Arc::new(Self {
             limit,
             used: AtomicU64::new(0),
+            cache,
         })
     }
 
@@ -40,16 +45,31 @@ impl MemoryBudget {
     }
 
     fn add(&self, what: &str, bytes: u64) -> Result<()> {
+        loop {
+            let Err(used) = self.try_add(bytes) else { return Ok(()) };
+            let missing = used.saturating_add(bytes) - self.limit;
+            if missing > self.cache.used() || self.cache.evict(missing) == 0 {
+                return Err(Error::Memory {
+                    what: what.to_owned(),
+                    needed: bytes,
+                    limit: self.limit,
+                    available: self.limit.saturating_sub(used),
+                });
+            }
+        }
+    }
+
+    /// Takes `bytes` if they are free; otherwise returns how many are in use.
+    pub(crate) fn try_add(&self, bytes: u64) -> Result<(), u64> {
         let grow = |used: u64| used.checked_add(bytes).filter(|&sum| sum <= self.limit);
         self.used
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, grow)
             .map(|_| ())
-            .map_err(|used| Error::Memory {
-                what: what.to_owned(),
-                needed: bytes,
-                limit: self.limit,
-                available: self.limit.saturating_sub(used),
-            })
+    }
+
+    /// Gives bytes back.
+    pub(crate) fn subtract(&self, bytes: u64) {
+        self.used.fetch_sub(bytes, Ordering::Relaxed);
     }
 }
 
@@ -113,7 +133,7 @@ mod tests {
 
     #[test]
     fn a_reservation_is_refused_past_the_limit_and_given_back_on_drop() {
-        let budget = MemoryBudget::new(100);
+        let budget = MemoryBudget::new(100, CacheMemory::new(50, 50));
         let mut first = budget.reserve("a", 60).unwrap();
         assert!(budget.reserve("b", 50).is_err());
         assert!(first.resize("a", 120).is_err());

@@ -72,6 +72,21 @@ pub struct Options {
     #[arg(long, env = "COMPUTE_SERVER_MEMORY_LIMIT", value_name = "BYTES")]
     pub memory_limit: Option<Bytes>,
 
+    /// Bytes of these that pages of key/value caches may hold, in use or kept for requests that begin like earlier ones;
+    /// those kept are given up when other work needs the memory. [default: a quarter of the memory limit]
+    #[arg(long, env = "COMPUTE_SERVER_CACHE_BYTES", value_name = "BYTES")]
+    pub cache_bytes: Option<Bytes>,
+
+    /// Bytes of these that pages may hold which no generation uses any more. [default: a 32nd of the memory limit]
+    #[arg(long, env = "COMPUTE_SERVER_CACHE_KEPT_BYTES", value_name = "BYTES")]
+    pub cache_kept_bytes: Option<Bytes>,
+
+    /// How key/value caches hold their elements: `f32`, `f16`, `q8` (eight bits and a scale for every 32), or `auto`: f32
+    /// for models held in f32, f16 for others. Rounding changes results slightly, and in the same way whatever else
+    /// runs. [default: auto]
+    #[arg(long, env = "COMPUTE_SERVER_CACHE_DTYPE", value_name = "DTYPE")]
+    pub cache_dtype: Option<String>,
+
     /// File of bearer tokens, one `NAME TOKEN` a line; lines that start with # are comments. Without it nobody is asked
     /// for a token.
     #[arg(long, env = "COMPUTE_SERVER_TOKEN_FILE", value_name = "FILE")]
@@ -179,6 +194,9 @@ impl Options {
             device: self.device.or(file.device),
             threads: self.threads.or(file.threads),
             memory_limit: self.memory_limit.or(file.memory_limit),
+            cache_bytes: self.cache_bytes.or(file.cache_bytes),
+            cache_kept_bytes: self.cache_kept_bytes.or(file.cache_kept_bytes),
+            cache_dtype: self.cache_dtype.or(file.cache_dtype),
             token_file: self.token_file.or(file.token_file),
             metrics_public: self.metrics_public.or(file.metrics_public),
             tls_cert: self.tls_cert.or(file.tls_cert),

@@ -4,6 +4,8 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use candle_models::CacheType;
+
 use super::Options;
 
 /// Why the server cannot start with these options.
@@ -93,6 +95,12 @@ pub struct LogLimits {
 pub struct Limits {
     /// Bytes held by weights, gradients, optimizer states and caches.
     pub memory: u64,
+    /// Bytes of these held by pages of key/value caches.
+    pub cache: u64,
+    /// Bytes of these that are kept though no generation uses them.
+    pub kept_cache: u64,
+    /// How these hold their elements; none leaves it to the model's type.
+    pub cache_type: Option<CacheType>,
     /// Bytes of one message.
     pub message_bytes: usize,
     /// Models held at once.
@@ -261,8 +269,12 @@ fn limits(options: &Options) -> Result<Limits, ConfigError> {
         ));
     }
     let size = |number: u64| usize::try_from(number).unwrap_or(usize::MAX);
+    let memory = bytes("memory-limit", options.memory_limit, memory)?;
     Ok(Limits {
-        memory: bytes("memory-limit", options.memory_limit, memory)?,
+        memory,
+        cache: bytes("cache-bytes", options.cache_bytes, memory / 4)?,
+        kept_cache: options.cache_kept_bytes.map_or(memory / 32, |bytes| bytes.0),
+        cache_type: cache_type(options.cache_dtype.as_deref().unwrap_or("auto"))?,
         message_bytes: size(message_bytes),
         models: count("max-models", options.max_models, 256)?,
         generations: size(count("max-generations", options.max_generations, 64)?),
@@ -277,6 +289,19 @@ fn limits(options: &Options) -> Result<Limits, ConfigError> {
         accumulated_tokens: count("max-accumulated-tokens", options.max_accumulated_tokens, 1 << 24)?,
         tokenizer_bytes: bytes("max-tokenizer-bytes", options.max_tokenizer_bytes, 1 << 30)?,
     })
+}
+
+fn cache_type(name: &str) -> Result<Option<CacheType>, ConfigError> {
+    match name {
+        "auto" => Ok(None),
+        "f32" => Ok(Some(CacheType::F32)),
+        "f16" => Ok(Some(CacheType::F16)),
+        "q8" => Ok(Some(CacheType::Q8)),
+        other => Err(invalid(
+            "cache-dtype",
+            format!("\"{other}\" is none of auto, f32, f16, q8"),
+        )),
+    }
 }
 
 #[cfg(test)]
@@ -372,6 +397,13 @@ mod tests {
                     ..options()
                 },
                 "--max-queue",
+            ),
+            (
+                Options {
+                    cache_dtype: Some("q4".into()),
+                    ..options()
+                },
+                "--cache-dtype",
             ),
             (
                 Options {

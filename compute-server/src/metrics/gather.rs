@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 
+use candle_models::CacheUsage;
+use prometheus::IntCounter;
 use prometheus::core::Collector;
 use prometheus::proto::{LabelPair, MetricFamily};
 
 use super::model::gauge;
 use crate::app::App;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::names::ModelKey;
 use crate::requests::Phase;
 
@@ -24,15 +26,40 @@ pub(crate) fn gather(app: &App) -> Result<Vec<MetricFamily>> {
             .facts()
             .metrics
             .visit(|instrument| families.add(instrument, &labels))?;
-        let cache = gauge(
-            "candle_kv_cache_bytes",
-            "Bytes of keys and values that the model holds",
-            model.cache_bytes() as f64,
-        )?;
-        families.add(&cache, &labels);
+        pages(&model.facts().pages.usage(), &labels, &mut families)?;
     }
     requests(app, &mut families)?;
     Ok(families.0.into_values().collect())
+}
+
+/// The pages of a model's caches.
+fn pages(usage: &CacheUsage, labels: &[LabelPair], families: &mut Families) -> Result<()> {
+    let gauges = [
+        (
+            "candle_kv_cache_bytes",
+            "Bytes of keys and values that the model holds",
+            usage.pages * usage.page_bytes,
+        ),
+        (
+            "candle_kv_cache_pages",
+            "Pages of keys and values that the model holds",
+            usage.pages,
+        ),
+        (
+            "candle_kv_cache_unused_pages",
+            "Of these, pages that no generation uses, kept for prompts that begin alike",
+            usage.unused_pages,
+        ),
+    ];
+    for (name, help, value) in gauges {
+        families.add(&gauge(name, help, value as f64)?, labels);
+    }
+    let help = "Pages of keys and values that were given up to make room";
+    let evicted = IntCounter::new("candle_kv_cache_evicted_pages_total", help)
+        .map_err(|error| Error::Internal(error.to_string()))?;
+    evicted.inc_by(usage.evicted_pages);
+    families.add(&evicted, labels);
+    Ok(())
 }
 
 /// Running and waiting work, by model and kind.

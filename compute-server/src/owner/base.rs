@@ -102,6 +102,7 @@ impl Owner {
             self.model.decoder.share_base(&state.decoder)?;
             // What transactions staged on the weights before is stale.
             self.versions.weights += u64::from(!first);
+            self.forget_stale_pages();
         }
         self.describe_committed();
         Ok(())

@@ -58,6 +58,11 @@ impl AppliedAdapter {
         factors.ok_or_else(|| self.0.gone())
     }
 
+    /// Number of the loaded adapter, which no other has had.
+    pub(super) fn id(&self) -> u64 {
+        self.0.id
+    }
+
     /// As [`factors`](Self::factors), for a look alone.
     pub(super) fn check(&self) -> Result<()> {
         self.factors().map(drop)
@@ -103,7 +108,9 @@ impl Owner {
                 self.put_factors(weights, memory);
             }
             // The next generation tries again; those that run end.
-            Err(error) => tracing::error!(model = %self.shared.name, %error, "copying the factors of an adapter failed"),
+            Err(error) => {
+                tracing::error!(model = %self.shared.name, %error, "copying the factors of an adapter failed")
+            }
         }
     }
 

@@ -5,13 +5,14 @@ use std::time::Instant;
 
 use candle_compute_proto::v1;
 use candle_models::sampling::Sampler;
-use candle_models::{CompletionText, KeyValueCache, Tokenizer};
+use candle_models::{CompletionText, Tokenizer};
 use tokio::sync::mpsc;
 
 use super::sequence::Sequence;
 use super::state::Owner;
 use super::turns::TurnQueue;
 use super::{AppliedAdapter, View};
+use crate::cache_memory::CacheMemory;
 use crate::caller::Caller;
 use crate::config::Limits;
 use crate::error::{Error, Result};
@@ -68,23 +69,27 @@ pub(super) struct Generations {
     pub(super) active: Vec<Sequence>,
     /// Counts rounds.
     pub(super) round: u64,
+    /// Whether there was no page for a generation since the last one ended.
+    pub(super) is_tight: bool,
 }
 
 impl Generations {
-    /// Bytes of the caches.
-    pub(super) fn cache_bytes(&self) -> u64 {
-        self.active
-            .iter()
-            .filter_map(|sequence| sequence.cache.as_ref())
-            .map(KeyValueCache::memory_bytes)
-            .sum()
+    /// Drops what is over, which makes room.
+    fn drop_ended(&mut self, cache: &CacheMemory) {
+        let before = self.active.len();
+        self.active.retain(|sequence| !sequence.is_over());
+        if self.active.len() < before {
+            cache.trim();
+        }
+        if self.active.len() < before || !self.active.iter().any(Sequence::holds_pages) {
+            self.is_tight = false;
+        }
     }
 
-    /// Whether time alone may change what is to be done: queued generations wait for memory or give up, running ones have a
-    /// deadline.
+    /// Whether time alone may change what is to be done: generations wait for memory or give up, or have a deadline.
     pub(super) fn watches_time(&self) -> bool {
-        let has_deadline = |sequence: &Sequence| sequence.request.caller.deadline.is_some();
-        self.waiting.len() > 0 || self.active.iter().any(has_deadline)
+        let watched = |sequence: &Sequence| sequence.waits_for_room() || sequence.request.caller.deadline.is_some();
+        self.waiting.len() > 0 || self.active.iter().any(watched)
     }
 
     /// Ends all with an error.
@@ -127,8 +132,11 @@ impl Owner {
     /// Queues the completions of a request, all or none.
     ///
     /// # Errors
-    /// `Limit` when the queue has no room for them.
+    /// `Limit` when the queue has no room for them, or the cache never will.
     pub(crate) fn submit_generations(&mut self, requests: Vec<GenerationRequest>) -> Result<()> {
+        for request in &requests {
+            self.check_pages(request.tokens.len() + request.max_tokens)?;
+        }
         self.generations.drop_abandoned(&self.shared.name, &self.limits);
         let room = self.limits.queue.saturating_sub(self.generations.waiting.len());
         if requests.len() > room {
@@ -151,18 +159,30 @@ impl Owner {
     /// Brings every sequence that can go on one step further; false when there was none.
     pub(super) fn generate(&mut self) -> bool {
         self.generations.active.iter_mut().for_each(Sequence::poll);
-        self.generations.active.retain(|sequence| !sequence.is_over());
+        self.generations.drop_ended(&self.budget.cache);
         self.admit();
         let mut active = std::mem::take(&mut self.generations.active);
         let worked = self.run_round(&mut active);
-        active.retain(|sequence| !sequence.is_over());
         self.generations.active = active;
+        self.generations.drop_ended(&self.budget.cache);
         worked
     }
 
     /// Starts queued generations as far as the limits allow, their callers in turn.
     fn admit(&mut self) {
         self.generations.drop_abandoned(&self.shared.name, &self.limits);
+        if self.generations.is_tight {
+            return;
+        }
+        // Those that were put back have started before any that waits.
+        let put_back = self
+            .generations
+            .active
+            .iter_mut()
+            .filter(|sequence| sequence.waits_for_room());
+        if let Some(first) = put_back.min_by_key(|sequence| sequence.started) {
+            return first.resume();
+        }
         loop {
             // A generation whose client is slow does not keep others from running.
             let active = self.generations.active.iter();
@@ -175,23 +195,18 @@ impl Owner {
             let Some((at, next)) = next.and_then(|at| Some((at, self.generations.waiting.get(at)?))) else {
                 return;
             };
-            let config = self.model.decoder.config();
-            let per_token = 8 * (config.layers * config.key_value_heads * config.head_dim) as u64;
-            let bytes = per_token * (next.tokens.len() + next.max_tokens) as u64;
-            let reserved = self.budget.reserve("the key/value cache of a generation", bytes);
-            if reserved.is_err() && !self.generations.active.is_empty() {
+            let cache = self.first_cache(next);
+            let holds_pages = self.generations.active.iter().any(Sequence::holds_pages);
+            if cache.is_err() && (holds_pages || !self.is_alone_with_pages()) {
                 // Running ones will give memory back; without any the limit is too small for this request.
                 return;
             }
             let Some(request) = self.generations.waiting.take(at) else {
                 return;
             };
-            match reserved {
-                Ok(memory) => {
-                    let cache = self.model.decoder.new_cache();
-                    self.generations.active.push(Sequence::new(request, cache, memory));
-                }
-                Err(error) => drop(request.output.try_send(Err(error))),
+            match cache {
+                Ok((weights, cache)) => self.generations.active.push(Sequence::new(request, weights, cache)),
+                Err(_) => drop(request.output.try_send(Err(self.no_room()))),
             }
         }
     }

@@ -10,7 +10,7 @@ use candle_compute_proto::v1;
 use candle_models::adapters::LoraConfig;
 use candle_models::config::TRAINING_FIELDS;
 use candle_models::training::{AdamW, LossScale, Retention};
-use candle_models::{ChatTemplate, DecoderConfig, Model, ParameterInfo, Tokenizer};
+use candle_models::{CacheType, ChatTemplate, DecoderConfig, Model, PagePool, ParameterInfo, Tokenizer};
 use serde_json::{Map, Value};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
@@ -105,7 +105,7 @@ pub(crate) struct ModelHandle {
 
 /// What handles and thread share.
 pub(crate) struct Shared {
-    id: u64,
+    pub(super) id: u64,
     /// The name; of an adapter, its model's.
     pub(crate) name: String,
     /// Of an adapter: its name, and the number of the loaded model that it belongs to.
@@ -144,8 +144,8 @@ pub(crate) struct Shared {
     phase: AtomicU8,
     /// Saves that read weights and moments.
     pub(super) saves: AtomicU64,
-    /// Bytes of the caches of running generations.
-    pub(super) cache_bytes: AtomicU64,
+    /// Pages of the caches of its generations.
+    pub(crate) pages: Arc<PagePool>,
     /// What is measured of it.
     pub(crate) metrics: Arc<ModelMetrics>,
     descriptions: Mutex<HashMap<View, Description>>,
@@ -234,6 +234,7 @@ impl ModelHandle {
         if let Some(new) = &mut new_base {
             new.base.created_at = Some(created_at.into());
         }
+        let pages = page_pool(&model, &limits, &budget);
         let shared = Arc::new(Shared {
             id,
             name: new.name,
@@ -258,7 +259,7 @@ impl ModelHandle {
             wake: Arc::new(Notify::new()),
             phase: AtomicU8::new(RUNNING),
             saves: AtomicU64::new(0),
-            cache_bytes: AtomicU64::new(0),
+            pages,
             metrics: Arc::new(ModelMetrics::new()?),
             descriptions: Mutex::default(),
         });
@@ -434,11 +435,6 @@ impl ModelHandle {
         description.map(|description| description.retention).unwrap_or_default()
     }
 
-    /// Bytes of keys and values that it holds.
-    pub(crate) fn cache_bytes(&self) -> u64 {
-        self.shared.cache_bytes.load(Ordering::Relaxed)
-    }
-
     /// The row of `models` that `view` sees, without status.
     pub(crate) fn describe(&self, view: &View) -> v1::Model {
         let shared = &self.shared;
@@ -448,7 +444,6 @@ impl ModelHandle {
         if let Some(description) = description {
             config.extend(description.settings.clone());
         }
-        let cache_bytes = self.cache_bytes();
         v1::Model {
             name: shared.name.clone(),
             architecture: shared.decoder_config.architecture.name().to_owned(),
@@ -459,7 +454,7 @@ impl ModelHandle {
             seed: shared.seed,
             status: String::new(),
             parameters: shared.parameter_count,
-            memory_bytes: description.map_or(0, |d| d.memory_bytes) + cache_bytes,
+            memory_bytes: description.map_or(0, |d| d.memory_bytes) + shared.pages.bytes(),
             context_length: u32::try_from(shared.decoder_config.context_length).unwrap_or(u32::MAX),
             vocabulary: u32::try_from(shared.decoder_config.vocabulary).unwrap_or(u32::MAX),
             step: description.map_or(0, |d| d.step),
@@ -494,6 +489,18 @@ impl ModelHandle {
             created_at: row.created_at,
         })
     }
+}
+
+/// The pages of a model's caches.
+fn page_pool(model: &Model, limits: &Limits, budget: &Arc<MemoryBudget>) -> Arc<PagePool> {
+    let kind = limits.cache_type.unwrap_or(match model.decoder.dtype() {
+        "f32" => CacheType::F32,
+        _ => CacheType::F16,
+    });
+    let pool = PagePool::new(model.decoder.config(), kind, Arc::clone(budget) as _);
+    let pool = Arc::new(pool);
+    budget.cache.add_pool(&pool);
+    pool
 }
 
 /// Where the answer to a piece of work goes.

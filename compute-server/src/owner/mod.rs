@@ -14,6 +14,7 @@ mod log_row;
 mod merging;
 mod output;
 mod overlay;
+mod paging;
 mod passes;
 mod precision;
 mod publishing;

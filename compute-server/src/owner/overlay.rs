@@ -101,6 +101,8 @@ pub(super) struct StagedStep {
 
 /// Copies of weights and optimizer with staged changes.
 pub(super) struct StagedState {
+    /// Its own; another one whenever it has changed.
+    pub(super) number: u64,
     /// Number of [changes](Operation::changes_state) that they have.
     pub(super) changes: usize,
     pub(super) model: Model,

@@ -89,6 +89,7 @@ impl Owner {
         }
         self.release_trainable();
         self.release_half();
+        self.forget_stale_pages();
         self.shared.forget(id);
         self.describe_committed();
         if changes > 0 {

@@ -1,8 +1,9 @@
 //! One round of generations: a pass over the weights for all sequences that write and for pieces of prompts.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
-use candle_models::{Decoder, KeyValueCache, SequenceStep};
+use candle_models::{Decoder, SequenceStep};
 
 use super::factors::Factors;
 use super::sequence::Sequence;
@@ -12,11 +13,12 @@ use crate::error::{Error, Result};
 
 /// Tokens of a prompt that it may read before another prompt has its turn. The numbers of a prompt do not depend on where it
 /// is cut: every row of a pass is computed by itself.
-const PREFILL_CHUNK: usize = 64;
+pub(super) const PREFILL_CHUNK: usize = 64;
 
 /// A sequence's part in a pass.
-struct Part<'a> {
-    sequence: &'a mut Sequence,
+struct Part {
+    /// Position among the active sequences.
+    index: usize,
     /// Tokens that it reads.
     tokens: usize,
     adapter: Option<Arc<Factors>>,
@@ -37,26 +39,56 @@ impl Owner {
             self.generations.round,
             self.limits.batch_tokens,
         );
+        let mut worked = false;
         for view in &views {
-            let of_view = active
-                .iter_mut()
-                .filter(|sequence| sequence.is_runnable() && sequence.request.view == *view);
-            match self.decoder(view) {
-                Ok(decoder) => {
-                    let mut parts = plan(of_view.collect(), budget);
-                    let writing = parts.iter().filter(|part| !part.sequence.is_prefilling()).count();
-                    if writing > 0 {
-                        shared.metrics.decoded(writing);
-                    }
-                    run_pass(decoder, &mut parts, round, &shared.end_tokens);
+            if let Err(error) = self.materialize(view) {
+                let status = error.to_string();
+                let of_view = active.iter_mut().filter(|sequence| sequence.request.view == *view);
+                let of_view = of_view.filter(|sequence| sequence.is_runnable());
+                of_view.for_each(|sequence| sequence.fail(Error::Stale(status.clone())));
+                continue;
+            }
+            let mut parts = self.parts(view, active);
+            plan(active, &mut parts, budget);
+            // Room for one may be made by putting others back, which are not runnable then.
+            parts.retain(|part| active[part.index].is_runnable() && self.make_room(active, part.index, part.tokens));
+            worked |= !parts.is_empty();
+            let writing = parts.iter().filter(|part| !active[part.index].is_prefilling()).count();
+            if writing > 0 {
+                shared.metrics.decoded(writing);
+            }
+            run_pass(self.present_decoder(view), active, &parts, round, &shared.end_tokens);
+        }
+        worked
+    }
+
+    /// The sequences of `view` that can go on, each with the cache and the adapter of the present weights.
+    fn parts(&self, view: &View, active: &mut [Sequence]) -> Vec<Part> {
+        let mut parts = Vec::with_capacity(active.len());
+        for (index, sequence) in active.iter_mut().enumerate() {
+            if !sequence.is_runnable() || sequence.request.view != *view {
+                continue;
+            }
+            match sequence
+                .request
+                .adapter
+                .as_ref()
+                .map(AppliedAdapter::factors)
+                .transpose()
+            {
+                Ok(adapter) => {
+                    self.follow_weights(sequence, adapter.as_deref());
+                    sequence.reuse_pages();
+                    parts.push(Part {
+                        index,
+                        tokens: usize::from(!sequence.is_prefilling()),
+                        adapter,
+                    });
                 }
-                Err(error) => {
-                    let status = error.to_string();
-                    of_view.for_each(|sequence| sequence.fail(Error::Stale(status.clone())));
-                }
+                Err(error) => sequence.fail(error),
             }
         }
-        !views.is_empty()
+        parts
     }
 
     /// Log-probability (natural) of each token given those before it; `None` for the first.
@@ -82,27 +114,25 @@ impl Owner {
 }
 
 /// Which sequences take part, and with how many tokens: all that write, with one, and of prompts what `budget` has left, at
-/// least a chunk, in turns. Sequences of one adapter are neighbours.
-fn plan(sequences: Vec<&mut Sequence>, budget: usize) -> Vec<Part<'_>> {
-    let mut parts: Vec<Part<'_>> = Vec::with_capacity(sequences.len());
-    for sequence in sequences {
-        match sequence.request.adapter.as_ref().map(AppliedAdapter::factors).transpose() {
-            Ok(adapter) => parts.push(Part {
-                tokens: usize::from(!sequence.is_prefilling()),
-                sequence,
-                adapter,
-            }),
-            Err(error) => sequence.fail(error),
-        }
-    }
+/// least a chunk, in turns. Of prompts that are about to compute the same page one goes ahead, and the others take it over.
+fn plan(active: &[Sequence], parts: &mut Vec<Part>, budget: usize) {
+    // Weights that change faster than a cache is computed again must not keep a sequence from going on for ever.
+    let chunk = |part: &Part| PREFILL_CHUNK << active[part.index].restarts.min(16);
     let mut left = budget.saturating_sub(parts.iter().map(|part| part.tokens).sum());
     left = left.max(PREFILL_CHUNK.min(budget));
     // Who has waited longest first; then once more round for what is left.
-    parts.sort_by_key(|part| part.sequence.last_round);
+    parts.sort_by_key(|part| active[part.index].last_round);
+    let mut pages = HashSet::new();
+    let prompts = parts.iter_mut().filter(|part| active[part.index].is_prefilling());
+    let leads = |part: &&mut Part| active[part.index].next_page().is_none_or(|page| pages.insert(page));
+    let mut prompts: Vec<&mut Part> = prompts.filter(leads).collect();
+    let restarted = prompts.iter().filter(|part| active[part.index].restarts > 0);
+    left = left.max(restarted.map(|part| chunk(part)).max().unwrap_or(0));
     loop {
         let before = left;
-        for part in parts.iter_mut().filter(|part| part.sequence.is_prefilling()) {
-            let more = (part.sequence.unread_tokens() - part.tokens).min(PREFILL_CHUNK).min(left);
+        for part in &mut prompts {
+            let unread = active[part.index].unread_tokens() - part.tokens;
+            let more = unread.min(chunk(part)).min(left);
             part.tokens += more;
             left -= more;
         }
@@ -111,51 +141,44 @@ fn plan(sequences: Vec<&mut Sequence>, budget: usize) -> Vec<Part<'_>> {
         }
     }
     parts.retain(|part| part.tokens > 0);
-    parts.sort_by_key(|part| part.adapter.as_ref().map(|factors| factors.version));
-    parts
 }
 
-/// One forward pass over the parts.
-fn run_pass(decoder: &Decoder, parts: &mut [Part<'_>], round: u64, end_tokens: &[u32]) {
-    if parts.is_empty() {
+/// One forward pass over the parts. Sequences of one adapter are neighbours in it.
+fn run_pass(decoder: &Decoder, active: &mut [Sequence], parts: &[Part], round: u64, end_tokens: &[u32]) {
+    let group = active
+        .iter_mut()
+        .enumerate()
+        .filter(|(_, sequence)| sequence.is_runnable());
+    let part_of = |index| parts.iter().find(|part| part.index == index);
+    let group = group.filter_map(|(index, sequence)| Some((sequence, part_of(index)?)));
+    let mut group: Vec<(&mut Sequence, &Part)> = group.collect();
+    if group.is_empty() {
         return;
     }
-    let mut caches: Vec<KeyValueCache> = parts
+    group.sort_by_key(|(_, part)| part.adapter.as_ref().map(|factors| factors.version));
+    let adapters = group.iter().map(|(_, part)| part.adapter.as_deref());
+    let adapters: Vec<_> = adapters
+        .map(|adapter| adapter.map(|factors| &factors.weights))
+        .collect();
+    let steps = group
         .iter_mut()
-        .map(|part| part.sequence.cache.take().unwrap_or_else(|| decoder.new_cache()))
-        .collect();
-    let mut steps: Vec<SequenceStep<'_>> = parts
-        .iter()
-        .zip(&mut caches)
-        .map(|(part, cache)| SequenceStep {
-            tokens: &part.sequence.request.tokens[cache.len()..cache.len() + part.tokens],
-            cache,
-        })
-        .collect();
-    let adapters: Vec<_> = parts
-        .iter()
-        .map(|part| part.adapter.as_deref().map(|factors| &factors.weights))
-        .collect();
+        .filter_map(|(sequence, part)| sequence.step(part.tokens));
+    let mut steps: Vec<SequenceStep<'_>> = steps.collect();
     let logits = decoder
         .forward_adapted(&mut steps, &adapters)
         .and_then(|logits| Ok(logits.to_vec2::<f32>()?));
-    drop(steps);
-    let count = parts.len();
-    for (part, cache) in parts.iter_mut().zip(caches) {
-        part.sequence.cache = Some(cache);
-        part.sequence.count_pass(round, count);
-    }
+    let count = group.len();
     match logits {
         Ok(rows) => {
-            for (part, mut row) in parts.iter_mut().zip(rows) {
-                part.sequence.accept(&mut row, end_tokens);
+            for ((sequence, _), mut row) in group.into_iter().zip(rows) {
+                sequence.count_pass(round, count);
+                sequence.accept(&mut row, end_tokens);
             }
         }
         Err(error) => {
             let message = error.to_string();
-            parts
-                .iter_mut()
-                .for_each(|part| part.sequence.fail(Error::Internal(message.clone())));
+            let ended = group.into_iter().map(|(sequence, _)| sequence);
+            ended.for_each(|sequence| sequence.fail(Error::Internal(message.clone())));
         }
     }
 }

@@ -2,7 +2,6 @@
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
@@ -55,6 +54,7 @@ impl Owner {
             self.end_all(|| shared.gone());
             shared.factors.clear();
         }));
+        shared.pages.clear();
         if ended.is_err() {
             shared.set_failed();
             tracing::error!(model = %shared.name, "the thread of a model panicked; the model is of no use any more");
@@ -86,9 +86,6 @@ impl Owner {
         let generated = self.generate();
         self.training.repay(start.elapsed(), generated);
         let trained = self.train();
-        self.shared
-            .cache_bytes
-            .store(self.generations.cache_bytes(), Ordering::Relaxed);
         read || generated || trained
     }
 

@@ -4,12 +4,12 @@ use std::collections::VecDeque;
 use std::time::Instant;
 
 use candle_compute_proto::v1;
-use candle_models::{KeyValueCache, Sampled, Tokenizer};
+use candle_models::{KeyValueCache, Place, Sampled, SequenceStep, Tokenizer};
 use tokio::sync::mpsc::error::TrySendError;
 
 use super::generation::GenerationRequest;
+use super::paging::Weights;
 use crate::error::Error;
-use crate::memory::Reservation;
 use crate::requests::Phase;
 
 /// A generation that has left the queue.
@@ -17,13 +17,22 @@ pub(super) struct Sequence {
     pub(super) request: GenerationRequest,
     /// Keys and values of the tokens read so far; none once the generation has ended.
     pub(super) cache: Option<KeyValueCache>,
+    /// What the cache is computed with.
+    pub(super) weights: Weights,
+    /// Times that the cache was begun anew since the last token.
+    pub(super) restarts: u32,
+    /// Whether it had to give its pages back and waits for room.
+    is_put_back: bool,
+    /// Prompt tokens that were computed for others before.
+    cached_tokens: usize,
     prompt_tokens: usize,
     completion: String,
     /// The last token's message, while the end of its text is not certain.
     held: Option<v1::GeneratedToken>,
     /// Messages that the client has not had room for.
     outbox: VecDeque<Result<v1::GenerateResponse, Error>>,
-    started: Instant,
+    /// When it left the queue.
+    pub(super) started: Instant,
     first_token: Option<Instant>,
     ended: bool,
     abandoned: bool,
@@ -31,17 +40,20 @@ pub(super) struct Sequence {
     pub(super) last_round: u64,
     /// Passes that it took part in, and the sequences of all of them together.
     passes: (u64, u64),
-    _memory: Reservation,
 }
 
 impl Sequence {
-    /// Starts a generation. `memory` is for its cache.
-    pub(super) fn new(request: GenerationRequest, cache: KeyValueCache, memory: Reservation) -> Self {
+    /// Starts a generation with a cache for `weights`, which holds nothing but what was taken over.
+    pub(super) fn new(request: GenerationRequest, weights: Weights, cache: KeyValueCache) -> Self {
         request.request.set_phase(Phase::Prefill);
         Self {
             prompt_tokens: request.tokens.len(),
             request,
+            cached_tokens: cache.len(),
             cache: Some(cache),
+            weights,
+            restarts: 0,
+            is_put_back: false,
             completion: String::new(),
             held: None,
             outbox: VecDeque::new(),
@@ -51,13 +63,12 @@ impl Sequence {
             abandoned: false,
             last_round: 0,
             passes: (0, 0),
-            _memory: memory,
         }
     }
 
-    /// Whether it can go on now: not ended, and its client keeps up.
+    /// Whether it can go on now: not ended, its client keeps up, and there was room for it.
     pub(super) fn is_runnable(&self) -> bool {
-        !self.ended && !self.abandoned && self.outbox.is_empty()
+        !self.ended && !self.abandoned && self.outbox.is_empty() && !self.is_put_back
     }
 
     /// Whether its client is slow.
@@ -86,6 +97,76 @@ impl Sequence {
         self.passes = (self.passes.0 + 1, self.passes.1 + sequences as u64);
     }
 
+    /// Whether it waits for room, and for nothing else.
+    pub(super) fn waits_for_room(&self) -> bool {
+        self.is_put_back && !self.ended && !self.abandoned && self.outbox.is_empty()
+    }
+
+    /// Whether its cache takes memory.
+    pub(super) fn holds_pages(&self) -> bool {
+        self.cache.as_ref().is_some_and(|cache| cache.memory_bytes() > 0)
+    }
+
+    /// Begins the cache anew, since the weights are others.
+    pub(super) fn restart(&mut self, weights: Weights, cache: KeyValueCache) {
+        // The longer it takes to compute the cache again, the more often may the weights change meanwhile.
+        self.restarts += u32::from(!self.cache.as_ref().is_none_or(KeyValueCache::is_empty));
+        self.weights = weights;
+        self.cache = Some(cache);
+        self.forget_cached();
+    }
+
+    /// Gives its pages back until there is room again.
+    pub(super) fn put_back(&mut self) {
+        if let Some(cache) = &mut self.cache {
+            cache.truncate(0);
+        }
+        self.is_put_back = true;
+        self.forget_cached();
+    }
+
+    /// Lets it go on.
+    pub(super) fn resume(&mut self) {
+        self.is_put_back = false;
+    }
+
+    fn forget_cached(&mut self) {
+        if self.first_token.is_none() {
+            self.cached_tokens = 0;
+        }
+    }
+
+    /// Takes over what others have computed of the tokens that it reads next.
+    pub(super) fn reuse_pages(&mut self) {
+        let Some(cache) = &mut self.cache else { return };
+        let reused = cache.reuse(&self.request.tokens);
+        if self.first_token.is_none() {
+            self.cached_tokens += reused;
+        }
+    }
+
+    /// What it computes next, where others may be about to compute the same.
+    pub(super) fn next_page(&self) -> Option<Place> {
+        self.cache.as_ref()?.next_place(&self.request.tokens)
+    }
+
+    /// Makes room in the cache for so many tokens.
+    ///
+    /// # Errors
+    /// `ResourceExhausted` when there is no page.
+    pub(super) fn reserve(&mut self, tokens: usize) -> candle_models::Result<()> {
+        self.cache.as_mut().map_or(Ok(()), |cache| cache.reserve(tokens))
+    }
+
+    /// Its part of a forward pass, the next so many tokens; none once it has ended.
+    pub(super) fn step(&mut self, tokens: usize) -> Option<SequenceStep<'_>> {
+        let cache = self.cache.as_mut()?;
+        Some(SequenceStep {
+            tokens: &self.request.tokens[cache.len()..cache.len() + tokens],
+            cache,
+        })
+    }
+
     /// Tokens in the cache.
     fn read_tokens(&self) -> usize {
         self.cache.as_ref().map_or(0, KeyValueCache::len)
@@ -108,6 +189,9 @@ impl Sequence {
 
     /// Takes the logits after the last token, `[vocabulary]`, which are overwritten, and adds a token.
     pub(super) fn accept(&mut self, logits: &mut [f32], end_tokens: &[u32]) {
+        if let Some(cache) = &mut self.cache {
+            cache.share(&self.request.tokens);
+        }
         if self.read_tokens() < self.request.tokens.len() {
             return;
         }
@@ -116,6 +200,7 @@ impl Sequence {
             Err(error) => return self.fail(error.into()),
         };
         self.first_token.get_or_insert_with(Instant::now);
+        self.restarts = 0;
         self.request.request.set_phase(Phase::Decode);
         if end_tokens.contains(&sampled.token) {
             return self.end("stop");
@@ -175,7 +260,7 @@ impl Sequence {
             completion: std::mem::take(&mut self.completion),
             finish_reason: finish_reason.to_owned(),
             prompt_tokens: u32::try_from(self.prompt_tokens).unwrap_or(u32::MAX),
-            cached_tokens: 0,
+            cached_tokens: u32::try_from(self.cached_tokens).unwrap_or(u32::MAX),
             completion_tokens: u32::try_from(self.completion_tokens()).unwrap_or(u32::MAX),
             time_to_first_token_ms: milliseconds(self.first_token.unwrap_or_else(Instant::now)),
             duration_ms: milliseconds(Instant::now()),

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_compute_proto::v1;
 use candle_models::training::{AdamW, LossScale, TapeEntry};
@@ -67,6 +68,9 @@ pub(crate) struct Owner {
 
 /// What needs memory when a transaction uses what it has staged.
 const COPY: &str = "a copy of the model for a transaction that reads its own changes";
+
+/// Numbers of staged states given so far.
+static STAGED_STATES: AtomicU64 = AtomicU64::new(0);
 
 /// Counts changes, so that what a transaction staged can be told to be stale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -207,6 +211,7 @@ impl Owner {
             }
             state.changes += 1;
         }
+        state.number = STAGED_STATES.fetch_add(1, Ordering::Relaxed);
         Ok(state)
     }
 
@@ -215,6 +220,7 @@ impl Owner {
         let base = self.training_decoder();
         let memory = self.budget.reserve(COPY, base.memory_bytes())?;
         Ok(StagedState {
+            number: 0,
             changes: 0,
             model: Model {
                 decoder: base.deep_copy()?,

@@ -70,7 +70,11 @@ impl<T> TurnQueue<T> {
             )
         };
         // The first of equals is the oldest.
-        let ranked = self.waiting.iter().enumerate().map(|(at, (caller, _))| (rank(caller), at));
+        let ranked = self
+            .waiting
+            .iter()
+            .enumerate()
+            .map(|(at, (caller, _))| (rank(caller), at));
         ranked.min().map(|(_, at)| at)
     }
 
@@ -174,7 +178,11 @@ mod tests {
             assert!((5..=6).contains(&of_one), "{width}: {order:?}");
             let mut sessions: Vec<Connection> = order.iter().map(|work| callers[*work].session).collect();
             sessions.retain(|session| *session != 77);
-            assert_eq!(sessions[..10].iter().collect::<HashSet<_>>().len(), 10, "{width}: {order:?}");
+            assert_eq!(
+                sessions[..10].iter().collect::<HashSet<_>>().len(),
+                10,
+                "{width}: {order:?}"
+            );
         }
     }
 

@@ -92,7 +92,9 @@ impl InferenceService for Service {
         let guard = self.app.requests.begin("score", model.name());
         let scored = model.start_work(move |owner, reply| {
             guard.set_phase(Phase::Running);
-            let scores = owner.score(&view, adapter.as_ref(), &ids, &|| reply.is_closed() || guard.is_cancelled());
+            let scores = owner.score(&view, adapter.as_ref(), &ids, &|| {
+                reply.is_closed() || guard.is_cancelled()
+            });
             reply.send(scores.map(|scores| (ids, scores)));
         });
         let (ids, scores) = scored.await?;

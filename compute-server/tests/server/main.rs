@@ -5,6 +5,7 @@ mod adapter_dropout;
 mod adapters;
 mod bad_input;
 mod benchmarks;
+mod cache;
 mod checkpoints;
 mod choices;
 mod client_driven;

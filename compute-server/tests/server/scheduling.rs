@@ -217,15 +217,15 @@ async fn a_long_prompt_is_read_between_the_tokens_of_others() {
     let written = async || client.requests().await[0].done; // the oldest is first
     let prompt: Vec<String> = (0..700).map(|word| format!("the {word} quick foxes ")).collect();
     let before = written().await;
-    let (_, summary) = client
-        .generate(random("m", &prompt.concat(), 1, 1))
-        .await
-        .unwrap();
+    let (_, summary) = client.generate(random("m", &prompt.concat(), 1, 1)).await.unwrap();
     let after = written().await;
     assert!(summary.prompt_tokens > 4000, "{}", summary.prompt_tokens);
     // Every pass over 64 tokens of the prompt was a token for the other.
     assert_eq!(summary.batch_size, 2.0);
-    assert!(after - before >= u64::from(summary.prompt_tokens) / 64, "{before} {after}");
+    assert!(
+        after - before >= u64::from(summary.prompt_tokens) / 64,
+        "{before} {after}"
+    );
     drop(writing);
 }
 
