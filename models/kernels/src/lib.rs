@@ -56,7 +56,7 @@ pub use elementwise::{add, add_assign, axpy, scale};
 pub use embedding::{embedding_gather, embedding_scatter_add};
 pub use format::{WeightFormat, Weights};
 pub use frozen::{cross_entropy_frozen_head, linear_input_gradient};
-pub use linear::linear;
+pub use linear::{LinearLayer, linear, linear_each};
 pub use matmul::{MatrixRef, matmul};
 pub use norm::{NormStatistics, layer_norm, layer_norm_backward, rms_norm, rms_norm_backward};
 pub use quantized::dequantize;

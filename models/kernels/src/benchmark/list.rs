@@ -7,10 +7,18 @@ pub(super) const BENCHMARKS: &[Benchmark] = &[
     product("f32"),
     product("bf16"),
     product("f16"),
-    linear("f32", 32.0),
-    linear("bf16", 16.0),
-    linear("q4_0", 4.5),
-    linear("q8_0", 8.5),
+    linear("f32", VECTOR_PRODUCT, 32.0),
+    linear("bf16", VECTOR_PRODUCT, 16.0),
+    linear("f16", VECTOR_PRODUCT, 16.0),
+    linear("q4_0", VECTOR_PRODUCT, 4.5),
+    linear("q4_1", VECTOR_PRODUCT, 5.0),
+    linear("q8_0", VECTOR_PRODUCT, 8.5),
+    linear("q4_k", VECTOR_PRODUCT, 4.5),
+    linear("q6_k", VECTOR_PRODUCT, 6.5625),
+    linear("f32", BATCH_PRODUCT, 32.0),
+    linear("bf16", BATCH_PRODUCT, 16.0),
+    linear("q4_1", BATCH_PRODUCT, 5.0),
+    linear("q4_k", BATCH_PRODUCT, 4.5),
     // Two products over half of the square of tokens, and five.
     flops("attention_forward", ATTENTION, 2.0 * SQUARE, prepare::attention_forward),
     flops(
@@ -36,6 +44,7 @@ pub(super) const BENCHMARKS: &[Benchmark] = &[
 
 const PRODUCT: &[usize] = &[256, 768, 768];
 const VECTOR_PRODUCT: &[usize] = &[1, 768, 3072];
+const BATCH_PRODUCT: &[usize] = &[8, 768, 3072];
 const ATTENTION: &[usize] = &[256, 12, 64];
 const SQUARE: f64 = (ATTENTION[0] * ATTENTION[0] * ATTENTION[1] * ATTENTION[2]) as f64;
 const HEAD: &[usize] = &[16, 768, 4096];
@@ -60,11 +69,12 @@ const fn product(dtype: &'static str) -> Benchmark {
     }
 }
 
-/// One row of inputs: as fast as the weights, of so many bits, are read.
-const fn linear(dtype: &'static str, bits: f64) -> Benchmark {
+/// One or a few rows of inputs: at best as fast as the weights, of so many bits, are read.
+const fn linear(dtype: &'static str, shape: &'static [usize], bits: f64) -> Benchmark {
     Benchmark {
         dtype,
-        ..bytes("linear", VECTOR_PRODUCT, bits / 8.0, prepare::linear)
+        amount: bits / 8.0 * (shape[1] * shape[2]) as f64,
+        ..bytes("linear", shape, 0.0, prepare::linear)
     }
 }
 

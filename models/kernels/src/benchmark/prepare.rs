@@ -48,18 +48,28 @@ pub(super) fn matmul(benchmark: &Benchmark, variant: Variant) -> Run {
 }
 
 pub(super) fn linear(benchmark: &Benchmark, _: Variant) -> Run {
-    let (columns, rows) = (benchmark.shape[1], benchmark.shape[2]);
+    let &[m, columns, rows] = benchmark.shape else {
+        return Box::new(|| {});
+    };
     let dense = values(rows * columns).into_iter();
+    let quantized = |format| (format, blocks(format, rows * columns));
     let (format, data): (_, Vec<u8>) = match benchmark.dtype {
         "bf16" => {
             let bytes = dense.flat_map(|value| bf16::from_f32(value).to_le_bytes());
             (WeightFormat::BF16, bytes.collect())
         }
-        "q4_0" => (WeightFormat::Q4_0, blocks(WeightFormat::Q4_0, rows * columns)),
-        "q8_0" => (WeightFormat::Q8_0, blocks(WeightFormat::Q8_0, rows * columns)),
+        "f16" => {
+            let bytes = dense.flat_map(|value| f16::from_f32(value).to_le_bytes());
+            (WeightFormat::F16, bytes.collect())
+        }
+        "q4_0" => quantized(WeightFormat::Q4_0),
+        "q4_1" => quantized(WeightFormat::Q4_1),
+        "q8_0" => quantized(WeightFormat::Q8_0),
+        "q4_k" => quantized(WeightFormat::Q4K),
+        "q6_k" => quantized(WeightFormat::Q6K),
         _ => (WeightFormat::F32, dense.flat_map(f32::to_le_bytes).collect()),
     };
-    let (x, mut out) = (values(columns), vec![0.0; rows]);
+    let (x, mut out) = (values(m * columns), vec![0.0; m * rows]);
     Box::new(move || {
         let weights = Weights {
             format,

@@ -2,20 +2,22 @@
 //!
 //! Each output is one chain of fused multiplications and additions over sixteen lanes in ascending order, reduced at the
 //! end, whichever path computes it. So a row's result depends neither on how many rows there are nor on threads.
-//! For very few rows weights are decoded in registers and used at once; for more, rows of weights are decoded
-//! to a scratch buffer that stays in the cache.
+//! For few rows, or formats that are decoded quickly, weights are decoded in registers and used at once; otherwise rows of
+//! weights are decoded to a scratch buffer that stays in the cache.
 
 mod direct;
 mod panel;
 
 pub(crate) use panel::dots;
 
+use std::borrow::Cow;
+
 use self::direct::rows as direct_rows;
-use crate::Weights;
 use crate::quantized::with_format;
-use crate::simd::{Level, dispatch, level};
+use crate::simd::{LANES, Level, dispatch, level};
 use crate::threads::{INLINE_PRODUCTS, parallel_for, range_step};
 use crate::tiles::{Cuts, Tiles};
+use crate::{WeightFormat, Weights};
 
 /// Smallest number of weight rows in a task; a multiple of every tile's height.
 const TASK_ROWS: usize = 8;
@@ -31,42 +33,154 @@ pub fn linear(x: &[f32], weights: Weights<'_>, bias: Option<&[f32]>, out: &mut [
     linear_with(level(), x, weights, bias, out);
 }
 
-/// [`linear`] at a given level.
+/// One of several linear layers of one input.
+#[derive(Debug)]
+pub struct LinearLayer<'a> {
+    /// `[n, k]`.
+    pub weights: Weights<'a>,
+    /// `[n]`.
+    pub bias: Option<&'a [f32]>,
+    /// Where the output `[m, n]` goes.
+    pub out: &'a mut [f32],
+}
+
+/// [`linear()`] for several layers with the same input `x` `[m, k]`, by all threads together: for a few rows the threads'
+/// meeting takes as long as a small layer.
+///
+/// # Panics
+/// Where the lengths do not fit each other.
+pub fn linear_each(x: &[f32], layers: &mut [LinearLayer<'_>]) {
+    each_with(level(), x, layers);
+}
+
+/// [`linear()`] at a given level.
 pub(crate) fn linear_with(level: Level, x: &[f32], weights: Weights<'_>, bias: Option<&[f32]>, out: &mut [f32]) {
-    let row_bytes = weights.checked_row_bytes();
-    let (n, k) = (weights.rows, weights.columns);
-    if n == 0 || out.is_empty() {
-        assert_eq!(out.len(), 0, "output of a layer without outputs");
+    each_with(level, x, &mut [LinearLayer { weights, bias, out }]);
+}
+
+fn each_with(level: Level, x: &[f32], layers: &mut [LinearLayer<'_>]) {
+    let mut products = 0;
+    let mut rows = 0;
+    let mut m = 0;
+    for layer in &*layers {
+        layer.check(x);
+        products += x.len() * layer.weights.rows;
+        rows += layer.weights.rows;
+        m = m.max(layer.input_rows());
+    }
+    if m == 0 {
         return;
     }
-    let m = out.len() / n;
-    assert_eq!(out.len(), m * n, "output is not rows of {n}");
-    assert_eq!(x.len(), m * k, "input is not [{m}, {k}]");
-    assert!(bias.is_none_or(|bias| bias.len() == n), "bias is not [{n}]");
-
-    let step = if m * n * k <= INLINE_PRODUCTS {
-        n
-    } else {
-        range_step(n, TASK_ROWS)
+    let step = match products <= INLINE_PRODUCTS {
+        true => rows,
+        false => range_step(rows, TASK_ROWS),
     };
-    let tiles = Tiles::new(out, n, Cuts::none(m), Cuts::Every { step, length: n });
-    parallel_for(n.div_ceil(step), |task| {
-        let rows = task * step..n.min((task + 1) * step);
+    let input = Input::new(level, x, m, layers);
+    let parts: Vec<_> = layers
+        .iter_mut()
+        .filter(|layer| layer.weights.rows > 0)
+        .map(|layer| LayerTasks::new(layer, step, m))
+        .collect();
+    let tasks = parts.iter().map(|layer| layer.tasks).sum();
+    parallel_for(tasks, |mut task| {
+        for layer in &parts {
+            if task < layer.tasks {
+                return layer.run(&input, task);
+            }
+            task -= layer.tasks;
+        }
+    });
+}
+
+impl LinearLayer<'_> {
+    /// Rows of the input, by the output; 0 without outputs.
+    fn input_rows(&self) -> usize {
+        self.out.len().checked_div(self.weights.rows).unwrap_or(0)
+    }
+
+    fn check(&self, x: &[f32]) {
+        self.weights.checked_row_bytes();
+        let (n, k, m) = (self.weights.rows, self.weights.columns, self.input_rows());
+        if n == 0 {
+            assert_eq!(self.out.len(), 0, "output of a layer without outputs");
+            return;
+        }
+        assert_eq!(self.out.len(), m * n, "output is not rows of {n}");
+        assert_eq!(x.len(), m * k, "input is not [{m}, {k}]");
+        assert!(self.bias.is_none_or(|bias| bias.len() == n), "bias is not [{n}]");
+    }
+}
+
+/// What all tasks multiply with.
+struct Input<'a> {
+    level: Level,
+    x: &'a [f32],
+    rows: usize,
+    /// `x` as [`direct`] reads it, where a layer is computed so.
+    packed: Option<Cow<'a, [f32]>>,
+}
+
+impl<'a> Input<'a> {
+    fn new(level: Level, x: &'a [f32], rows: usize, layers: &[LinearLayer<'_>]) -> Self {
+        let direct = |layer: &LinearLayer<'_>| rows <= direct::limit(level, layer.weights.format);
+        let packed = layers.iter().any(direct);
+        Self {
+            level,
+            x,
+            rows,
+            packed: packed.then(|| direct::pack(x, rows, direct::tile_rows(level))),
+        }
+    }
+
+    /// What [`direct`] multiplies weights of that format with, where it should.
+    fn direct(&self, format: WeightFormat) -> Option<&[f32]> {
+        let packed = self.packed.as_deref();
+        packed.filter(|_| self.rows <= direct::limit(self.level, format))
+    }
+}
+
+/// A layer cut into ranges of its weights' rows.
+struct LayerTasks<'a> {
+    weights: Weights<'a>,
+    bias: Option<&'a [f32]>,
+    out: Tiles<'a, f32>,
+    step: usize,
+    tasks: usize,
+}
+
+impl<'a> LayerTasks<'a> {
+    fn new(layer: &'a mut LinearLayer<'_>, step: usize, m: usize) -> Self {
+        let length = layer.weights.rows;
+        Self {
+            weights: layer.weights,
+            bias: layer.bias,
+            out: Tiles::new(layer.out, length, Cuts::none(m), Cuts::Every { step, length }),
+            step,
+            tasks: length.div_ceil(step),
+        }
+    }
+
+    fn run(&self, input: &Input<'_>, task: usize) {
+        let weights = self.weights;
+        let row_bytes = weights.data.len() / weights.rows;
+        let rows = task * self.step..weights.rows.min((task + 1) * self.step);
         let part = Weights {
             data: &weights.data[rows.start * row_bytes..rows.end * row_bytes],
             rows: rows.len(),
             ..weights
         };
-        let bias = bias.map(|bias| &bias[rows]);
-        let mut out = tiles.take(0, task);
-        if m <= direct::limit(level, weights.format) {
+        let bias = self.bias.map(|bias| &bias[rows]);
+        let mut out = self.out.take(0, task);
+        let Some(x) = input.direct(weights.format) else {
+            return panel::rows(input.level, input.x, part, bias, &mut out);
+        };
+        for first in (0..input.rows).step_by(direct::tile_rows(input.level)) {
+            let x = &x[first * weights.columns.next_multiple_of(LANES)..];
             with_format!(weights.format, F => {
-                dispatch!(level, direct_rows::<F>(x, part, bias, &mut out))
+                dispatch!(input.level, direct_rows::<F>(x, part, bias, &mut out, first))
             });
-        } else {
-            panel::rows(level, x, part, bias, &mut out);
         }
-    });
+    }
 }
 
 #[cfg(test)]

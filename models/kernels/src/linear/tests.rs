@@ -18,12 +18,13 @@ fn oracle(x: &[f32], w: &[f32], bias: Option<&[f32]>, m: usize, n: usize, k: usi
 #[test]
 fn every_format_shape_and_level_agrees_with_the_oracle() {
     for format in WeightFormat::ALL {
-        let ks: &[usize] = if format.block_elements() == 1 {
-            &[1, 7, 16, 33, 65]
-        } else {
-            &[256, 768]
+        // Of the long rows scales and inputs are kept a part at a time.
+        let ks: &[usize] = match format.block_elements() {
+            1 => &[1, 7, 16, 33, 1601, 65],
+            32 => &[32, 288, 4704, 2080],
+            _ => &[256, 768, 2304],
         };
-        for (&k, n) in ks.iter().zip([1, 5, 8, 17, 40]) {
+        for (&k, n) in ks.iter().zip([1, 5, 8, 17, 3, 40]) {
             let (data, w) = stored(format, n * k);
             let weights = Weights {
                 format,
@@ -31,7 +32,7 @@ fn every_format_shape_and_level_agrees_with_the_oracle() {
                 rows: n,
                 columns: k,
             };
-            for m in [1, 2, 3, 4, 5, 7, 9] {
+            for m in [1, 2, 3, 4, 5, 7, 9, 11, 33] {
                 let (x, bias) = (random(m * k, 1), random(n, 2));
                 for bias in [None, Some(bias.as_slice())] {
                     let want = oracle(&x, &w, bias, m, n, k);
@@ -49,7 +50,7 @@ fn every_format_shape_and_level_agrees_with_the_oracle() {
 #[test]
 fn a_row_is_bitwise_the_same_in_every_batch() {
     for format in WeightFormat::ALL {
-        let (n, k) = (37, 512);
+        let (n, k) = (37, 1280);
         let (data, _) = stored(format, n * k);
         let weights = Weights {
             format,
@@ -57,17 +58,59 @@ fn a_row_is_bitwise_the_same_in_every_batch() {
             rows: n,
             columns: k,
         };
-        let x = random(21 * k, 4);
+        let x = random(35 * k, 4);
         for level in available() {
-            let mut whole = vec![0.0; 21 * n];
+            let mut whole = vec![0.0; 35 * n];
             linear_with(level, &x, weights, None, &mut whole);
-            for m in [1, 2, 3, 4, 6, 13] {
+            for m in [1, 2, 3, 4, 6, 8, 13, 32] {
                 let mut some = vec![0.0; m * n];
                 linear_with(level, &x[..m * k], weights, None, &mut some);
                 assert_eq!(some, whole[..m * n], "{format:?} at {level}, {m} rows");
             }
         }
     }
+}
+
+#[test]
+fn layers_of_one_input_are_each_as_if_alone() {
+    let k = 320;
+    let shapes = [
+        (WeightFormat::Q4_1, 70),
+        (WeightFormat::F32, 0),
+        (WeightFormat::BF16, 9),
+    ];
+    let stored = shapes.map(|(format, n)| stored(format, n * k).0);
+    let bias = random(70, 3);
+    for m in [1, 5, 40] {
+        let x = random(m * k, 4);
+        let mut outputs = shapes.map(|(_, n)| vec![f32::NAN; m * n]);
+        let mut layers: Vec<_> = shapes
+            .into_iter()
+            .zip(&stored)
+            .zip(&mut outputs)
+            .map(|(((format, rows), data), out)| LinearLayer {
+                weights: Weights {
+                    format,
+                    data,
+                    rows,
+                    columns: k,
+                },
+                bias: (rows == 70).then_some(bias.as_slice()),
+                out,
+            })
+            .collect();
+        linear_each(&x, &mut layers);
+        let alone: Vec<_> = layers
+            .iter()
+            .map(|layer| {
+                let mut out = vec![0.0; layer.out.len()];
+                linear(&x, layer.weights, layer.bias, &mut out);
+                out
+            })
+            .collect();
+        assert_eq!(outputs.as_slice(), alone, "{m} rows");
+    }
+    linear_each(&[], &mut []);
 }
 
 #[test]

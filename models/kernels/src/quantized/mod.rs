@@ -4,6 +4,7 @@
 //! [`linear`](crate::linear()) multiplies them while they are in registers, so that both see the same values.
 
 mod dense;
+mod half_scales;
 mod k_scales;
 mod q2_k;
 mod q3_k;
@@ -39,9 +40,65 @@ pub(crate) trait Format {
     const BYTES: usize;
     /// Sixteen-lane vectors that they hold.
     const CHUNKS: usize;
+    /// Numbers that scale a block's values, as [`Format::decode`] takes them; none for the dense formats.
+    const SCALES: usize;
+
+    /// The scales of a block, [`Format::SCALES`] numbers.
+    fn scales<S: Simd>(s: S, block: &[u8], out: &mut [f32]);
 
     /// Calls `emit` with the number and the values of each vector of a block of [`Format::BYTES`], in ascending order.
-    fn decode<S: Simd>(s: S, block: &[u8], emit: impl FnMut(usize, S::F32));
+    /// `scales` are the block's.
+    fn decode<S: Simd>(s: S, block: &[u8], scales: &[f32], emit: impl FnMut(usize, S::F32));
+}
+
+/// The scales of some neighbouring blocks of `N` rows.
+///
+/// They are computed before the values: then each is in all lanes of a register by a load alone.
+pub(crate) struct Scales<const N: usize>([[f32; SCALES]; N]);
+
+/// The most scales that a row has in [`Scales`].
+const SCALES: usize = 128;
+
+impl<const N: usize> Scales<N> {
+    pub(crate) fn new() -> Self {
+        Self([[0.0; SCALES]; N])
+    }
+
+    /// Blocks whose scales fit; dense rows have as many as they like.
+    pub(crate) const fn blocks<F: Format>() -> usize {
+        match F::SCALES {
+            0 => usize::MAX / F::BYTES,
+            scales => SCALES / scales,
+        }
+    }
+
+    /// Fills in those of the same blocks of each row, at most [`Scales::blocks`].
+    #[inline(always)]
+    pub(crate) fn fill<F: Format, S: Simd>(&mut self, s: S, rows: [&[u8]; N]) {
+        if F::SCALES == 0 {
+            return;
+        }
+        let count = (rows[0].len() / F::BYTES).min(Self::blocks::<F>());
+        let rows = rows.map(
+            #[inline(always)]
+            |row| &row[..count * F::BYTES],
+        );
+        for index in 0..count {
+            for (row, scales) in rows.iter().zip(&mut self.0) {
+                let block = &row[index * F::BYTES..(index + 1) * F::BYTES];
+                F::scales(s, block, &mut scales[index * F::SCALES..(index + 1) * F::SCALES]);
+            }
+        }
+    }
+
+    /// Those of one block of each row.
+    #[inline(always)]
+    pub(crate) fn of<F: Format>(&self, block: usize) -> [&[f32]; N] {
+        self.0.each_ref().map(
+            #[inline(always)]
+            |scales| &scales[block * F::SCALES..(block + 1) * F::SCALES],
+        )
+    }
 }
 
 /// Evaluates an expression with a type alias for the decoder of a [`WeightFormat`].
@@ -114,20 +171,27 @@ pub(crate) fn dequantize_row(level: Level, format: WeightFormat, from: &[u8], ou
 }
 
 #[inline(always)]
-pub(crate) fn dequantize_body<F: Format, S: Simd>(s: S, from: &[u8], out: &mut [f32]) {
-    let mut blocks = from.chunks_exact(F::BYTES);
-    let mut outputs = out.chunks_exact_mut(F::CHUNKS * LANES);
-    for (block, out) in (&mut blocks).zip(&mut outputs) {
-        F::decode(
-            s,
-            block,
-            #[inline(always)]
-            |chunk, values| s.store_partial(values, &mut out[chunk * LANES..(chunk + 1) * LANES]),
-        );
-    }
-    let rest = outputs.into_remainder();
-    if F::CHUNKS == 1 && !rest.is_empty() {
-        s.store_partial(dense_tail::<F, S>(s, blocks.remainder()), rest);
+fn dequantize_body<F: Format, S: Simd>(s: S, from: &[u8], out: &mut [f32]) {
+    let mut scales = Scales::<1>::new();
+    let (bytes, elements) = (Scales::<1>::blocks::<F>() * F::BYTES, F::CHUNKS * LANES);
+    let mut rest = out;
+    for from in from.chunks(bytes) {
+        scales.fill::<F, S>(s, [from]);
+        let mut blocks = from.chunks_exact(F::BYTES);
+        for (index, block) in (&mut blocks).enumerate() {
+            let (out, behind) = std::mem::take(&mut rest).split_at_mut(elements);
+            F::decode(
+                s,
+                block,
+                scales.of::<F>(index)[0],
+                #[inline(always)]
+                |chunk, values| s.store_at(values, out, chunk * LANES),
+            );
+            rest = behind;
+        }
+        if F::CHUNKS == 1 && !rest.is_empty() {
+            s.store_partial(dense_tail::<F, S>(s, blocks.remainder()), rest);
+        }
     }
 }
 
@@ -140,6 +204,7 @@ pub(crate) fn dense_tail<F: Format, S: Simd>(s: S, from: &[u8]) -> S::F32 {
     F::decode(
         s,
         &block[..F::BYTES.min(4 * LANES)],
+        &[],
         #[inline(always)]
         |_, values| tail = values,
     );

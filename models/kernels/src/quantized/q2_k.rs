@@ -12,17 +12,24 @@ pub(crate) struct Q2K;
 impl Format for Q2K {
     const BYTES: usize = 84;
     const CHUNKS: usize = 16;
+    const SCALES: usize = 32;
 
     #[inline(always)]
-    fn decode<S: Simd>(s: S, block: &[u8], mut emit: impl FnMut(usize, S::F32)) {
+    fn scales<S: Simd>(s: S, block: &[u8], out: &mut [f32]) {
         let (d, dmin) = (s.f16(*bytes(block, 80)), s.f16(*bytes(block, 82)));
-        let scales: &[u8; 16] = bytes(block, 0);
-        for (group, &packed_scale) in scales.iter().enumerate() {
+        let (d, dmin, zero) = (s.splat(d), s.splat(-dmin), s.splat(0.0));
+        let [scales, offsets] = s.affine_nibbles(bytes(block, 0), [d, zero], [dmin, zero]);
+        s.store_at(scales, out, 0);
+        s.store_at(offsets, out, LANES);
+    }
+
+    #[inline(always)]
+    fn decode<S: Simd>(s: S, block: &[u8], scales: &[f32], mut emit: impl FnMut(usize, S::F32)) {
+        for group in 0..16 {
             let (half, shift, part) = (group / 8, group / 2 % 4 * 2, group % 2);
             let packed: &[u8; LANES] = bytes(block, 16 + 32 * half + LANES * part);
             let values = packed.map(|byte| (byte >> shift) & 3);
-            let scale = s.splat(d * f32::from(packed_scale & 15));
-            let offset = s.splat(-(dmin * f32::from(packed_scale >> 4)));
+            let (scale, offset) = (s.splat(scales[group]), s.splat(scales[LANES + group]));
             emit(group, s.mul_add(s.load_u8(&values), scale, offset));
         }
     }

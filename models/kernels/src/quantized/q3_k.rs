@@ -12,12 +12,18 @@ pub(crate) struct Q3K;
 impl Format for Q3K {
     const BYTES: usize = 110;
     const CHUNKS: usize = 16;
+    const SCALES: usize = 16;
 
     #[inline(always)]
-    fn decode<S: Simd>(s: S, block: &[u8], mut emit: impl FnMut(usize, S::F32)) {
-        let d = s.f16(*bytes(block, 108));
-        let scales = six_bit_scales(bytes(block, 96));
-        for (group, scale) in scales.into_iter().enumerate() {
+    fn scales<S: Simd>(s: S, block: &[u8], out: &mut [f32]) {
+        let d = s.splat(s.f16(*bytes(block, 108)));
+        let scales = s.sub(s.load_u8(&six_bit_scales(bytes(block, 96))), s.splat(32.0));
+        s.store_at(s.mul(scales, d), out, 0);
+    }
+
+    #[inline(always)]
+    fn decode<S: Simd>(s: S, block: &[u8], scales: &[f32], mut emit: impl FnMut(usize, S::F32)) {
+        for group in 0..16 {
             let (half, shift, part) = (group / 8, group / 2 % 4 * 2, group % 2);
             let packed: &[u8; LANES] = bytes(block, 32 + 32 * half + LANES * part);
             let third: &[u8; LANES] = bytes(block, LANES * part);
@@ -25,8 +31,7 @@ impl Format for Q3K {
                 let third_bit = (third[i] >> (group / 2)) & 1;
                 ((packed[i] >> shift) & 3 | third_bit << 2).wrapping_sub(4)
             });
-            let scale = s.splat(d * (f32::from(scale) - 32.0));
-            emit(group, s.mul(s.load_i8(&values), scale));
+            emit(group, s.mul(s.load_i8(&values), s.splat(scales[group])));
         }
     }
 }

@@ -3,9 +3,9 @@
 //! Layout: d f16; dmin f16; 12 bytes of scales and minima; 128 bytes, of which each 32 hold two groups, one in the low
 //! and one in the high nibbles.
 
-use super::k_scales::scales_and_minima;
+use super::k_scales::scales_and_offsets;
 use super::{Format, bytes};
-use crate::simd::{LANES, Simd};
+use crate::simd::Simd;
 
 /// The decoder.
 pub(crate) struct Q4K;
@@ -13,18 +13,25 @@ pub(crate) struct Q4K;
 impl Format for Q4K {
     const BYTES: usize = 144;
     const CHUNKS: usize = 16;
+    const SCALES: usize = 16;
 
     #[inline(always)]
-    fn decode<S: Simd>(s: S, block: &[u8], mut emit: impl FnMut(usize, S::F32)) {
-        let (d, dmin) = (s.f16(*bytes(block, 0)), s.f16(*bytes(block, 2)));
-        let groups = scales_and_minima(bytes(block, 4));
-        for (group, (scale, min)) in groups.into_iter().enumerate() {
-            let (scale, offset) = (s.splat(d * f32::from(scale)), s.splat(-(dmin * f32::from(min))));
-            for part in 0..2 {
-                let packed: &[u8; LANES] = bytes(block, 16 + group / 2 * 32 + part * LANES);
-                let values = packed.map(|byte| (byte >> (group % 2 * 4)) & 15);
-                emit(2 * group + part, s.mul_add(s.load_u8(&values), scale, offset));
-            }
+    fn scales<S: Simd>(s: S, block: &[u8], out: &mut [f32]) {
+        scales_and_offsets(s, block, out);
+    }
+
+    #[inline(always)]
+    fn decode<S: Simd>(s: S, block: &[u8], scales: &[f32], mut emit: impl FnMut(usize, S::F32)) {
+        // The low nibbles of 32 bytes are a group, the high ones the next.
+        for pair in 0..4 {
+            let low = [s.splat(scales[2 * pair]), s.splat(scales[2 * pair + 8])];
+            let high = [s.splat(scales[2 * pair + 1]), s.splat(scales[2 * pair + 9])];
+            let first = s.affine_nibbles(bytes(block, 16 + 32 * pair), low, high);
+            let second = s.affine_nibbles(bytes(block, 32 + 32 * pair), low, high);
+            emit(4 * pair, first[0]);
+            emit(4 * pair + 1, second[0]);
+            emit(4 * pair + 2, first[1]);
+            emit(4 * pair + 3, second[1]);
         }
     }
 }

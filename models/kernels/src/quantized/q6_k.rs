@@ -13,22 +13,31 @@ pub(crate) struct Q6K;
 impl Format for Q6K {
     const BYTES: usize = 210;
     const CHUNKS: usize = 16;
+    const SCALES: usize = 16;
 
     #[inline(always)]
-    fn decode<S: Simd>(s: S, block: &[u8], mut emit: impl FnMut(usize, S::F32)) {
-        let d = s.f16(*bytes(block, 208));
-        let scales: &[u8; 16] = bytes(block, 192);
-        for (group, &scale) in scales.iter().enumerate() {
-            let (half, quarter, part) = (group / 8, group / 2 % 4, group % 2);
-            let low: &[u8; LANES] = bytes(block, 64 * half + 32 * (quarter % 2) + LANES * part);
-            let high: &[u8; LANES] = bytes(block, 128 + 32 * half + LANES * part);
-            let values: [u8; LANES] = std::array::from_fn(|i| {
-                let low = (low[i] >> (quarter / 2 * 4)) & 15;
-                let high = (high[i] >> (2 * quarter)) & 3;
-                (low | high << 4).wrapping_sub(32)
-            });
-            let scale = s.splat(d * f32::from(scale as i8));
-            emit(group, s.mul(s.load_i8(&values), scale));
+    fn scales<S: Simd>(s: S, block: &[u8], out: &mut [f32]) {
+        let d = s.splat(s.f16(*bytes(block, 208)));
+        s.store_at(s.mul(s.load_i8(bytes(block, 192)), d), out, 0);
+    }
+
+    #[inline(always)]
+    fn decode<S: Simd>(s: S, block: &[u8], scales: &[f32], mut emit: impl FnMut(usize, S::F32)) {
+        for half in 0..2 {
+            let upper: &[u8; 32] = bytes(block, 128 + 32 * half);
+            for quarter in 0..4 {
+                let lower: &[u8; 32] = bytes(block, 64 * half + 32 * (quarter % 2));
+                let mut values = [0; 32];
+                for ((value, lower), upper) in values.iter_mut().zip(lower).zip(upper) {
+                    let lower = lower >> (quarter / 2 * 4) & 15;
+                    *value = (lower | (upper >> (2 * quarter) & 3) << 4).wrapping_sub(32);
+                }
+                for part in 0..2 {
+                    let group = 8 * half + 2 * quarter + part;
+                    let values = s.load_i8(bytes(&values, part * LANES));
+                    emit(group, s.mul(values, s.splat(scales[group])));
+                }
+            }
         }
     }
 }

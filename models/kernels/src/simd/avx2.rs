@@ -243,9 +243,9 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn affine_nibbles(self, from: &[u8; LANES], scale: Pair, offset: Pair) -> (Pair, Pair) {
+    fn affine_nibbles(self, from: &[u8; LANES], low: [Pair; 2], high: [Pair; 2]) -> [Pair; 2] {
         let [first, second] = self.widen_u8(from);
-        let (low, high) = intrinsic! {
+        let (lows, highs) = intrinsic! {
             let mask = _mm256_set1_epi32(15);
             (
                 [
@@ -258,7 +258,25 @@ impl Simd for Avx2 {
                 ],
             )
         };
-        (self.mul_add(low, scale, offset), self.mul_add(high, scale, offset))
+        [
+            self.mul_add(lows, low[0], low[1]),
+            self.mul_add(highs, high[0], high[1]),
+        ]
+    }
+
+    #[inline(always)]
+    fn prefetch(self, from: &[u8], offset: usize) {
+        intrinsic!(_mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(offset).cast()))
+    }
+
+    #[inline(always)]
+    fn f16_quad(self, from: &[u8; 8]) -> [f32; 4] {
+        let mut quad = [0.0; 4];
+        intrinsic!(_mm_storeu_ps(
+            quad.as_mut_ptr(),
+            _mm_cvtph_ps(_mm_loadl_epi64(from.as_ptr().cast()))
+        ));
+        quad
     }
 
     #[inline(always)]

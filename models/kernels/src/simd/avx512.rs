@@ -33,6 +33,19 @@ macro_rules! intrinsic {
     };
 }
 
+impl Avx512 {
+    /// The elements of the two tables that the low and the high halves of the bytes name.
+    #[inline(always)]
+    fn look_up_nibbles(self, from: &[u8; LANES], tables: [__m512; 2]) -> [__m512; 2] {
+        intrinsic! {
+            // The permutation reads only the low four bits of each index.
+            let low = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.as_ptr().cast()));
+            let high = _mm512_srli_epi32::<4>(low);
+            [_mm512_permutexvar_ps(low, tables[0]), _mm512_permutexvar_ps(high, tables[1])]
+        }
+    }
+}
+
 impl Simd for Avx512 {
     type F32 = __m512;
 
@@ -246,15 +259,36 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn affine_nibbles(self, from: &[u8; LANES], scale: __m512, offset: __m512) -> (__m512, __m512) {
+    fn affine_nibbles(self, from: &[u8; LANES], low: [__m512; 2], high: [__m512; 2]) -> [__m512; 2] {
         intrinsic! {
-            // The sixteen possible values in one register; a permutation by the nibbles looks them up (it reads only
-            // the low four bits of each index).
+            // The sixteen possible values in one register; a permutation by the nibbles looks them up.
             let steps = _mm512_setr_ps(0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.);
-            let values = _mm512_fmadd_ps(steps, scale, offset);
-            let low = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.as_ptr().cast()));
-            (_mm512_permutexvar_ps(low, values), _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(low), values))
+            let tables = [_mm512_fmadd_ps(steps, low[0], low[1]), _mm512_fmadd_ps(steps, high[0], high[1])];
+            self.look_up_nibbles(from, tables)
         }
+    }
+
+    #[inline(always)]
+    fn centred_nibbles(self, from: &[u8; LANES], scale: __m512) -> [__m512; 2] {
+        intrinsic! {
+            let steps = _mm512_setr_ps(-8., -7., -6., -5., -4., -3., -2., -1., 0., 1., 2., 3., 4., 5., 6., 7.);
+            self.look_up_nibbles(from, [_mm512_mul_ps(steps, scale); 2])
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, from: &[u8], offset: usize) {
+        intrinsic!(_mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(offset).cast()))
+    }
+
+    #[inline(always)]
+    fn f16_quad(self, from: &[u8; 8]) -> [f32; 4] {
+        let mut quad = [0.0; 4];
+        intrinsic!(_mm_storeu_ps(
+            quad.as_mut_ptr(),
+            _mm_cvtph_ps(_mm_loadl_epi64(from.as_ptr().cast()))
+        ));
+        quad
     }
 
     #[inline(always)]
@@ -262,19 +296,5 @@ impl Simd for Avx512 {
         intrinsic!(_mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(
             u16::from_le_bytes(bits)
         )))))
-    }
-
-    #[inline(always)]
-    fn splat_f16(self, bits: &[u8; 2]) -> __m512 {
-        intrinsic!(_mm512_cvtph_ps(_mm256_set1_epi16(i16::from_le_bytes(*bits))))
-    }
-
-    #[inline(always)]
-    fn splat_f16_pair(self, bits: &[u8; 4]) -> (__m512, __m512) {
-        intrinsic! {
-            // Broadcast from memory and converted together: fewer shuffles than one by one.
-            let pairs = _mm512_cvtph_ps(_mm256_set1_epi32(i32::from_le_bytes(*bits)));
-            (_mm512_moveldup_ps(pairs), _mm512_movehdup_ps(pairs))
-        }
     }
 }

@@ -59,25 +59,32 @@ pub(crate) trait Simd: Copy {
     fn load_u8(self, from: &[u8; LANES]) -> Self::F32;
     /// Lanes from signed bytes in two's complement.
     fn load_i8(self, from: &[u8; LANES]) -> Self::F32;
-    /// `nibble * scale + offset` (as [`Simd::mul_add`]) of the low and of the high halves of the bytes. `scale` and
-    /// `offset` hold one value in all lanes.
-    fn affine_nibbles(self, from: &[u8; LANES], scale: Self::F32, offset: Self::F32) -> (Self::F32, Self::F32);
+    /// `nibble * scale + offset` (as [`Simd::mul_add`]) of the low and of the high halves of the bytes. `low` and `high`
+    /// are scale and offset, each with one value in all lanes.
+    fn affine_nibbles(self, from: &[u8; LANES], low: [Self::F32; 2], high: [Self::F32; 2]) -> [Self::F32; 2];
     /// One IEEE half-precision value.
     fn f16(self, bits: [u8; 2]) -> f32;
 
-    /// One IEEE half-precision value in all lanes.
+    /// Four IEEE half-precision values.
     #[inline(always)]
-    fn splat_f16(self, bits: &[u8; 2]) -> Self::F32 {
-        self.splat(self.f16(*bits))
+    fn f16_quad(self, from: &[u8; 8]) -> [f32; 4] {
+        std::array::from_fn(
+            #[inline(always)]
+            |i| self.f16([from[2 * i], from[2 * i + 1]]),
+        )
     }
 
-    /// Two neighbouring IEEE half-precision values, each in all lanes of a vector.
+    /// `(nibble - 8) * scale` of the low and of the high halves of the bytes. `scale` holds one value in all lanes.
     #[inline(always)]
-    fn splat_f16_pair(self, bits: &[u8; 4]) -> (Self::F32, Self::F32) {
-        (
-            self.splat(self.f16([bits[0], bits[1]])),
-            self.splat(self.f16([bits[2], bits[3]])),
-        )
+    fn centred_nibbles(self, from: &[u8; LANES], scale: Self::F32) -> [Self::F32; 2] {
+        let affine = [scale, self.mul(scale, self.splat(-8.0))];
+        self.affine_nibbles(from, affine, affine)
+    }
+
+    /// Asks for the cache line at `offset` behind the start of `from`, which may lie outside of it.
+    #[inline(always)]
+    fn prefetch(self, from: &[u8], offset: usize) {
+        let _ = (from, offset);
     }
 
     /// Sums of the lanes of sixteen vectors, each reduced like [`Simd::reduce_add`].

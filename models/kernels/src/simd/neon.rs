@@ -224,11 +224,14 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn affine_nibbles(self, from: &[u8; LANES], scale: Quad, offset: Quad) -> (Quad, Quad) {
+    fn affine_nibbles(self, from: &[u8; LANES], low: [Quad; 2], high: [Quad; 2]) -> [Quad; 2] {
         let bytes = intrinsic!(vld1q_u8(from.as_ptr()));
-        let low = self.widen_u8(intrinsic!(vandq_u8(bytes, vdupq_n_u8(15))));
-        let high = self.widen_u8(intrinsic!(vshrq_n_u8::<4>(bytes)));
-        (self.mul_add(low, scale, offset), self.mul_add(high, scale, offset))
+        let lows = self.widen_u8(intrinsic!(vandq_u8(bytes, vdupq_n_u8(15))));
+        let highs = self.widen_u8(intrinsic!(vshrq_n_u8::<4>(bytes)));
+        [
+            self.mul_add(lows, low[0], low[1]),
+            self.mul_add(highs, high[0], high[1]),
+        ]
     }
 
     #[inline(always)]

@@ -159,10 +159,13 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn affine_nibbles(self, from: &[u8; LANES], scale: Lanes, offset: Lanes) -> (Lanes, Lanes) {
-        let low = from.map(|byte| f32::from(byte & 15));
-        let high = from.map(|byte| f32::from(byte >> 4));
-        (self.mul_add(low, scale, offset), self.mul_add(high, scale, offset))
+    fn affine_nibbles(self, from: &[u8; LANES], low: [Lanes; 2], high: [Lanes; 2]) -> [Lanes; 2] {
+        let lows = from.map(|byte| f32::from(byte & 15));
+        let highs = from.map(|byte| f32::from(byte >> 4));
+        [
+            self.mul_add(lows, low[0], low[1]),
+            self.mul_add(highs, high[0], high[1]),
+        ]
     }
 
     #[inline(always)]
