@@ -6,7 +6,6 @@ use axum::extract::{Request, State};
 use axum::response::Response;
 use candle_compute_proto::v1;
 use candle_compute_proto::v1::generate_request::Input;
-use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
 use super::admission;
@@ -14,7 +13,8 @@ use super::answer::{Answer, Format, Piece};
 use super::body;
 use super::choices::Choices;
 use super::error::ApiError;
-use super::fields::{Fields, parse};
+use super::fields::Fields;
+use super::inputs::{self, TextOrTokens};
 use super::parameters::{MAX_CHOICES, Parameters};
 use crate::app::App;
 
@@ -35,10 +35,7 @@ pub(super) async fn create(State(app): State<Arc<App>>, request: Request) -> Res
     let caller = admission::caller(&request)?;
     let mut fields = body::read(&app, request).await?;
     let mut parameters = Parameters::take(&app, &mut fields)?;
-    let prompt: Box<RawValue> = fields
-        .take_raw("prompt")
-        .ok_or_else(|| ApiError::invalid("you must provide 'prompt'").of("prompt"))?;
-    let prompts = prompts(prompt.get())?;
+    let prompts = inputs::take(&mut fields, "prompt")?;
     if prompts.len() * parameters.n > MAX_CHOICES {
         let (prompts, n) = (prompts.len(), parameters.n);
         let message = format!("{prompts} prompts with n = {n} are more than {MAX_CHOICES} completions");
@@ -49,8 +46,11 @@ pub(super) async fn create(State(app): State<Arc<App>>, request: Request) -> Res
     fields.finish(&UNSUPPORTED)?;
     parameters.request.top_logprobs = logprobs;
     parameters.request.stream_tokens |= logprobs.is_some();
-    let request = |input| v1::GenerateRequest {
-        input: Some(input),
+    let request = |prompt| v1::GenerateRequest {
+        input: Some(match prompt {
+            TextOrTokens::Text(text) => Input::Prompt(text),
+            TextOrTokens::Tokens(ids) => Input::Tokens(v1::TokenIds { ids }),
+        }),
         ..parameters.request.clone()
     };
     let choices = Choices::start(&app, &caller, prompts.into_iter().map(request).collect(), parameters.n).await?;
@@ -94,20 +94,6 @@ fn take_defaults(fields: &mut Fields, parameters: &Parameters) -> Result<(), Api
     Ok(())
 }
 
-/// A text, texts, token ids, or lists of token ids.
-fn prompts(json: &str) -> Result<Vec<Input>, ApiError> {
-    let (text, ids) = (Input::Prompt, |ids| Input::Tokens(v1::TokenIds { ids }));
-    let Some(list) = json.strip_prefix('[') else {
-        return Ok(vec![text(parse("prompt", json)?)]);
-    };
-    match list.trim_start().as_bytes().first() {
-        Some(b'"') => Ok(parse::<Vec<String>>("prompt", json)?.into_iter().map(text).collect()),
-        Some(b'[') => Ok(parse::<Vec<Vec<i64>>>("prompt", json)?.into_iter().map(ids).collect()),
-        Some(b']') => Err(ApiError::invalid("'prompt' is an empty list").of("prompt")),
-        _ => Ok(vec![ids(parse("prompt", json)?)]),
-    }
-}
-
 /// `text_completion`.
 pub(super) struct Completion;
 
@@ -149,27 +135,4 @@ fn describe(pieces: &[Piece]) -> Value {
         }),
         "text_offset": list(|piece| json!(piece.offset)),
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn prompts_are_texts_or_tokens_alone_or_in_lists() {
-        let text = |text: &str| Input::Prompt(text.to_owned());
-        let ids = |ids: &[i64]| Input::Tokens(v1::TokenIds { ids: ids.to_vec() });
-        let read = |json: &str| prompts(json).unwrap();
-        assert_eq!(read("\"a\""), [text("a")]);
-        assert_eq!(read("[ \"a\", \"b\"]"), [text("a"), text("b")]);
-        assert_eq!(read("[1, 2]"), [ids(&[1, 2])]);
-        assert_eq!(read("[[1], [2, 3]]"), [ids(&[1]), ids(&[2, 3])]);
-        for refused in ["1", "{}", "[]", "[1, \"a\"]", "[null]", "true"] {
-            assert_eq!(
-                prompts(refused).unwrap_err().to_json()["error"]["param"],
-                "prompt",
-                "{refused}"
-            );
-        }
-    }
 }

@@ -14,6 +14,7 @@ mod connections;
 mod error;
 mod fields;
 mod health;
+mod inputs;
 mod metrics;
 mod model_names;
 mod models;

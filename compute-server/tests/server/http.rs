@@ -543,3 +543,25 @@ async fn metrics_may_be_public_and_count_what_was_done() {
     client.drop_model("m").await.unwrap();
     assert!(!get(&server, "/metrics").body.contains("model_name=\"m\""));
 }
+
+#[tokio::test]
+async fn many_clients_at_once_get_what_each_gets_alone() {
+    let (server, client) = server_with_model().await;
+    let request = |seed: u64| {
+        let prompt = ["the quick", "it was the best", "fox", "of times, it was"][seed as usize % 4];
+        json!({"model": "m", "prompt": prompt, "max_tokens": 24, "temperature": 1, "seed": seed}).to_string()
+    };
+    let text = |connection: TcpStream| read(connection).json()["choices"][0]["text"].take();
+    let alone: Vec<Value> = (0..64)
+        .map(|seed| text(send(&server, "POST", "/v1/completions", "", &request(seed))))
+        .collect();
+    assert!(alone.iter().any(|answer| *answer != alone[0]));
+    // All are sent before any is read.
+    let together: Vec<TcpStream> = (0..64)
+        .map(|seed| send(&server, "POST", "/v1/completions", "", &request(seed)))
+        .collect();
+    for (connection, alone) in together.into_iter().zip(&alone) {
+        assert_eq!(&text(connection), alone);
+    }
+    assert!(requests(&client).await.is_empty());
+}
