@@ -80,6 +80,11 @@ impl ServerMetrics {
                 Some(app.config.limits.memory as f64),
             ),
             (
+                "candle_kv_cache_usage_ratio",
+                "Part of --cache-bytes that pages of keys and values hold",
+                Some(app.memory.cache.used() as f64 / app.memory.cache.limit().max(1) as f64),
+            ),
+            (
                 "process_resident_memory_bytes",
                 "Resident memory size in bytes",
                 process::resident_bytes().map(|bytes| bytes as f64),

@@ -513,6 +513,11 @@ async fn metrics_may_be_public_and_count_what_was_done() {
             text.body
         );
     }
+    let batches = text
+        .body
+        .lines()
+        .find_map(|line| line.strip_prefix("candle_batch_size_sum{model_name=\"m\"} "));
+    assert!(batches.is_some_and(|sum| sum != "0"), "{}", text.body);
     let samples = client
         .telemetry
         .clone()
