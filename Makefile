@@ -10,7 +10,7 @@ export PGRX_BUILD_FLAGS := --locked --ignore-rust-version
 CARGO_FLAGS := --release --locked --ignore-rust-version
 EXTENSION_SOURCES = $(shell find fdw proto -type f) Cargo.lock Cargo.toml
 
-.PHONY: help setup build server extension install test demo check bench clean
+.PHONY: help setup build server extension install test soak demo check bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ install: build ## Install the extension into the Postgres of PG_CONFIG
 
 test: build ## Run every test, the end-to-end tests on a private cluster included
 	scripts/test $(CARGO_FLAGS)
+
+soak: build ## Run many clients for SOAK_SECONDS (300), and abandon SOAK_SCANS (1000000) scans
+	scripts/soak $(CARGO_FLAGS)
 
 demo: build ## Show the whole of it in SQL, on a private cluster and server
 	scripts/demo

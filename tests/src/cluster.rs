@@ -52,7 +52,7 @@ impl Cluster {
             .arg(&data));
         // Durability of Postgres itself is not under test; a crash of a backend must show, so restart_after_crash is off.
         let settings = format!(
-            "-c listen_addresses='' -c unix_socket_directories='{}' -c fsync=off -c max_connections=100 -c max_prepared_transactions=4 \
+            "-c listen_addresses='' -c unix_socket_directories='{}' -c fsync=off -c max_connections=200 -c max_prepared_transactions=4 \
              -c restart_after_crash=off -c log_min_messages=warning -c timezone=UTC",
             folder.display()
         );

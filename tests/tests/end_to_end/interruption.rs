@@ -177,33 +177,6 @@ fn a_model_dropped_while_it_generates() {
     fixture.assert_idle();
 }
 
-/// Three hundred aborted scans do not make the backend grow.
-#[test]
-fn aborted_scans_leak_no_memory() {
-    let fixture = Fixture::with_models();
-    let mut client = fixture.connect();
-    let process: i32 = client.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);
-    let query = "SELECT 1 / (1 - position) FROM llm.generation_tokens
-                 WHERE model = 'endless' AND prompt = 'a' AND max_tokens = 150000";
-    let mut abort = |times: u32| {
-        for _ in 0..times {
-            expect_failure(client.query(query, &[]), "22012");
-        }
-    };
-    abort(50);
-    let before = resident_kilobytes(process);
-    abort(250);
-    let growth = resident_kilobytes(process).saturating_sub(before);
-    assert!(growth < 16 * 1024, "the backend grew by {growth} kB");
-    fixture.assert_idle();
-}
-
-fn resident_kilobytes(process: i32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
-}
-
 #[test]
 fn a_paused_cursor_outlives_other_work() {
     let fixture = Fixture::with_models();

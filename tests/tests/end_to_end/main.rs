@@ -10,6 +10,7 @@ mod http;
 mod interruption;
 mod pretrained;
 mod sessions;
+mod soak;
 mod sql;
 mod train;
 mod transactions;
