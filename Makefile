@@ -10,7 +10,7 @@ export PGRX_BUILD_FLAGS := --locked --ignore-rust-version
 CARGO_FLAGS := --release --locked --ignore-rust-version
 EXTENSION_SOURCES = $(shell find fdw proto -type f) Cargo.lock Cargo.toml
 
-.PHONY: help setup build server extension install test soak demo check bench clean
+.PHONY: help setup build server extension install test soak demo fuzz check bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,9 @@ soak: build ## Run many clients for SOAK_SECONDS (300), and abandon SOAK_SCANS (
 
 demo: build ## Show the whole of it in SQL, on a private cluster and server
 	scripts/demo
+
+fuzz: setup ## Run every fuzzer for a minute (FUZZ_SECONDS)
+	scripts/fuzz
 
 check: setup ## Check format, lints, documentation, protocol, scripts and deployment files
 	scripts/check $(CARGO_FLAGS)

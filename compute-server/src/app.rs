@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use crate::access::Directory;
 use crate::cache_memory::CacheMemory;
 use crate::checkpoints::{self, CheckpointStore};
 use crate::commit_log::{self, CommitLog, Recovered};
@@ -19,6 +20,8 @@ use crate::transactions::Transactions;
 /// The state of the server.
 pub(crate) struct App {
     pub(crate) config: Config,
+    /// Who may call.
+    pub(crate) tenants: Directory,
     pub(crate) registry: Registry,
     pub(crate) transactions: Transactions,
     pub(crate) checkpoints: CheckpointStore,
@@ -44,8 +47,11 @@ impl App {
     /// [`recovered`](Self::recovered) is called.
     ///
     /// # Errors
-    /// When the data folder cannot be used.
+    /// When the token file or the data folder cannot be used.
     pub(crate) fn open(config: Config) -> Result<(Arc<Self>, Recovered)> {
+        let cache = CacheMemory::new(config.limits.cache, config.limits.kept_cache);
+        let memory = MemoryBudget::new(config.limits.memory, cache);
+        let tenants = Directory::open(config.token_file.clone(), &memory)?;
         let folder = Arc::new(DataFolder::open(&config.data_dir)?);
         let (log, recovered) = match config.log_limits {
             Some(limits) => {
@@ -59,14 +65,14 @@ impl App {
         };
         checkpoints::finish(&folder, &recovered.files)?;
         folder.clear_staging()?;
-        let cache = CacheMemory::new(config.limits.cache, config.limits.kept_cache);
         let app = Arc::new(Self {
+            tenants,
             registry: Registry::default(),
             transactions: Transactions::new(config.limits.transactions, config.transaction_timeout),
             checkpoints: CheckpointStore::open(Arc::clone(&folder))?,
             tokenizers: TokenizerStore::new(Arc::clone(&folder)),
             requests: Arc::new(Requests::default()),
-            memory: MemoryBudget::new(config.limits.memory, cache),
+            memory,
             metrics: ServerMetrics::new()?,
             benchmarking: Arc::default(),
             model_count: Arc::default(),
@@ -81,6 +87,7 @@ impl App {
 
     /// Takes work from now on.
     pub(crate) fn recovered(&self) {
+        self.memory.enforce_quotas();
         self.recovering.store(false, Ordering::Relaxed);
     }
 

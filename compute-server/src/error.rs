@@ -2,19 +2,21 @@
 //!
 //! A status carries, besides code and message, the metadata entries
 //! - `candle-sqlstate`: the SQLSTATE that Postgres should raise;
-//! - `candle-hint`: what the user can do, when there is something (ASCII).
+//! - `candle-hint`: what the user can do, when there is something (ASCII);
+//! - `retry-after`: whole seconds after which a quota allows the request, where it does.
 //!
 //! | cause | gRPC code | SQLSTATE |
 //! | --- | --- | --- |
 //! | bad value, configuration or file | `INVALID_ARGUMENT` | 22023 |
 //! | no such model, checkpoint, tokenizer, request | `NOT_FOUND` | 42704 |
 //! | name taken | `ALREADY_EXISTS` | 42710 |
-//! | a limit of the server | `RESOURCE_EXHAUSTED` | 53400 |
+//! | a limit of the server, or a quota of the tenant | `RESOURCE_EXHAUSTED` | 53400 |
 //! | memory | `RESOURCE_EXHAUSTED` | HV001 |
 //! | changed by another transaction, or the transaction was lost | `ABORTED` | 40001 |
 //! | the state does not allow it (a step without a gradient, a model that could not be recovered) | `FAILED_PRECONDITION` | 55000 |
 //! | not something this build can do | `UNIMPLEMENTED` | 0A000 |
 //! | no token, or a wrong one | `UNAUTHENTICATED` | 28000 |
+//! | a token without the role that the call needs | `PERMISSION_DENIED` | 42501 |
 //! | cancelled | `CANCELLED` | 57014 |
 //! | later than the call's `grpc-timeout` | `DEADLINE_EXCEEDED` | 57014 |
 //! | starting or shutting down | `UNAVAILABLE` | HV00N |
@@ -60,17 +62,43 @@ pub enum Error {
         /// The flag that sets it, without dashes.
         flag: &'static str,
     },
-    /// The memory limit would be exceeded.
-    #[error("{what} needs {needed} bytes, but of the memory limit of {limit} bytes only {available} are free")]
+    /// The memory limit of the server or of a tenant would be exceeded.
+    #[error(
+        "{what} needs {needed} bytes, but of the memory limit of {limit} bytes{} only {available} are free",
+        tenant.as_ref().map(|tenant| format!(" of tenant \"{tenant}\"")).unwrap_or_default()
+    )]
     Memory {
         /// What needs the memory.
         what: String,
         /// Bytes needed.
         needed: u64,
+        /// Whose limit it is; none for the server's.
+        tenant: Option<String>,
         /// The limit in bytes.
         limit: u64,
         /// Bytes not in use.
         available: u64,
+    },
+    /// A quota of the tenant is used up.
+    #[error("tenant \"{tenant}\" has used its quota of {quota}{}", retry(*retry_after))]
+    Quota {
+        /// The tenant's name.
+        tenant: String,
+        /// The quota, with its number.
+        quota: String,
+        /// When the same request will be allowed, where that depends on time alone.
+        retry_after: Option<std::time::Duration>,
+    },
+    /// The client did not read what was sent to it.
+    #[error("the answer was given up: the client did not read on for {} s, which --stall-timeout allows", .0.as_secs())]
+    Stalled(std::time::Duration),
+    /// The token does not allow the call.
+    #[error("the token of \"{tenant}\" lacks the role \"{role}\", which this needs")]
+    PermissionDenied {
+        /// The token's holder.
+        tenant: String,
+        /// The missing role.
+        role: &'static str,
     },
     /// Another transaction changed what this one relies on.
     #[error("{0}")]
@@ -124,6 +152,12 @@ pub enum Error {
     Internal(String),
 }
 
+fn retry(after: Option<std::time::Duration>) -> String {
+    after.map_or_else(String::new, |after| {
+        format!("; try again in {:.1} s", after.as_secs_f64())
+    })
+}
+
 /// As much of a name as a message shows; names that exist are never longer.
 fn quotable(name: &str) -> std::borrow::Cow<'_, str> {
     match name.char_indices().nth(crate::names::MAX_NAME_CHARACTERS) {
@@ -149,6 +183,17 @@ impl Error {
         }
     }
 
+    /// Whole seconds after which the same request may be allowed, where that is known.
+    pub(crate) fn retry_after_seconds(&self) -> Option<u64> {
+        match self {
+            Self::Quota {
+                retry_after: Some(after),
+                ..
+            } => Some(after.as_secs_f64().ceil() as u64),
+            _ => None,
+        }
+    }
+
     /// The gRPC code, the SQLSTATE, and the hint.
     pub(crate) fn classify(&self) -> (Code, &'static str, Option<&'static str>) {
         match self {
@@ -165,6 +210,26 @@ impl Error {
                 Code::ResourceExhausted,
                 "53400",
                 Some("Ask for less, or raise the named limit."),
+            ),
+            Self::Quota { .. } => (
+                Code::ResourceExhausted,
+                "53400",
+                Some("Ask for less, or have the quota raised in the server's token file."),
+            ),
+            Self::Stalled(_) => (
+                Code::ResourceExhausted,
+                "53400",
+                Some("Read faster, or raise the named limit."),
+            ),
+            Self::PermissionDenied { .. } => (
+                Code::PermissionDenied,
+                "42501",
+                Some("Roles are given in the server's token file."),
+            ),
+            Self::Memory { tenant: Some(_), .. } => (
+                Code::ResourceExhausted,
+                "HV001",
+                Some("Unload models of the tenant, or have its quota raised in the server's token file."),
             ),
             Self::Memory { .. } => (
                 Code::ResourceExhausted,
@@ -253,6 +318,9 @@ impl From<Error> for Status {
         metadata.insert("candle-sqlstate", MetadataValue::from_static(sqlstate));
         if let Some(hint) = hint {
             metadata.insert("candle-hint", MetadataValue::from_static(hint));
+        }
+        if let Some(seconds) = error.retry_after_seconds() {
+            metadata.insert("retry-after", MetadataValue::from(seconds));
         }
         Status::with_metadata(code, message, metadata)
     }

@@ -1,25 +1,24 @@
-//! What every gRPC call and HTTP request passes first: its token is checked, and a server that shuts down takes no new work.
+//! What every gRPC call passes first: its token, roles and quotas are checked, and a server that shuts down takes no new
+//! work. HTTP asks the same guard.
 
 use std::sync::Arc;
 use std::time::Instant;
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, header};
+use axum::http::Extensions;
 use axum::middleware::Next;
 use axum::response::Response;
 use tonic::{Code, Status};
 
+use crate::access::{Caller, Need, Roles, need};
 use crate::app::App;
-use crate::auth::Tokens;
-use crate::caller::Tenant;
+use crate::connections::{ConnectionInfo, Link};
 use crate::error::{Error, Result};
 
 /// What the guard needs.
 pub(crate) struct Guard {
     /// The state of the server.
     pub(crate) app: Arc<App>,
-    /// Accepted tokens; none when nobody is asked for one.
-    pub(crate) tokens: Option<Tokens>,
 }
 
 /// Services that run while the server drains: transactions can still be ended, and progress be seen.
@@ -30,43 +29,65 @@ const SERVED_WHILE_DRAINING: [&str; 4] = [
     "/grpc.reflection.",
 ];
 
-/// Probes ask for health without a token.
-const OPEN: &str = "/grpc.health.v1.Health/";
-
 impl Guard {
-    /// The holder of the call's token.
-    pub(crate) fn admit(&self, path: &str, headers: &HeaderMap) -> Result<&str> {
-        let holder = match &self.tokens {
-            Some(tokens) if !path.starts_with(OPEN) => {
-                tokens.holder(headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()))?
-            }
-            _ => "",
-        };
-        if self.app.is_recovering() && !path.starts_with(OPEN) {
+    /// The caller of a request, if it may be answered now. Its connection may stay then.
+    ///
+    /// # Errors
+    /// `Unauthenticated`, `PermissionDenied`, `Quota`; `Recovering` and `Draining`.
+    pub(crate) fn admit(&self, request: &Request) -> Result<Caller> {
+        let (path, need) = (request.uri().path(), need(request.uri().path()));
+        let link = link(request.extensions());
+        if let Some(link) = link.filter(|_| !self.app.tenants.asks_for_tokens()) {
+            link.establish();
+        }
+        if need == Need::Open {
+            return Ok(Caller {
+                tenant: self.app.tenants.tenant(""),
+                roles: Roles::NONE,
+                connection: None,
+                deadline: None,
+            });
+        }
+        let mut caller = self.app.tenants.caller(request.headers())?;
+        if let Some(link) = link {
+            link.establish();
+            caller.connection = Some(link.id);
+        }
+        if let Need::Role(role) = need {
+            caller.require(role)?;
+            caller.tenant.admit_call()?;
+        }
+        if self.app.is_recovering() {
             return Err(Error::Recovering);
         }
         if self.app.is_draining() && !SERVED_WHILE_DRAINING.iter().any(|served| path.starts_with(served)) {
             return Err(Error::Draining);
         }
-        Ok(holder)
+        Ok(caller)
     }
+}
+
+/// The connection that a request with these extensions came on.
+fn link(extensions: &Extensions) -> Option<&Link> {
+    extensions.get::<ConnectionInfo>().map(|info| &*info.link)
 }
 
 /// Lets a call pass or answers it with a status.
 pub(crate) async fn guard(State(guard): State<Arc<Guard>>, mut request: Request, next: Next) -> Response {
     let path = request.uri().path().to_owned();
-    let holder = match guard.admit(&path, request.headers()) {
-        Ok(holder) => holder,
+    let caller = match guard.admit(&request) {
+        Ok(caller) => caller,
         Err(error) => return Status::from(error).into_http(),
     };
-    request.extensions_mut().insert(Tenant(Arc::from(holder)));
+    let tenant = Arc::clone(caller.name());
+    request.extensions_mut().insert(caller);
     let start = Instant::now();
     let response = next.run(request).await;
     let status = Status::from_header_map(response.headers());
     let code = status.as_ref().map_or(Code::Ok, Status::code);
     let milliseconds = start.elapsed().as_secs_f64() * 1e3;
     guard.app.metrics.answered_grpc(&path, code);
-    tracing::debug!(%path, holder, ?code, milliseconds, "answered");
+    tracing::debug!(%path, %tenant, ?code, milliseconds, "answered");
     match status {
         Some(status) if code == Code::OutOfRange && status.message().contains("message length too large") => {
             let limit = guard.app.config.limits.message_bytes as u64;

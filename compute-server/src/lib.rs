@@ -7,10 +7,9 @@
 //! owner thread of a model holds everything about it that changes.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod access;
 mod app;
-mod auth;
 mod cache_memory;
-mod caller;
 mod checkpoints;
 mod chunks;
 mod commit_log;
@@ -21,6 +20,8 @@ mod devices;
 mod error;
 mod guard;
 mod http;
+#[doc(hidden)]
+pub mod in_process;
 mod logging;
 mod memory;
 mod metrics;
@@ -32,7 +33,6 @@ mod requests;
 mod server;
 mod services;
 mod sources;
-mod tls;
 mod tokenizers;
 mod transactions;
 

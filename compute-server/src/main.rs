@@ -7,9 +7,11 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 use compute_server::{Arguments, Command, Config, Listening};
+use rustix::process::{Resource, getrlimit, setrlimit};
 
 fn main() -> ExitCode {
     allocator::keep_pages();
+    raise_file_limit();
     let Command::Serve(options) = Arguments::parse().command;
     let config = match Config::resolve(*options) {
         Ok(config) => config,
@@ -33,6 +35,14 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&error, 1),
     }
+}
+
+/// Takes as many open files as the system allows: every connection is one.
+fn raise_file_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // Refused nowhere; otherwise the limit stays as it is.
+    let _ = setrlimit(Resource::Nofile, limit);
 }
 
 /// Tells whoever started the server where it listens.

@@ -2,7 +2,7 @@
 //! make way for it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::cache_memory::CacheMemory;
 use crate::error::{Error, Result};
@@ -10,20 +10,52 @@ use crate::error::{Error, Result};
 /// Bytes that weights, gradients, optimizer states and caches may hold together.
 #[derive(Debug)]
 pub(crate) struct MemoryBudget {
-    limit: u64,
+    limit: AtomicU64,
     used: AtomicU64,
     /// The pages' part of it.
-    pub(crate) cache: CacheMemory,
+    pub(crate) cache: Arc<CacheMemory>,
+    /// Of a tenant's budget: its name, and the server's budget, which has to hold as well.
+    tenant: Option<(String, Arc<MemoryBudget>)>,
+    /// Of the server's budget: whether the limits of tenants hold.
+    quotas: AtomicBool,
 }
 
 impl MemoryBudget {
     /// A budget of `limit` bytes, part of which pages of caches may have.
     pub(crate) fn new(limit: u64, cache: CacheMemory) -> Arc<Self> {
         Arc::new(Self {
-            limit,
+            limit: AtomicU64::new(limit),
             used: AtomicU64::new(0),
-            cache,
+            cache: Arc::new(cache),
+            tenant: None,
+            quotas: AtomicBool::new(false),
         })
+    }
+
+    /// The budget of a tenant within `server`, without a limit of its own at first.
+    pub(crate) fn of_tenant(name: &str, server: &Arc<Self>) -> Arc<Self> {
+        Arc::new(Self {
+            limit: AtomicU64::new(u64::MAX),
+            used: AtomicU64::new(0),
+            cache: Arc::clone(&server.cache),
+            tenant: Some((name.to_owned(), Arc::clone(server))),
+            quotas: AtomicBool::new(false),
+        })
+    }
+
+    /// Lets the limits of tenants hold from now on. Until then models are recovered, whatever their tenants may hold today.
+    pub(crate) fn enforce_quotas(&self) {
+        self.quotas.store(true, Ordering::Relaxed);
+    }
+
+    /// The server's budget, of which a tenant's is a part: pages of caches count for nobody alone.
+    pub(crate) fn server(self: &Arc<Self>) -> &Arc<Self> {
+        self.tenant.as_ref().map_or(self, |(_, server)| server)
+    }
+
+    /// Sets the limit; what is reserved beyond it stays reserved.
+    pub(crate) fn set_limit(&self, limit: u64) {
+        self.limit.store(limit, Ordering::Relaxed);
     }
 
     /// Bytes reserved now.
@@ -45,23 +77,50 @@ impl MemoryBudget {
     }
 
     fn add(&self, what: &str, bytes: u64) -> Result<()> {
+        if let Some((tenant, server)) = &self.tenant {
+            let limit = match server.quotas.load(Ordering::Relaxed) {
+                true => self.limit(),
+                false => u64::MAX,
+            };
+            let refused = |used| Error::Memory {
+                what: what.to_owned(),
+                needed: bytes,
+                tenant: Some(tenant.clone()),
+                limit,
+                available: limit.saturating_sub(used),
+            };
+            self.try_add_within(bytes, limit).map_err(refused)?;
+            return server
+                .add(what, bytes)
+                .inspect_err(|_| _ = self.used.fetch_sub(bytes, Ordering::Relaxed));
+        }
         loop {
             let Err(used) = self.try_add(bytes) else { return Ok(()) };
-            let missing = used.saturating_add(bytes) - self.limit;
+            let limit = self.limit();
+            let missing = used.saturating_add(bytes).saturating_sub(limit);
             if missing > self.cache.used() || self.cache.evict(missing) == 0 {
                 return Err(Error::Memory {
                     what: what.to_owned(),
                     needed: bytes,
-                    limit: self.limit,
-                    available: self.limit.saturating_sub(used),
+                    tenant: None,
+                    limit,
+                    available: limit.saturating_sub(used),
                 });
             }
         }
     }
 
-    /// Takes `bytes` if they are free; otherwise returns how many are in use.
+    fn limit(&self) -> u64 {
+        self.limit.load(Ordering::Relaxed)
+    }
+
+    /// Takes `bytes` of the server's budget if they are free; otherwise returns how many are in use.
     pub(crate) fn try_add(&self, bytes: u64) -> Result<(), u64> {
-        let grow = |used: u64| used.checked_add(bytes).filter(|&sum| sum <= self.limit);
+        self.try_add_within(bytes, self.limit())
+    }
+
+    fn try_add_within(&self, bytes: u64, limit: u64) -> Result<(), u64> {
+        let grow = |used: u64| used.checked_add(bytes).filter(|&sum| sum <= limit);
         self.used
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, grow)
             .map(|_| ())
@@ -70,6 +129,9 @@ impl MemoryBudget {
     /// Gives bytes back.
     pub(crate) fn subtract(&self, bytes: u64) {
         self.used.fetch_sub(bytes, Ordering::Relaxed);
+        if let Some((_, server)) = &self.tenant {
+            server.subtract(bytes);
+        }
     }
 }
 
@@ -94,7 +156,7 @@ impl Reservation {
         if bytes > self.bytes {
             self.budget.add(what, bytes - self.bytes)?;
         } else {
-            self.budget.used.fetch_sub(self.bytes - bytes, Ordering::Relaxed);
+            self.budget.subtract(self.bytes - bytes);
         }
         self.bytes = bytes;
         Ok(())
@@ -103,7 +165,7 @@ impl Reservation {
     /// Shrinks to `bytes`, if that is less.
     pub(crate) fn shrink(&mut self, bytes: u64) {
         let surplus = self.bytes.saturating_sub(bytes);
-        self.budget.used.fetch_sub(surplus, Ordering::Relaxed);
+        self.budget.subtract(surplus);
         self.bytes -= surplus;
     }
 
@@ -115,7 +177,7 @@ impl Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        self.budget.used.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.budget.subtract(self.bytes);
     }
 }
 
@@ -142,5 +204,25 @@ mod tests {
         assert_eq!(budget.used(), 100);
         drop(first);
         assert_eq!(budget.used(), 0);
+    }
+
+    #[test]
+    fn what_a_tenant_holds_counts_for_it_and_for_the_server() {
+        let server = MemoryBudget::new(100, CacheMemory::new(0, 0));
+        let (ann, bob) = (
+            MemoryBudget::of_tenant("ann", &server),
+            MemoryBudget::of_tenant("bob", &server),
+        );
+        ann.set_limit(50);
+        drop(ann.reserve("a recovered model", 60).unwrap());
+        server.enforce_quotas();
+        let error = ann.reserve("a model", 51).unwrap_err().to_string();
+        assert!(error.contains("tenant \"ann\""), "{error}");
+        let held = ann.reserve("a model", 50).unwrap();
+        let error = bob.reserve("a model", 51).unwrap_err().to_string();
+        assert!(!error.contains("tenant"), "{error}");
+        assert_eq!((ann.used(), bob.used(), server.used()), (50, 0, 50));
+        drop(held);
+        assert_eq!((ann.used(), server.used()), (0, 0));
     }
 }

@@ -188,6 +188,7 @@ async fn begin(app: &Arc<App>, logged: &LoggedModel, base: &LogBase) -> Result<M
         request,
         source,
         device,
+        tenant: app.tenants.tenant(&base.tenant),
     };
     let loader = Arc::clone(app);
     start(app, logged, base, move || load(&loader, loading)).await
@@ -212,8 +213,11 @@ async fn begin_adapter(
         origin::Kind::Files(digest) => Located::Files(unchanged(app, &request.source, digest).await?),
         origin::Kind::Saved(folder) => saved(app, &folder)?,
     };
-    let (maker, model) = (Arc::clone(app), model.clone());
-    start(app, logged, base, move || make_adapter(&maker, model, request, source)).await
+    let (maker, model, tenant) = (Arc::clone(app), model.clone(), app.tenants.tenant(&base.tenant));
+    start(app, logged, base, move || {
+        make_adapter(&maker, model, request, source, tenant)
+    })
+    .await
 }
 
 /// Gives what `load` loads a thread, under the number that it has in the log.
@@ -233,7 +237,7 @@ async fn start(
     }
     new.logged = Some((logged.id, created_at.unwrap_or_else(SystemTime::now)));
     new.base = None;
-    ModelHandle::start(new, app.config.limits, Arc::clone(&app.memory))
+    ModelHandle::start(new, app.config.limits)
 }
 
 /// The files of a source, if they are those that the model was loaded from.

@@ -9,18 +9,17 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tonic::service::Routes;
-use tonic::transport::{Identity, Server, ServerTlsConfig};
+use tonic::transport::Server;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use crate::app::App;
-use crate::auth::Tokens;
-use crate::config::{Config, Tls};
-use crate::connections::Incoming;
+use crate::config::Config;
+use crate::connections::{self, Connections};
 use crate::error::{Error, Result};
 use crate::guard::{self, Guard};
 use crate::services::{self, SERVICES};
-use crate::{http, recovery, tls, transactions};
+use crate::{http, recovery, transactions};
 
 /// How long calls may take to notice that they were cancelled, once the drain timeout is over.
 const CANCEL_GRACE: Duration = Duration::from_secs(1);
@@ -50,24 +49,18 @@ pub struct Listening {
 /// When an address, the data folder, the token file or the TLS files cannot be used.
 pub async fn serve(config: Config, ready: impl FnOnce(&Listening)) -> Result<()> {
     candle_kernels_cpu::threads::set(config.threads);
-    let tokens = config.token_file.as_deref().map(Tokens::read).transpose()?;
     let mut server = Server::builder()
         .max_concurrent_streams(MAX_STREAMS)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(FRAME);
-    if let Some(tls) = &config.tls {
-        let tls_config = ServerTlsConfig::new().identity(identity(tls)?);
-        server = server
-            .tls_config(tls_config)
-            .map_err(|error| Error::invalid(format!("TLS: {}", chain(&error))))?;
-    }
-    let tls = config.tls.as_ref().map(tls::acceptor).transpose()?;
+    let tls = |protocols: &[&str]| {
+        let tls = config.tls.as_ref();
+        tls.map(|tls| connections::acceptor(tls, protocols)).transpose()
+    };
+    let (grpc_tls, http_tls) = (tls(&["h2"])?, tls(&["http/1.1"])?);
     let (app, recovered) = App::open(config)?;
-    let guard = Arc::new(Guard {
-        app: Arc::clone(&app),
-        tokens,
-    });
+    let guard = Arc::new(Guard { app: Arc::clone(&app) });
     let grpc = bind("listen", app.config.listen).await?;
     let http = match app.config.http {
         Some(address) => Some(bind("http", address).await?),
@@ -82,15 +75,22 @@ pub async fn serve(config: Config, ready: impl FnOnce(&Listening)) -> Result<()>
     let (terminate, interrupt) = (signals(SignalKind::terminate())?, signals(SignalKind::interrupt())?);
     let (reporter, routes) = routes(&guard).await?;
     let (closed, closings) = mpsc::unbounded_channel();
+    let limits = &app.config.limits;
+    let connections = Connections::new(limits.connections, app.config.handshake_timeout, closed);
     let (stop, stopped) = watch::channel(false);
+    let incoming = connections::listen(grpc, Arc::clone(&connections), grpc_tls);
     let mut serving = tokio::spawn(
         server
             .add_routes(routes)
-            .serve_with_incoming_shutdown(Incoming::new(grpc, closed), wait(stopped.clone())),
+            .serve_with_incoming_shutdown(incoming, wait(stopped.clone())),
     );
-    let serving_http = http.map(|listener| tokio::spawn(http::serve(listener, tls, http::router(guard), stopped)));
+    let serving_http = http.map(|listener| {
+        let incoming = connections::listen(listener, connections, http_tls);
+        tokio::spawn(http::serve(incoming, http::router(guard), stopped))
+    });
     tokio::spawn(watch_connections(Arc::clone(&app), closings));
     tokio::spawn(watch_transactions(Arc::clone(&app)));
+    tokio::spawn(watch_readers(Arc::clone(&app)));
     let serve = async {
         recovery::recover(&app, recovered).await;
         app.recovered();
@@ -118,7 +118,7 @@ pub async fn serve(config: Config, ready: impl FnOnce(&Listening)) -> Result<()>
 }
 
 /// All gRPC services, behind the guard.
-async fn routes(guard: &Arc<Guard>) -> Result<(HealthReporter, Routes)> {
+pub(crate) async fn routes(guard: &Arc<Guard>) -> Result<(HealthReporter, Routes)> {
     let (reporter, health) = tonic_health::server::health_reporter();
     report(&reporter, ServingStatus::NotServing).await;
     let reflection = || {
@@ -142,13 +142,6 @@ async fn report(reporter: &HealthReporter, status: ServingStatus) {
     for service in SERVICES.into_iter().chain([""]) {
         reporter.set_service_status(service, status).await;
     }
-}
-
-fn identity(tls: &Tls) -> Result<Identity> {
-    let read = |path: &std::path::Path| {
-        std::fs::read(path).map_err(|error| Error::io(format!("reading {}", path.display()), error))
-    };
-    Ok(Identity::from_pem(read(&tls.certificate)?, read(&tls.key)?))
 }
 
 async fn bind(option: &str, address: SocketAddr) -> Result<TcpListener> {
@@ -204,6 +197,16 @@ async fn watch_transactions(app: Arc<App>) {
     loop {
         interval.tick().await;
         app.expire_transactions().await;
+    }
+}
+
+/// Gives up generations whose clients do not read.
+async fn watch_readers(app: Arc<App>) {
+    let timeout = app.config.stall_timeout;
+    let mut interval = tokio::time::interval((timeout / 4).clamp(Duration::from_millis(250), Duration::from_secs(30)));
+    loop {
+        interval.tick().await;
+        app.requests.give_up_stalled(timeout);
     }
 }
 

@@ -19,7 +19,7 @@ const SERVER_OPTIONS: &[&str] = &[
     "fetch_size",
     "batch_size",
 ];
-const USER_MAPPING_OPTIONS: &[&str] = &["token"];
+const USER_MAPPING_OPTIONS: &[&str] = &["token", "tls_cert", "tls_key"];
 const TABLE_OPTIONS: &[&str] = &["relation"];
 
 /// Catalog of user mappings, pg_user_mapping.
@@ -74,6 +74,36 @@ impl ServerOptions {
     }
 }
 
+/// Files of the certificate that a user mapping shows to the server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ClientCertificate {
+    /// Certificate chain in PEM.
+    pub(crate) certificate: String,
+    /// Its private key in PEM.
+    pub(crate) key: String,
+}
+
+impl ClientCertificate {
+    /// Parses a user mapping's options. Errors: HV00J when one of the two is missing.
+    pub(crate) fn parse(options: &HashMap<String, String>) -> Result<Option<Self>> {
+        match (options.get("tls_cert"), options.get("tls_key")) {
+            (Some(certificate), Some(key)) => Ok(Some(Self {
+                certificate: certificate.clone(),
+                key: key.clone(),
+            })),
+            (None, None) => Ok(None),
+            (Some(_), None) => Err(missing("tls_key").hint("It belongs to the option \"tls_cert\".")),
+            (None, Some(_)) => Err(missing("tls_cert").hint("It belongs to the option \"tls_key\".")),
+        }
+    }
+}
+
+#[allow(unsafe_code)]
+fn is_superuser() -> bool {
+    // SAFETY: looks the present user up in the catalogs.
+    unsafe { pg_sys::superuser() }
+}
+
 /// The validator of CREATE and ALTER: `options` as `name=value`, `catalog` what they belong to.
 pub(crate) fn validate(options: Vec<Option<String>>, catalog: Option<pg_sys::Oid>) -> Result<()> {
     let options: HashMap<String, String> = options
@@ -90,6 +120,14 @@ pub(crate) fn validate(options: Vec<Option<String>>, catalog: Option<pg_sys::Oid
         ServerOptions::parse(&options).map(|_| ())
     } else if catalog.to_u32() == USER_MAPPING_RELATION_ID {
         refuse_unknown(&options, USER_MAPPING_OPTIONS, "user mapping")?;
+        // The backend reads the files with the rights of the database server, whoever asks.
+        if ClientCertificate::parse(&options)?.is_some() && !is_superuser() {
+            let code = PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE;
+            return Err(Error::new(
+                code,
+                "only superusers may set the options \"tls_cert\" and \"tls_key\"",
+            ));
+        }
         token(&options).map(|_| ())
     } else if catalog == FOREIGN_TABLE_RELATION_ID {
         table_relation(&options).map(|_| ())

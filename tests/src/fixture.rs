@@ -23,15 +23,30 @@ impl Fixture {
     /// Sets up a database over a given compute server.
     #[must_use]
     pub fn over(server: ComputeServer) -> Self {
+        let fixture = Self::bare(server);
+        add_server(&mut fixture.connect(), "compute", &fixture.server, "llm");
+        fixture
+    }
+
+    /// Sets up a database over a compute server that asks for a token, which the superuser shows.
+    #[must_use]
+    pub fn over_with_token(server: ComputeServer, token: &str) -> Self {
+        let fixture = Self::over(server);
+        let mapping = format!("CREATE USER MAPPING FOR CURRENT_USER SERVER compute OPTIONS (token '{token}')");
+        let mapped = fixture.connect().batch_execute(&mapping);
+        mapped.expect("a user mapping can be made");
+        fixture
+    }
+
+    /// Sets up a database with the extension, but without a foreign server.
+    #[must_use]
+    pub fn bare(server: ComputeServer) -> Self {
         let fixture = Self {
             server,
             database: Cluster::shared().create_database(),
         };
-        let mut client = fixture.connect();
-        client
-            .batch_execute("CREATE EXTENSION candle_fdw")
-            .expect("the extension is installed");
-        add_server(&mut client, "compute", &fixture.server, "llm");
+        let created = fixture.connect().batch_execute("CREATE EXTENSION candle_fdw");
+        created.expect("the extension is installed");
         fixture
     }
 

@@ -108,6 +108,9 @@ pub(crate) struct LogBase {
     /// Of an adapter: the number of its model.
     #[prost(uint64, tag = "6")]
     pub(crate) of: u64,
+    /// The tenant that loaded it; what it holds counts for that one.
+    #[prost(string, tag = "7")]
+    pub(crate) tenant: String,
 }
 
 /// Where a base's weights come from.

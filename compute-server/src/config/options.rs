@@ -87,8 +87,9 @@ pub struct Options {
     #[arg(long, env = "COMPUTE_SERVER_CACHE_DTYPE", value_name = "DTYPE")]
     pub cache_dtype: Option<String>,
 
-    /// File of bearer tokens, one `NAME TOKEN` a line; lines that start with # are comments. Without it nobody is asked
-    /// for a token.
+    /// File of bearer tokens, one `NAME TOKEN [KEY=VALUE]…` a line; lines that start with # are comments. Keys are roles
+    /// (read,generate,train,admin), requests_per_second, tokens_per_minute, concurrent and memory. A change counts from
+    /// the next call. Without the file nobody is asked for a token.
     #[arg(long, env = "COMPUTE_SERVER_TOKEN_FILE", value_name = "FILE")]
     pub token_file: Option<PathBuf>,
 
@@ -104,6 +105,11 @@ pub struct Options {
     #[arg(long, env = "COMPUTE_SERVER_TLS_KEY", value_name = "FILE")]
     pub tls_key: Option<PathBuf>,
 
+    /// Authorities in PEM that sign the certificates of clients; clients without a valid one are refused. Needs
+    /// --tls-cert.
+    #[arg(long, env = "COMPUTE_SERVER_TLS_CLIENT_CA", value_name = "FILE")]
+    pub tls_client_ca: Option<PathBuf>,
+
     /// TOML file with any of these options; unknown keys are refused.
     #[arg(long, env = "COMPUTE_SERVER_CONFIG", value_name = "FILE")]
     #[serde(skip)]
@@ -116,6 +122,19 @@ pub struct Options {
     /// Seconds after which a transaction that nobody used is discarded. [default: 3600]
     #[arg(long, env = "COMPUTE_SERVER_TRANSACTION_TIMEOUT", value_name = "SECONDS")]
     pub transaction_timeout: Option<u64>,
+
+    /// Most connections at once, over gRPC and HTTP together. [default: 4096]
+    #[arg(long, env = "COMPUTE_SERVER_MAX_CONNECTIONS", value_name = "N")]
+    pub max_connections: Option<u64>,
+
+    /// Seconds within which a new connection must have shaken hands and made a call that is let in. [default: 10]
+    #[arg(long, env = "COMPUTE_SERVER_HANDSHAKE_TIMEOUT", value_name = "SECONDS")]
+    pub handshake_timeout: Option<u64>,
+
+    /// Seconds that a generation or another stream may wait for a client that does not read; it is ended then.
+    /// [default: 600]
+    #[arg(long, env = "COMPUTE_SERVER_STALL_TIMEOUT", value_name = "SECONDS")]
+    pub stall_timeout: Option<u64>,
 
     /// Largest message in bytes; suffixes K, M, G. [default: 64M]
     #[arg(long, env = "COMPUTE_SERVER_MAX_MESSAGE_BYTES", value_name = "BYTES")]
@@ -201,7 +220,11 @@ impl Options {
             metrics_public: self.metrics_public.or(file.metrics_public),
             tls_cert: self.tls_cert.or(file.tls_cert),
             tls_key: self.tls_key.or(file.tls_key),
+            tls_client_ca: self.tls_client_ca.or(file.tls_client_ca),
             config: self.config,
+            max_connections: self.max_connections.or(file.max_connections),
+            handshake_timeout: self.handshake_timeout.or(file.handshake_timeout),
+            stall_timeout: self.stall_timeout.or(file.stall_timeout),
             drain_timeout: self.drain_timeout.or(file.drain_timeout),
             transaction_timeout: self.transaction_timeout.or(file.transaction_timeout),
             max_message_bytes: self.max_message_bytes.or(file.max_message_bytes),

@@ -58,6 +58,10 @@ pub struct Config {
     pub metrics_public: bool,
     /// Certificate and key of gRPC and HTTP.
     pub tls: Option<Tls>,
+    /// How long a new connection may take to make a call that is let in.
+    pub handshake_timeout: Duration,
+    /// How long a stream waits for a client that does not read.
+    pub stall_timeout: Duration,
     /// How long running work may take to finish after SIGTERM.
     pub drain_timeout: Duration,
     /// How long a transaction may lie unused.
@@ -79,6 +83,8 @@ pub struct Tls {
     pub certificate: PathBuf,
     /// Private key in PEM.
     pub key: PathBuf,
+    /// Authorities in PEM for the certificates that clients must show, if they must.
+    pub client_ca: Option<PathBuf>,
 }
 
 /// When the commit log of a model is cut short by saving the model's state.
@@ -103,6 +109,8 @@ pub struct Limits {
     pub cache_type: Option<CacheType>,
     /// Bytes of one message.
     pub message_bytes: usize,
+    /// Connections at once.
+    pub connections: usize,
     /// Models held at once.
     pub models: u64,
     /// Generations running at once on a model.
@@ -146,7 +154,14 @@ impl Config {
             refuse_open_address(option, address, options.token_file.as_deref())?;
         }
         let tls = match (options.tls_cert.clone(), options.tls_key.clone()) {
-            (Some(certificate), Some(key)) => Some(Tls { certificate, key }),
+            (Some(certificate), Some(key)) => Some(Tls {
+                certificate,
+                key,
+                client_ca: options.tls_client_ca.clone(),
+            }),
+            (None, None) if options.tls_client_ca.is_some() => {
+                return Err(invalid("tls-client-ca", "needs --tls-cert and --tls-key as well"));
+            }
             (None, None) => None,
             (Some(_), None) => return Err(invalid("tls-cert", "needs --tls-key as well")),
             (None, Some(_)) => return Err(invalid("tls-key", "needs --tls-cert as well")),
@@ -167,6 +182,8 @@ impl Config {
             token_file: options.token_file.clone(),
             metrics_public: options.metrics_public.unwrap_or(false),
             tls,
+            handshake_timeout: Duration::from_secs(options.handshake_timeout.unwrap_or(10).max(1)),
+            stall_timeout: Duration::from_secs(options.stall_timeout.unwrap_or(600).max(1)),
             drain_timeout: Duration::from_secs(options.drain_timeout.unwrap_or(30)),
             transaction_timeout: Duration::from_secs(options.transaction_timeout.unwrap_or(3600).max(1)),
             log_limits: log_limits(&options)?,
@@ -276,6 +293,7 @@ fn limits(options: &Options) -> Result<Limits, ConfigError> {
         kept_cache: options.cache_kept_bytes.map_or(memory / 32, |bytes| bytes.0),
         cache_type: cache_type(options.cache_dtype.as_deref().unwrap_or("auto"))?,
         message_bytes: size(message_bytes),
+        connections: size(count("max-connections", options.max_connections, 4096)?),
         models: count("max-models", options.max_models, 256)?,
         generations: size(count("max-generations", options.max_generations, 64)?),
         queue: size(count("max-queue", options.max_queue, 1024)?),

@@ -8,8 +8,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 
 use super::error::ApiError;
-use crate::caller::Caller;
-use crate::connections::ConnectionInfo;
+use crate::access::Caller;
 use crate::error::Error;
 use crate::guard::Guard;
 
@@ -18,13 +17,8 @@ pub(super) async fn admit(State(guard): State<Arc<Guard>>, mut request: Request,
     let start = Instant::now();
     let path = request.uri().path().to_owned();
     let route = request.extensions().get::<MatchedPath>().cloned();
-    let response = match guard.admit(&path, request.headers()) {
-        Ok(holder) => {
-            let caller = Caller {
-                tenant: Arc::from(holder),
-                session: request.extensions().get::<ConnectionInfo>().map_or(0, |info| info.id),
-                deadline: None,
-            };
+    let response = match guard.admit(&request) {
+        Ok(caller) => {
             request.extensions_mut().insert(caller);
             next.run(request).await
         }

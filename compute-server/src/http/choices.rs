@@ -7,8 +7,8 @@ use candle_compute_proto::v1;
 use tokio::task::JoinSet;
 
 use super::error::ApiError;
+use crate::access::Caller;
 use crate::app::App;
-use crate::caller::Caller;
 use crate::error::Error;
 use crate::services::generate::{self, GenerateStream};
 

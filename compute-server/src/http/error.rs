@@ -128,7 +128,7 @@ impl From<Error> for ApiError {
         let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let mut api_error = Self::new(status, kind, name, message);
         if matches!(status.as_u16(), 429 | 503) {
-            api_error.retry_after = Some(RETRY_AFTER);
+            api_error.retry_after = Some(error.retry_after_seconds().unwrap_or(RETRY_AFTER));
         }
         if code == Code::NotFound {
             api_error.param = Some("model".to_owned());

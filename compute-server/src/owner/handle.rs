@@ -20,6 +20,7 @@ use super::reading::ChunkReader;
 use super::settings::TrainingSettings;
 use super::state::{Owner, Versions};
 use super::{TransactionId, View};
+use crate::access::Tenant;
 use crate::app::ModelSlot;
 use crate::commit_log::LogBase;
 use crate::config::Limits;
@@ -56,6 +57,8 @@ pub(crate) struct NewModel {
     pub(crate) settings: TrainingSettings,
     /// Steps that were taken.
     pub(crate) log: Vec<v1::OptimizerStep>,
+    /// Who loaded it; what the model holds counts for that tenant.
+    pub(crate) tenant: Arc<Tenant>,
     /// Memory of weights and moments.
     pub(crate) memory: Reservation,
     /// Its place among the models that the server may hold.
@@ -108,6 +111,8 @@ pub(crate) struct Shared {
     pub(super) id: u64,
     /// The name; of an adapter, its model's.
     pub(crate) name: String,
+    /// Name of the tenant that loaded it.
+    tenant: Arc<str>,
     /// Of an adapter: its name, and the number of the loaded model that it belongs to.
     adapter: Option<(String, u64)>,
     /// Of an adapter: wakes the thread of its model.
@@ -172,6 +177,7 @@ impl Shared {
             origin: None,
             adapter: None,
             of: 0,
+            tenant: self.tenant.to_string(),
         }
     }
 
@@ -216,7 +222,7 @@ impl ModelHandle {
     ///
     /// # Errors
     /// `Io` when the system gives no thread.
-    pub(crate) fn start(new: NewModel, limits: Limits, budget: Arc<MemoryBudget>) -> Result<Self> {
+    pub(crate) fn start(new: NewModel, limits: Limits) -> Result<Self> {
         let model = new.model;
         let mut config = model.config.as_object().cloned().unwrap_or_default();
         TRAINING_FIELDS.iter().for_each(|&field| drop(config.remove(field)));
@@ -234,10 +240,11 @@ impl ModelHandle {
         if let Some(new) = &mut new_base {
             new.base.created_at = Some(created_at.into());
         }
-        let pages = page_pool(&model, &limits, &budget);
+        let pages = page_pool(&model, &limits, new.tenant.memory().server());
         let shared = Arc::new(Shared {
             id,
             name: new.name,
+            tenant: Arc::clone(new.tenant.name()),
             adapter: adapter_name,
             base_wake,
             factors: PublishedFactors::default(),
@@ -290,7 +297,7 @@ impl ModelHandle {
             training: Default::default(),
             readers: Vec::new(),
             limits,
-            budget,
+            budget: Arc::clone(new.tenant.memory()),
             memory: new.memory,
             _slot: new.slot,
         };

@@ -38,7 +38,7 @@ pub(crate) use generation::GenerationRequest;
 pub(crate) use handle::{ModelHandle, NewBase, NewModel};
 pub(crate) use log_row::from_json as log_row_from_json;
 pub(crate) use merging::{GradientChunk, SourceWeight};
-pub(crate) use output::{OutputStream, Step};
+pub(crate) use output::{OutputStream, Step, keep_place};
 pub(crate) use overlay::{Ticket, TransactionId, View};
 pub(crate) use reading::{ChunkReader, Selection};
 pub(crate) use recording::Recorded;

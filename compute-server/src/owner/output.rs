@@ -10,6 +10,7 @@ use tonic::Status;
 
 use super::ModelHandle;
 use crate::error::Error;
+use crate::requests::ActiveRequest;
 
 /// Messages that may lie ready for a client that is slow to read them.
 const CAPACITY: usize = 32;
@@ -40,7 +41,7 @@ impl<M, T> OutputStream<M, T> {
         handle: &ModelHandle,
         map: impl FnMut(M) -> Step<T> + Send + 'static,
     ) -> (mpsc::Sender<Result<M, Error>>, Self) {
-        let (sender, receiver) = mpsc::channel(CAPACITY);
+        let (sender, receiver) = mpsc::channel(CAPACITY + 1);
         let wake = Arc::clone(&handle.facts().wake);
         (
             sender,
@@ -101,5 +102,14 @@ impl<M, T> Drop for OutputStream<M, T> {
         // The thread looks for closed channels when it is woken.
         self.receiver.close();
         self.wake.notify_one();
+    }
+}
+
+/// Keeps a place behind everything that a slow client has not read yet, for the error that tells it that the work was
+/// given up.
+pub(crate) fn keep_place<M: Send + 'static>(request: &ActiveRequest, output: &mpsc::Sender<Result<M, Error>>) {
+    // The channel is new and empty.
+    if let Ok(place) = output.clone().try_reserve_owned() {
+        request.on_give_up(move |error| drop(place.send(Err(error))));
     }
 }

@@ -150,7 +150,11 @@ impl Owner {
     /// The error of a generation for which there is no page.
     pub(super) fn no_room(&self) -> Error {
         let page = self.shared.pages.usage().page_bytes;
-        match self.budget.reserve("the key/value cache of a generation", page) {
+        match self
+            .budget
+            .server()
+            .reserve("the key/value cache of a generation", page)
+        {
             Err(error) => error,
             Ok(_) => Error::Limit {
                 what: "a further page of a generation's key/value cache".to_owned(),

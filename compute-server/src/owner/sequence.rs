@@ -174,7 +174,7 @@ impl Sequence {
 
     /// Looks whether the client is gone or asked for an end, and sends what waits.
     pub(super) fn poll(&mut self) {
-        if self.request.output.is_closed() {
+        if self.request.output.is_closed() || self.request.request.is_given_up() {
             if !std::mem::replace(&mut self.abandoned, true) && !self.ended {
                 self.request.metrics.abandoned();
             }
@@ -207,6 +207,7 @@ impl Sequence {
         }
         self.request.tokens.push(sampled.token);
         self.request.metrics.generated();
+        self.request.caller.tenant.charge_tokens(1);
         let count = self.completion_tokens();
         self.request.request.advance();
         let progress = self.request.text.push(sampled.token);
@@ -295,7 +296,7 @@ impl Sequence {
                 Ok(()) => {}
                 Err(TrySendError::Full(message)) => {
                     self.outbox.push_front(message);
-                    return;
+                    return self.request.request.set_stalled(true);
                 }
                 Err(TrySendError::Closed(_)) => {
                     self.abandoned = true;
@@ -304,6 +305,7 @@ impl Sequence {
                 }
             }
         }
+        self.request.request.set_stalled(false);
     }
 }
 

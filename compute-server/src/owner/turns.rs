@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
-use crate::caller::Caller;
+use crate::access::Caller;
 use crate::transactions::Connection;
 
 /// Work of several callers. First tenants take turns, then the sessions of a tenant: who has least running is next, and
@@ -39,8 +39,11 @@ impl<'a> FromIterator<&'a Caller> for Running<'a> {
     fn from_iter<I: IntoIterator<Item = &'a Caller>>(callers: I) -> Self {
         let mut running = Self::default();
         for caller in callers {
-            *running.tenants.entry(&caller.tenant).or_default() += 1;
-            *running.sessions.entry((&caller.tenant, caller.session)).or_default() += 1;
+            *running.tenants.entry(caller.name()).or_default() += 1;
+            *running
+                .sessions
+                .entry((&**caller.name(), caller.session()))
+                .or_default() += 1;
         }
         running
     }
@@ -58,13 +61,13 @@ impl<T> TurnQueue<T> {
     /// Position of the work that is next, while `running` runs.
     pub(super) fn next(&self, running: &Running<'_>) -> Option<usize> {
         let rank = |caller: &Caller| {
-            let session = (&*caller.tenant, caller.session);
+            let session = (&**caller.name(), caller.session());
             (
-                running.tenants.get(&*caller.tenant).copied().unwrap_or(0),
-                self.tenants.get(&caller.tenant).copied().unwrap_or(0),
+                running.tenants.get(&**caller.name()).copied().unwrap_or(0),
+                self.tenants.get(caller.name()).copied().unwrap_or(0),
                 running.sessions.get(&session).copied().unwrap_or(0),
                 self.sessions
-                    .get(&(Arc::clone(&caller.tenant), caller.session))
+                    .get(&(Arc::clone(caller.name()), caller.session()))
                     .copied()
                     .unwrap_or(0),
             )
@@ -86,9 +89,9 @@ impl<T> TurnQueue<T> {
     pub(super) fn take(&mut self, at: usize) -> Option<T> {
         let (caller, work) = self.waiting.remove(at)?;
         self.turn += 1;
-        self.tenants.insert(Arc::clone(&caller.tenant), self.turn);
+        self.tenants.insert(Arc::clone(caller.name()), self.turn);
         self.sessions
-            .insert((Arc::clone(&caller.tenant), caller.session), self.turn);
+            .insert((Arc::clone(caller.name()), caller.session()), self.turn);
         self.forget_others();
         Some(work)
     }
@@ -106,7 +109,7 @@ impl<T> TurnQueue<T> {
         let waiting: HashSet<(&str, Connection)> = self
             .waiting
             .iter()
-            .map(|(caller, _)| (&*caller.tenant, caller.session))
+            .map(|(caller, _)| (&**caller.name(), caller.session()))
             .collect();
         self.sessions
             .retain(|(tenant, session), _| waiting.contains(&(&**tenant, *session)));
@@ -120,11 +123,7 @@ mod tests {
     use super::*;
 
     fn caller(tenant: &str, session: Connection) -> Caller {
-        Caller {
-            tenant: tenant.into(),
-            session,
-            deadline: None,
-        }
+        Caller::named(tenant, Some(session))
     }
 
     /// The work in the order of its turns, `width` at a time of which the oldest ends first.
@@ -176,7 +175,7 @@ mod tests {
             assert_eq!(order.len(), 66);
             let of_one = order[..12].iter().filter(|work| **work >= 60).count();
             assert!((5..=6).contains(&of_one), "{width}: {order:?}");
-            let mut sessions: Vec<Connection> = order.iter().map(|work| callers[*work].session).collect();
+            let mut sessions: Vec<Connection> = order.iter().map(|work| callers[*work].session()).collect();
             sessions.retain(|session| *session != 77);
             assert_eq!(
                 sessions[..10].iter().collect::<HashSet<_>>().len(),
@@ -190,7 +189,7 @@ mod tests {
     fn only_callers_that_wait_are_remembered() {
         let callers: Vec<Caller> = (0..5).map(|session| caller("t", session)).collect();
         let mut queue = queue(&callers);
-        assert_eq!(queue.remove_if(|caller, _| caller.session == 3), [3]);
+        assert_eq!(queue.remove_if(|caller, _| caller.session() == 3), [3]);
         order(&mut queue, &callers, 1);
         assert_eq!((queue.len(), queue.tenants.len(), queue.sessions.len()), (0, 0, 0));
     }

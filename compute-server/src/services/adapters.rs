@@ -9,8 +9,9 @@ use candle_models::training::{AdamW, LossScale, checkpoint};
 use candle_models::{Decoder, Model};
 use tonic::{Request, Response, Status};
 
+use super::Service;
 use super::load::Located;
-use super::{Service, connection};
+use crate::access::{Caller, Tenant};
 use crate::app::App;
 use crate::checkpoints;
 use crate::commit_log::{LogBase, Origin, origin};
@@ -28,10 +29,10 @@ impl AdaptersService for Service {
         &self,
         request: Request<v1::CreateAdapterRequest>,
     ) -> Result<Response<v1::CreateAdapterResponse>, Status> {
-        let connection = connection(&request);
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         names::validate("adapter", &request.name)?;
-        let scope = Scope::open(&self.app, request.transaction.as_ref(), connection)?;
+        let scope = Scope::open(&self.app, request.transaction.as_ref(), &caller)?;
         let model = scope.model(&request.model)?;
         let key = ModelKey::new(&request.model, &request.name);
         if scope.named(&key).is_some() {
@@ -44,13 +45,13 @@ impl AdaptersService for Service {
         let source = locate(&self.app, &scope, &request.source)?;
         let slot = self.app.model_slot()?;
         let in_transaction = request.transaction.is_some();
-        let guard = self.app.requests.begin("load", &request.model);
+        let guard = self.app.requests.begin(&caller, "load", &request.model)?;
         guard.set_phase(Phase::Running);
         let (app, base) = (Arc::clone(&self.app), model.clone());
-        let made = tokio::task::spawn_blocking(move || make(&app, base, request, source)).await;
+        let made = tokio::task::spawn_blocking(move || make(&app, base, request, source, caller.tenant)).await;
         let mut new = made.map_err(|error| Error::Internal(format!("making an adapter failed: {error}")))??;
         new.slot = Some(slot);
-        let adapter = ModelHandle::start(new, self.app.config.limits, Arc::clone(&self.app.memory))?;
+        let adapter = ModelHandle::start(new, self.app.config.limits)?;
         scope.push(WriteKind::CreateModel(adapter.clone()))?;
         let row = describe(&adapter, &scope.view(), in_transaction);
         scope.close().await?;
@@ -77,9 +78,9 @@ impl AdaptersService for Service {
         &self,
         request: Request<v1::MergeAdapterRequest>,
     ) -> Result<Response<v1::MergeAdapterResponse>, Status> {
-        let connection = connection(&request);
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
-        let scope = Scope::open(&self.app, request.transaction.as_ref(), connection)?;
+        let scope = Scope::open(&self.app, request.transaction.as_ref(), &caller)?;
         let model = scope.model(&request.model)?;
         let adapter = scope.find(&request.model, &required("name", &request.name)?)?;
         let ticket = scope.ticket();
@@ -101,9 +102,9 @@ impl AdaptersService for Service {
         &self,
         request: Request<v1::DropAdapterRequest>,
     ) -> Result<Response<v1::DropAdapterResponse>, Status> {
-        let connection = connection(&request);
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
-        let scope = Scope::open(&self.app, request.transaction.as_ref(), connection)?;
+        let scope = Scope::open(&self.app, request.transaction.as_ref(), &caller)?;
         let key = ModelKey::new(&request.model, &required("name", &request.name)?);
         let write = match scope.named(&key) {
             Some(adapter) => WriteKind::DropModel(adapter),
@@ -160,12 +161,13 @@ pub(crate) fn make(
     base: ModelHandle,
     request: v1::CreateAdapterRequest,
     source: Located,
+    tenant: Arc<Tenant>,
 ) -> Result<NewModel> {
     let facts = base.facts();
     let given_seed = request.seed;
     let seed = given_seed.unwrap_or(0);
     let log_base = match app.log {
-        Some(_) => Some(log_base(app, &base, &request, &source)?),
+        Some(_) => Some(log_base(app, &base, &request, &source, tenant.name())?),
         None => None,
     };
     let (mut loss_scale, mut stored_seed) = (LossScale::default(), 0);
@@ -193,7 +195,7 @@ pub(crate) fn make(
     };
     check_given(&decoder, &request)?;
     let memory = decoder.memory_bytes() + optimizer.memory_bytes();
-    let memory = app.memory.reserve("an adapter", memory)?;
+    let memory = tenant.memory().reserve("an adapter", memory)?;
     let settings = facts.base.read().settings.clone();
     let seed = request.source.is_empty().then_some(seed);
     Ok(NewModel {
@@ -214,6 +216,7 @@ pub(crate) fn make(
         dropout_seed: given_seed.map_or(stored_seed, |seed| seed as u64),
         settings,
         log,
+        tenant,
         memory,
         slot: None,
         logged: None,
@@ -222,7 +225,13 @@ pub(crate) fn make(
 }
 
 /// How the commit log makes an adapter again.
-fn log_base(app: &App, model: &ModelHandle, request: &v1::CreateAdapterRequest, source: &Located) -> Result<NewBase> {
+fn log_base(
+    app: &App,
+    model: &ModelHandle,
+    request: &v1::CreateAdapterRequest,
+    source: &Located,
+    tenant: &str,
+) -> Result<NewBase> {
     let (mut files, mut kind) = (None, None);
     match source {
         Located::Nothing | Located::Tokenizer(_) => kind = Some(origin::Kind::Created(String::new())),
@@ -245,6 +254,7 @@ fn log_base(app: &App, model: &ModelHandle, request: &v1::CreateAdapterRequest, 
                 ..request.clone()
             }),
             of: model.id(),
+            tenant: tenant.to_owned(),
         },
         files,
     })

@@ -7,6 +7,7 @@ use candle_kernels_cpu::benchmark::{self, Measurement};
 use tokio::sync::{Notify, mpsc};
 use tonic::Status;
 
+use crate::access::Caller;
 use crate::app::App;
 use crate::error::{Error, Result};
 use crate::requests::{Phase, RequestGuard};
@@ -16,7 +17,7 @@ type Message = Result<v1::RunKernelBenchmarksResponse, Status>;
 
 /// Starts to measure the named kernels (all where there are none), once no other run is under way. The run ends when the
 /// receiver is dropped or the request is cancelled.
-pub(super) fn start(app: &Arc<App>, kernels: Vec<String>) -> Result<mpsc::Receiver<Message>> {
+pub(super) fn start(app: &Arc<App>, caller: &Caller, kernels: Vec<String>) -> Result<mpsc::Receiver<Message>> {
     let known = benchmark::kernels();
     if let Some(unknown) = kernels.iter().find(|name| !known.contains(&name.as_str())) {
         let name: String = unknown.chars().take(40).collect();
@@ -25,7 +26,7 @@ pub(super) fn start(app: &Arc<App>, kernels: Vec<String>) -> Result<mpsc::Receiv
     }
     // Room for all figures and an error, so that a client that reads slowly holds up nobody.
     let (sender, receiver) = mpsc::channel(benchmark::count(&|kernel| is_wanted(&kernels, kernel)) + 1);
-    let guard = app.requests.begin("benchmark", "");
+    let guard = app.requests.begin(caller, "benchmark", "")?;
     let cancelled = Arc::new(Notify::new());
     guard.wake_on_cancel(Arc::clone(&cancelled));
     let turn = Arc::clone(&app.benchmarking);

@@ -4,7 +4,8 @@ use candle_compute_proto::v1;
 use candle_compute_proto::v1::checkpoints_service_server::CheckpointsService;
 use tonic::{Request, Response, Status};
 
-use super::{Service, connection};
+use super::Service;
+use crate::access::Caller;
 use crate::checkpoints;
 use crate::error::Error;
 use crate::names::{MAX_NAME_CHARACTERS, ModelKey};
@@ -16,12 +17,12 @@ impl CheckpointsService for Service {
         &self,
         request: Request<v1::CreateCheckpointRequest>,
     ) -> Result<Response<v1::CreateCheckpointResponse>, Status> {
-        let connection = connection(&request);
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         if request.tag.chars().count() > MAX_NAME_CHARACTERS {
             return Err(Error::invalid(format!("the tag has more than {MAX_NAME_CHARACTERS} characters")).into());
         }
-        let scope = Scope::open(&self.app, request.transaction.as_ref(), connection)?;
+        let scope = Scope::open(&self.app, request.transaction.as_ref(), &caller)?;
         let model = scope.find(&request.model, &request.adapter)?;
         let step = model.describe(&scope.view()).step;
         let key = (model.key().to_text(), step);
@@ -31,7 +32,7 @@ impl CheckpointsService for Service {
         {
             return Err(checkpoints::taken(&key).into());
         }
-        let guard = self.app.requests.begin("checkpoint", &request.model);
+        let guard = self.app.requests.begin(&caller, "checkpoint", &request.model)?;
         let (view, tag) = (scope.view(), request.tag);
         let saving = model.call(move |owner| owner.begin_saving(&view, &tag)).await?;
         let files = saving
@@ -64,9 +65,9 @@ impl CheckpointsService for Service {
         &self,
         request: Request<v1::DeleteCheckpointRequest>,
     ) -> Result<Response<v1::DeleteCheckpointResponse>, Status> {
-        let connection = connection(&request);
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
-        let scope = Scope::open(&self.app, request.transaction.as_ref(), connection)?;
+        let scope = Scope::open(&self.app, request.transaction.as_ref(), &caller)?;
         let key = (ModelKey::new(&request.model, &request.adapter).to_text(), request.step);
         if scope
             .reader()

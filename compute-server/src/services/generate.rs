@@ -8,10 +8,10 @@ use candle_models::{ChatMessage, CompletionText, Sampler, SamplingOptions, Token
 
 use super::inputs::{token_ids, tokenizer};
 use super::placement::{Placement, place};
+use crate::access::Caller;
 use crate::app::App;
-use crate::caller::Caller;
 use crate::error::{Error, Result};
-use crate::owner::{GenerationRequest, ModelHandle, OutputStream, Step};
+use crate::owner::{GenerationRequest, ModelHandle, OutputStream, Step, keep_place};
 use crate::transactions::Reader;
 
 /// Tokens generated when a request does not say how many.
@@ -52,7 +52,9 @@ pub(crate) async fn start(app: &Arc<App>, caller: Caller, request: v1::GenerateR
             _ => Step::Next(message),
         }
     });
-    let guard = Arc::new(app.requests.begin("generate", model.name()));
+    caller.tenant.admit_tokens(tokens.len())?;
+    let guard = Arc::new(app.requests.begin(&caller, "generate", model.name())?);
+    keep_place(&guard, &output);
     guard.set_progress(0, u64::from(choices) * max_tokens as u64);
     let completion = |choice: u32| {
         let seed = sampling.seed.wrapping_add(u64::from(choice));

@@ -7,7 +7,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::inputs::{check_sequence, token_ids, tokenizer};
 use super::placement::{Placement, place};
 use super::{ResponseStream, Service, generate, texts};
-use crate::caller::Caller;
+use crate::access::Caller;
 use crate::chunks::Assembly;
 use crate::error::{Error, Result};
 use crate::owner::{OutputStream, Step};
@@ -21,7 +21,7 @@ impl InferenceService for Service {
     type ForwardStream = OutputStream<v1::ReadGradientsResponse, v1::ForwardResponse>;
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        let caller = Caller::of(&request);
+        let caller = Caller::of(&request)?;
         let stream = generate::start(&self.app, caller, request.into_inner()).await?;
         Ok(Response::new(stream))
     }
@@ -76,6 +76,7 @@ impl InferenceService for Service {
     }
 
     async fn score(&self, request: Request<v1::ScoreRequest>) -> Result<Response<v1::ScoreResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let reader = Reader::open(&self.app, request.transaction.as_ref())?;
         let Placement {
@@ -89,7 +90,8 @@ impl InferenceService for Service {
             None => return Err(Error::invalid("input or tokens is required").into()),
         };
         check_sequence(&self.app, &model, &ids)?;
-        let guard = self.app.requests.begin("score", model.name());
+        caller.tenant.admit_tokens(ids.len())?;
+        let guard = self.app.requests.begin(&caller, "score", model.name())?;
         let scored = model.start_work(move |owner, reply| {
             guard.set_phase(Phase::Running);
             let scores = owner.score(&view, adapter.as_ref(), &ids, &|| {
@@ -122,12 +124,14 @@ impl InferenceService for Service {
     }
 
     async fn forward(&self, request: Request<v1::ForwardRequest>) -> Result<Response<Self::ForwardStream>, Status> {
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let reader = Reader::open(&self.app, request.transaction.as_ref())?;
         let model = reader.find(&request.model, &request.adapter)?;
         let ids = token_ids(&request.token_ids, model.facts().decoder_config.vocabulary)?;
         check_sequence(&self.app, &model, &ids)?;
-        let guard = self.app.requests.begin("forward", model.name());
+        caller.tenant.admit_tokens(ids.len())?;
+        let guard = self.app.requests.begin(&caller, "forward", model.name())?;
         let (output, stream) =
             OutputStream::channel(&model, |message: v1::ReadGradientsResponse| match message.chunk {
                 Some(chunk) => Step::Next(v1::ForwardResponse { chunk: Some(chunk) }),

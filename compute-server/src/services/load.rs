@@ -9,11 +9,12 @@ use candle_models::training::{AdamW, LossScale, checkpoint};
 use candle_models::{DecoderConfig, Device, LoadOptions, Model, Tokenizer};
 use serde_json::{Map, Value};
 
+use crate::access::Tenant;
 use crate::app::App;
 use crate::commit_log::{LogBase, Origin, origin};
 use crate::data_folder;
 use crate::error::{Error, Result};
-use crate::memory::Reservation;
+use crate::memory::{MemoryBudget, Reservation};
 use crate::owner::{NewBase, NewModel, TrainingSettings, log_row_from_json};
 use crate::sources::{self, Source};
 use crate::transactions::Reader;
@@ -25,6 +26,8 @@ pub(crate) struct Loading {
     pub(crate) config: Map<String, Value>,
     pub(crate) source: Located,
     pub(crate) device: Device,
+    /// Whose memory it takes.
+    pub(crate) tenant: Arc<Tenant>,
 }
 
 /// Where the weights are.
@@ -73,7 +76,9 @@ pub(crate) fn load(app: &Arc<App>, loading: Loading) -> Result<NewModel> {
         config,
         source,
         device,
+        tenant,
     } = loading;
+    let budget = tenant.memory();
     let digest = match (&source, &app.log) {
         (Located::Files(path), Some(_)) => Some(sources::begin_digest(path)),
         _ => None,
@@ -86,11 +91,11 @@ pub(crate) fn load(app: &Arc<App>, loading: Loading) -> Result<NewModel> {
     };
     let (mut model, trained, memory) = match &source {
         Located::Nothing => {
-            let (model, memory) = create(app, &options, None)?;
+            let (model, memory) = create(app, budget, &options, None)?;
             (model, Trained::default(), memory)
         }
         Located::Tokenizer(json) => {
-            let (model, memory) = create(app, &options, Some(json))?;
+            let (model, memory) = create(app, budget, &options, Some(json))?;
             (model, Trained::default(), memory)
         }
         Located::Files(path) => {
@@ -99,12 +104,12 @@ pub(crate) fn load(app: &Arc<App>, loading: Loading) -> Result<NewModel> {
                     "\"tokenizer\" is for models made from nothing; this one brings its own",
                 ));
             }
-            let memory = app.memory.reserve("loading the model", sources::size(path))?;
+            let memory = budget.reserve("loading the model", sources::size(path))?;
             let model =
                 Model::load(path, &options).map_err(|error| sources::relative(error, &app.config.models_dir))?;
             (model, Trained::default(), memory)
         }
-        Located::Checkpoint(path) => restore(app, &request.name, path, &options)?,
+        Located::Checkpoint(path) => restore(app, budget, &request.name, path, &options)?,
     };
     let mut memory = memory;
     memory.resize(
@@ -112,7 +117,7 @@ pub(crate) fn load(app: &Arc<App>, loading: Loading) -> Result<NewModel> {
         model.decoder.memory_bytes() + trained.optimizer.memory_bytes(),
     )?;
     let base = match app.log {
-        Some(_) => Some(base(app, &request, &source, &model, digest)?),
+        Some(_) => Some(base(app, &request, &source, &model, digest, tenant.name())?),
         None => None,
     };
     let mut fields = model.config.as_object().cloned().unwrap_or_default();
@@ -134,6 +139,7 @@ pub(crate) fn load(app: &Arc<App>, loading: Loading) -> Result<NewModel> {
         dropout_seed: request.seed.map_or(trained.seed, |seed| seed as u64),
         settings,
         log: trained.log,
+        tenant,
         memory,
         slot: None,
         logged: None,
@@ -148,6 +154,7 @@ fn base(
     source: &Located,
     model: &Model,
     digest: Option<sources::Digest>,
+    tenant: &str,
 ) -> Result<NewBase> {
     let (mut files, mut origin) = (None, None);
     match (source, digest) {
@@ -178,6 +185,7 @@ fn base(
             origin: Some(Origin { kind: origin }),
             adapter: None,
             of: 0,
+            tenant: tenant.to_owned(),
         },
         files,
     })
@@ -193,7 +201,12 @@ struct Trained {
     seed: u64,
 }
 
-fn create(app: &App, options: &LoadOptions, kept: Option<&str>) -> Result<(Model, Reservation)> {
+fn create(
+    app: &App,
+    budget: &Arc<MemoryBudget>,
+    options: &LoadOptions,
+    kept: Option<&str>,
+) -> Result<(Model, Reservation)> {
     let tokenizer = match (kept, options.config.get("tokenizer")) {
         (Some(""), _) | (None, None | Some(Value::Null)) => None,
         (Some(json), _) => Some(Arc::new(Tokenizer::from_json(json)?)),
@@ -206,7 +219,7 @@ fn create(app: &App, options: &LoadOptions, kept: Option<&str>) -> Result<(Model
     };
     let size = tokenizer.as_ref().map(|tokenizer| tokenizer.vocabulary_size());
     let shape = config::from_settings(&options.config, size)?;
-    let memory = app.memory.reserve("the weights of the model", weight_bytes(&shape))?;
+    let memory = budget.reserve("the weights of the model", weight_bytes(&shape))?;
     Ok((Model::create(options, tokenizer)?, memory))
 }
 
@@ -221,14 +234,20 @@ fn weight_bytes(config: &DecoderConfig) -> u64 {
     u64::try_from(4 * parameters).unwrap_or(u64::MAX)
 }
 
-fn restore(app: &App, name: &str, path: &Path, options: &LoadOptions) -> Result<(Model, Trained, Reservation)> {
+fn restore(
+    app: &App,
+    budget: &Arc<MemoryBudget>,
+    name: &str,
+    path: &Path,
+    options: &LoadOptions,
+) -> Result<(Model, Trained, Reservation)> {
     if options.dtype.as_deref().is_some_and(|dtype| dtype != "f32") {
         return Err(Error::Model(candle_models::Error::Unsupported(
             "a checkpoint is restored as f32, so that training can go on".to_owned(),
         )));
     }
     let given = config::normalize_settings(&options.config)?;
-    let memory = app.memory.reserve("restoring the checkpoint", sources::size(path))?;
+    let memory = budget.reserve("restoring the checkpoint", sources::size(path))?;
     let mut restored =
         checkpoint::load(path, &options.device).map_err(|error| sources::relative(error, &app.config.data_dir))?;
     let mut fields = restored.model.config.as_object().cloned().unwrap_or_default();

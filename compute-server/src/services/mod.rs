@@ -27,12 +27,10 @@ use candle_compute_proto::v1::telemetry_service_server::TelemetryServiceServer;
 use candle_compute_proto::v1::training_service_server::TrainingServiceServer;
 use candle_compute_proto::v1::transactions_service_server::TransactionsServiceServer;
 use tokio_stream::Stream;
+use tonic::Status;
 use tonic::service::Routes;
-use tonic::{Request, Status};
 
 use crate::app::App;
-use crate::connections::ConnectionInfo;
-use crate::transactions::Connection;
 
 pub(crate) use adapters::make as make_adapter;
 pub(crate) use load::{Loading, Located, load, parse_config};
@@ -68,9 +66,4 @@ pub(crate) fn routes(app: &Arc<App>) -> Routes {
         .add_service(CheckpointsServiceServer::new(service.clone()).max_decoding_message_size(limit))
         .add_service(TransactionsServiceServer::new(service.clone()).max_decoding_message_size(limit))
         .add_service(TelemetryServiceServer::new(service).max_decoding_message_size(limit))
-}
-
-/// The connection that a request came on.
-fn connection<T>(request: &Request<T>) -> Option<Connection> {
-    request.extensions().get::<ConnectionInfo>().map(|info| info.id)
 }

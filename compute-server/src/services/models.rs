@@ -7,8 +7,9 @@ use candle_models::config::{self, TRAINING_FIELDS};
 use serde_json::{Map, Value};
 use tonic::{Request, Response, Status, Streaming};
 
+use super::Service;
 use super::load::{self, Loading};
-use super::{Service, connection};
+use crate::access::Caller;
 use crate::devices;
 use crate::error::{Error, Result};
 use crate::names::{self, ModelKey};
@@ -25,7 +26,7 @@ impl ModelsService for Service {
         &self,
         request: Request<v1::LoadModelRequest>,
     ) -> Result<Response<v1::LoadModelResponse>, Status> {
-        let connection = connection(&request);
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         names::validate("model", &request.name)?;
         let device = if request.device.is_empty() {
@@ -35,7 +36,7 @@ impl ModelsService for Service {
         };
         let device = devices::open(device)?;
         let config = load::parse_config(&request.config_json)?;
-        let scope = Scope::open(&self.app, request.transaction.as_ref(), connection)?;
+        let scope = Scope::open(&self.app, request.transaction.as_ref(), &caller)?;
         if scope.named(&ModelKey::new(&request.name, "")).is_some() {
             return Err(Error::NameTaken {
                 kind: "model",
@@ -51,7 +52,7 @@ impl ModelsService for Service {
         };
         let slot = self.app.model_slot()?;
         let in_transaction = request.transaction.is_some();
-        let guard = self.app.requests.begin("load", &request.name);
+        let guard = self.app.requests.begin(&caller, "load", &request.name)?;
         guard.set_phase(Phase::Running);
         let (app, loading) = (
             std::sync::Arc::clone(&self.app),
@@ -60,12 +61,13 @@ impl ModelsService for Service {
                 config,
                 source,
                 device,
+                tenant: std::sync::Arc::clone(&caller.tenant),
             },
         );
         let loaded = tokio::task::spawn_blocking(move || load::load(&app, loading)).await;
         let mut new = loaded.map_err(|error| Error::Internal(format!("loading failed: {error}")))??;
         new.slot = Some(slot);
-        let model = ModelHandle::start(new, self.app.config.limits, std::sync::Arc::clone(&self.app.memory))?;
+        let model = ModelHandle::start(new, self.app.config.limits)?;
         scope.push(WriteKind::CreateModel(model.clone()))?;
         let row = describe(&model, &scope.view(), in_transaction);
         scope.close().await?;
@@ -97,9 +99,9 @@ impl ModelsService for Service {
         &self,
         request: Request<v1::UpdateModelRequest>,
     ) -> Result<Response<v1::UpdateModelResponse>, Status> {
-        let connection = connection(&request);
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
-        let scope = Scope::open(&self.app, request.transaction.as_ref(), connection)?;
+        let scope = Scope::open(&self.app, request.transaction.as_ref(), &caller)?;
         let model = scope.model(&request.name)?;
         let settings = new_settings(&model.facts().config, load::parse_config(&request.config_json)?)?;
         scope
@@ -131,9 +133,9 @@ impl ModelsService for Service {
         &self,
         request: Request<v1::UnloadModelRequest>,
     ) -> Result<Response<v1::UnloadModelResponse>, Status> {
-        let connection = connection(&request);
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
-        let scope = Scope::open(&self.app, request.transaction.as_ref(), connection)?;
+        let scope = Scope::open(&self.app, request.transaction.as_ref(), &caller)?;
         let key = ModelKey::new(&request.name, "");
         if scope.named(&key).is_none() && self.app.registry.unavailable(&key).is_some() {
             scope.push(WriteKind::DropUnavailable(key))?;

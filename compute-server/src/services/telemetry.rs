@@ -7,6 +7,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::tracking::Tracked;
 use super::{ResponseStream, Service, benchmarks};
+use crate::access::Caller;
 use crate::devices;
 use crate::error::Error;
 use crate::metrics;
@@ -36,9 +37,11 @@ impl TelemetryService for Service {
 
     async fn list_requests(
         &self,
-        _request: Request<v1::ListRequestsRequest>,
+        request: Request<v1::ListRequestsRequest>,
     ) -> Result<Response<v1::ListRequestsResponse>, Status> {
-        let requests = self.app.requests.list();
+        let caller = Caller::of(&request)?;
+        let mut requests = self.app.requests.list();
+        requests.retain(|request| caller.may_manage(request.tenant.name()));
         let rows = requests.iter().map(|request| {
             let (done, total) = request.progress();
             v1::ActiveRequest {
@@ -49,6 +52,7 @@ impl TelemetryService for Service {
                 done,
                 total,
                 started_at: Some(request.started_at.into()),
+                tenant: request.tenant.name().to_string(),
             }
         });
         Ok(Response::new(v1::ListRequestsResponse {
@@ -70,10 +74,11 @@ impl TelemetryService for Service {
         &self,
         request: Request<Streaming<v1::TrackRequestRequest>>,
     ) -> Result<Response<Self::TrackRequestStream>, Status> {
+        let caller = Caller::of(&request)?;
         let mut messages = request.into_inner();
         let first = messages.message().await?;
         let first = first.ok_or_else(|| Error::invalid("the stream is empty"))?;
-        let tracked = Tracked::begin(&self.app.requests, &first)?;
+        let tracked = Tracked::begin(&self.app.requests, &caller, &first)?;
         Ok(Response::new(tracked.follow(messages)))
     }
 
@@ -81,8 +86,9 @@ impl TelemetryService for Service {
         &self,
         request: Request<v1::CancelRequestRequest>,
     ) -> Result<Response<v1::CancelRequestResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let id = request.into_inner().id;
-        match self.app.requests.cancel(&id) {
+        match self.app.requests.cancel(&caller, &id) {
             true => Ok(Response::new(v1::CancelRequestResponse {})),
             false => Err(Error::NotFound {
                 kind: "running request",
@@ -96,7 +102,8 @@ impl TelemetryService for Service {
         &self,
         request: Request<v1::RunKernelBenchmarksRequest>,
     ) -> Result<Response<Self::RunKernelBenchmarksStream>, Status> {
-        let figures = benchmarks::start(&self.app, request.into_inner().kernels)?;
+        let caller = Caller::of(&request)?;
+        let figures = benchmarks::start(&self.app, &caller, request.into_inner().kernels)?;
         Ok(Response::new(Box::pin(ReceiverStream::new(figures))))
     }
 }

@@ -7,6 +7,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
+use crate::access::Caller;
 use crate::error::{Error, Result};
 use crate::names;
 use crate::requests::{Phase, RequestGuard, Requests};
@@ -28,14 +29,14 @@ impl Tracked {
     ///
     /// # Errors
     /// `InvalidArgument` for an unknown kind or phase.
-    pub(super) fn begin(requests: &Arc<Requests>, first: &v1::TrackRequestRequest) -> Result<Self> {
+    pub(super) fn begin(requests: &Arc<Requests>, caller: &Caller, first: &v1::TrackRequestRequest) -> Result<Self> {
         let kind = KINDS.iter().find(|kind| **kind == first.kind).ok_or_else(|| {
             let shown: String = first.kind.chars().take(40).collect();
             Error::invalid(format!("kind is {shown:?}; it must be one of {}", KINDS.join(", ")))
         })?;
         names::validate("model", &first.model)?;
         let tracked = Self {
-            request: requests.begin(kind, &first.model),
+            request: requests.begin_tracking(caller, kind, &first.model),
             cancelled: Arc::default(),
         };
         tracked.request.wake_on_cancel(Arc::clone(&tracked.cancelled));

@@ -6,7 +6,8 @@ use candle_models::ParameterInfo;
 use candle_models::training::{Gradient, TrainingSequence};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{ResponseStream, Service, connection, losses};
+use super::{ResponseStream, Service, losses};
+use crate::access::Caller;
 use crate::chunks;
 use crate::error::{Error, Result};
 use crate::names::ModelKey;
@@ -32,17 +33,17 @@ impl TrainingService for Service {
         &self,
         request: Request<v1::AccumulateBatchesRequest>,
     ) -> Result<Response<v1::AccumulateBatchesResponse>, Status> {
-        let connection = connection(&request);
+        let caller = Caller::of(&request)?;
         let v1::AccumulateBatchesRequest {
             transaction,
             model,
             sequences,
             adapter,
         } = request.into_inner();
-        let scope = Scope::open(&self.app, transaction.as_ref(), connection)?;
+        let scope = Scope::open(&self.app, transaction.as_ref(), &caller)?;
         let handle = scope.find(&model, &adapter)?;
         let target = Target::Stage(scope.ticket());
-        let work = self.training_request(&handle, sequences, target)?;
+        let work = self.training_request(&caller, &handle, sequences, target)?;
         let trained = scope.train(&handle, work).await?;
         scope.close().await?;
         let losses = trained.losses.iter().map(loss_to_proto).collect();
@@ -67,6 +68,7 @@ impl TrainingService for Service {
     }
 
     async fn backward(&self, request: Request<v1::BackwardRequest>) -> Result<Response<Self::BackwardStream>, Status> {
+        let caller = Caller::of(&request)?;
         let v1::BackwardRequest {
             transaction,
             model,
@@ -76,7 +78,7 @@ impl TrainingService for Service {
         } = request.into_inner();
         let reader = Reader::open(&self.app, transaction.as_ref())?;
         let handle = reader.find(&model, &adapter)?;
-        let work = self.training_request(&handle, sequences, Target::Return(reader.view()))?;
+        let work = self.training_request(&caller, &handle, sequences, Target::Return(reader.view()))?;
         let trained = handle
             .start_work(move |owner, reply| owner.submit_training(work, reply))
             .await?;
@@ -101,6 +103,7 @@ impl TrainingService for Service {
         &self,
         request: Request<v1::ComputeLossesRequest>,
     ) -> Result<Response<v1::ComputeLossesResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let v1::ComputeLossesRequest {
             transaction,
             model,
@@ -110,7 +113,7 @@ impl TrainingService for Service {
         let reader = Reader::open(&self.app, transaction.as_ref())?;
         let handle = reader.find(&model, &adapter)?;
         let sequences = self.check_sequences(&handle, &sequences)?;
-        let request = self.app.requests.begin("losses", model.as_str());
+        let request = self.app.requests.begin(&caller, "losses", model.as_str())?;
         let losses = losses::compute(&handle, reader.view(), sequences, request).await?;
         Ok(Response::new(v1::ComputeLossesResponse { losses }))
     }
@@ -143,14 +146,14 @@ impl TrainingService for Service {
         &self,
         request: Request<Streaming<v1::MergeGradientsRequest>>,
     ) -> Result<Response<v1::MergeGradientsResponse>, Status> {
-        let connection = connection(&request);
+        let caller = Caller::of(&request)?;
         let mut messages = request.into_inner();
         let first = first_message(&mut messages).await?;
-        let scope = Scope::open(&self.app, first.transaction.as_ref(), connection)?;
+        let scope = Scope::open(&self.app, first.transaction.as_ref(), &caller)?;
         let handle = scope.find(&first.model, &first.adapter)?;
-        let guard = self.app.requests.begin("merge", &first.model);
+        let guard = self.app.requests.begin(&caller, "merge", &first.model)?;
         let set = first.set_id;
-        let mut held = self.app.memory.reserve(RECEIVED, 0)?;
+        let mut held = caller.tenant.memory().reserve(RECEIVED, 0)?;
         let mut chunks = Vec::new();
         let mut next = Some(first);
         while let Some(message) = next {
@@ -176,12 +179,12 @@ impl TrainingService for Service {
         &self,
         request: Request<Streaming<v1::WriteParametersRequest>>,
     ) -> Result<Response<v1::WriteParametersResponse>, Status> {
-        let connection = connection(&request);
+        let caller = Caller::of(&request)?;
         let mut messages = request.into_inner();
         let first = first_message(&mut messages).await?;
-        let scope = Scope::open(&self.app, first.transaction.as_ref(), connection)?;
+        let scope = Scope::open(&self.app, first.transaction.as_ref(), &caller)?;
         let handle = scope.find(&first.model, &first.adapter)?;
-        let mut held = self.app.memory.reserve(RECEIVED, 0)?;
+        let mut held = caller.tenant.memory().reserve(RECEIVED, 0)?;
         let mut writes = Vec::new();
         let mut next = Some(first);
         while let Some(message) = next {
@@ -206,9 +209,9 @@ impl TrainingService for Service {
         &self,
         request: Request<v1::ZeroGradientsRequest>,
     ) -> Result<Response<v1::ZeroGradientsResponse>, Status> {
-        let connection = connection(&request);
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
-        let scope = Scope::open(&self.app, request.transaction.as_ref(), connection)?;
+        let scope = Scope::open(&self.app, request.transaction.as_ref(), &caller)?;
         let model = scope.find(&request.model, &request.adapter)?;
         scope
             .change_settled(&model, |owner, ticket| owner.stage_zero(ticket))
@@ -218,16 +221,16 @@ impl TrainingService for Service {
     }
 
     async fn step(&self, request: Request<v1::StepRequest>) -> Result<Response<v1::StepResponse>, Status> {
-        let connection = connection(&request);
+        let caller = Caller::of(&request)?;
         let v1::StepRequest {
             transaction,
             model,
             options,
             adapter,
         } = request.into_inner();
-        let scope = Scope::open(&self.app, transaction.as_ref(), connection)?;
+        let scope = Scope::open(&self.app, transaction.as_ref(), &caller)?;
         let handle = scope.find(&model, &adapter)?;
-        let guard = self.app.requests.begin("step", &model);
+        let guard = self.app.requests.begin(&caller, "step", &model)?;
         let options = options.unwrap_or_default();
         let step = scope
             .change_settled(&handle, move |owner, ticket| owner.stage_step(ticket, &options))
@@ -272,6 +275,7 @@ impl Service {
     /// Checks sequences.
     fn training_request(
         &self,
+        caller: &Caller,
         model: &ModelHandle,
         rows: Vec<v1::Sequence>,
         target: Target,
@@ -281,7 +285,7 @@ impl Service {
             target,
             sequences,
             rows,
-            request: self.app.requests.begin("batch", model.name()),
+            request: self.app.requests.begin(caller, "batch", model.name())?,
         })
     }
 }

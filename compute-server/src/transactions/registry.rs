@@ -4,7 +4,9 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use super::committing::AUTOMATIC;
 use super::transaction::{Connection, Transaction};
+use crate::access::Caller;
 use crate::error::{Error, Result};
 use crate::names;
 use crate::owner::TransactionId;
@@ -48,11 +50,12 @@ impl Transactions {
     /// The open transaction called `id`, begun if need be.
     ///
     /// # Errors
-    /// `Limit` when too many are open, `Stale` when `id` was published already.
-    pub(super) fn find_or_begin(&self, id: &str, connection: Option<Connection>) -> Result<Arc<Transaction>> {
+    /// `Limit` when too many are open, `Stale` when `id` was published already, `NotFound` when it is another tenant's.
+    pub(super) fn find_or_begin(&self, id: &str, caller: &Caller) -> Result<Arc<Transaction>> {
         names::validate("transaction", id)?;
         let mut open = self.lock();
         if let Some(transaction) = open.get(id) {
+            transaction.check_tenant(caller)?;
             return Ok(Arc::clone(transaction));
         }
         if self.published(id).is_some() {
@@ -66,9 +69,20 @@ impl Transactions {
             });
         }
         let id: TransactionId = id.into();
-        let transaction = Arc::new(Transaction::new(Arc::clone(&id), connection));
+        // One that the server begins for a single call ends with the call.
+        let connection = caller.connection.filter(|_| !id.starts_with(AUTOMATIC));
+        let transaction = Arc::new(Transaction::new(Arc::clone(&id), caller, connection));
         open.insert(id, Arc::clone(&transaction));
         Ok(transaction)
+    }
+
+    /// Refuses callers who may not end the transaction called `id`.
+    ///
+    /// # Errors
+    /// `NotFound` when it is another tenant's.
+    pub(crate) fn check_tenant(&self, id: &str, caller: &Caller) -> Result<()> {
+        self.find(id)
+            .map_or(Ok(()), |transaction| transaction.check_tenant(caller))
     }
 
     /// Number of open transactions.

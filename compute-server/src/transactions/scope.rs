@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use candle_compute_proto::v1;
 
 use super::committing::AUTOMATIC;
-use super::transaction::{Connection, Transaction, Write, WriteKind};
+use super::transaction::{Transaction, Write, WriteKind};
+use crate::access::Caller;
 use crate::app::App;
 use crate::error::{Error, Result};
 use crate::names::ModelKey;
@@ -173,20 +174,16 @@ impl Scope {
     /// # Errors
     /// `Limit` when too many transactions are open, `Stale` for one that has ended, `InvalidArgument` for an id that is
     /// empty or too long.
-    pub(crate) fn open(
-        app: &Arc<App>,
-        context: Option<&v1::TransactionContext>,
-        connection: Option<Connection>,
-    ) -> Result<Self> {
+    pub(crate) fn open(app: &Arc<App>, context: Option<&v1::TransactionContext>, caller: &Caller) -> Result<Self> {
         let automatic = context.is_none();
         let (transaction, subtransaction) = match context {
             Some(context) => {
-                let transaction = app.transactions.find_or_begin(&context.transaction_id, connection)?;
+                let transaction = app.transactions.find_or_begin(&context.transaction_id, caller)?;
                 (transaction, context.subtransaction_id.max(1))
             }
             None => {
                 let id = format!("{AUTOMATIC}{}", NEXT_AUTOMATIC.fetch_add(1, Ordering::Relaxed));
-                (app.transactions.find_or_begin(&id, None)?, 1)
+                (app.transactions.find_or_begin(&id, caller)?, 1)
             }
         };
         transaction.enter()?;

@@ -1,8 +1,9 @@
 //! One open transaction.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::access::Caller;
 use crate::checkpoints::{Key, StagedCheckpoint};
 use crate::error::{Error, Result};
 use crate::names::ModelKey;
@@ -17,6 +18,8 @@ pub(crate) struct Transaction {
     pub(crate) id: TransactionId,
     /// The connection that began it; the transaction ends with it.
     pub(crate) connection: Option<Connection>,
+    /// The tenant that began it; no other can write to it or end it.
+    tenant: Arc<str>,
     state: Mutex<State>,
 }
 
@@ -61,7 +64,7 @@ pub(crate) enum WriteKind {
 }
 
 impl Transaction {
-    pub(super) fn new(id: TransactionId, connection: Option<Connection>) -> Self {
+    pub(super) fn new(id: TransactionId, caller: &Caller, connection: Option<Connection>) -> Self {
         let state = State {
             writes: Vec::new(),
             phase: Phase::Open,
@@ -71,7 +74,22 @@ impl Transaction {
         Self {
             id,
             connection,
+            tenant: Arc::clone(caller.name()),
             state: Mutex::new(state),
+        }
+    }
+
+    /// Refuses the callers of other tenants.
+    ///
+    /// # Errors
+    /// `NotFound`, as if there were none.
+    pub(super) fn check_tenant(&self, caller: &Caller) -> Result<()> {
+        match self.tenant == *caller.name() {
+            true => Ok(()),
+            false => Err(Error::NotFound {
+                kind: "transaction",
+                name: self.id.to_string(),
+            }),
         }
     }
 

@@ -570,3 +570,26 @@ async fn many_clients_at_once_get_what_each_gets_alone() {
     }
     assert!(requests(&client).await.is_empty());
 }
+
+#[tokio::test]
+async fn roles_and_quotas_hold_over_http_as_well() {
+    let data = tempfile::tempdir().unwrap();
+    let file = data.path().join("tokens");
+    let tokens = "root r00t\nann t-ann roles=read\nbob t-bob roles=generate tokens_per_minute=1\n";
+    std::fs::write(&file, tokens).unwrap();
+    let server = TestServer::start_in(data, &["--token-file", file.to_str().unwrap()]);
+    server.connect().await.with_token("r00t").create("m").await;
+    let body = json!({"model": "m", "prompt": "the quick brown fox", "max_tokens": 2}).to_string();
+    let complete = |token: &str| {
+        let headers = format!("authorization: Bearer {token}\r\n");
+        read(send(&server, "POST", "/v1/completions", &headers, &body))
+    };
+    let refused = complete("t-ann");
+    assert_eq!(refused.error().0, 403);
+    assert!(refused.body.contains("generate"), "{}", refused.body);
+    let over = complete("t-bob");
+    assert_eq!(over.error().0, 429);
+    assert!(over.body.contains("1 tokens per minute"), "{}", over.body);
+    assert!(over.headers.to_lowercase().contains("retry-after:"), "{}", over.headers);
+    assert_eq!(complete("r00t").status, 200);
+}

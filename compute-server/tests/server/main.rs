@@ -1,6 +1,7 @@
 //! Tests of the program `compute-server` over real sockets, with tiny models made from nothing.
 #![allow(clippy::unwrap_used, unreachable_pub)]
 
+mod abuse;
 mod adapter_dropout;
 mod adapters;
 mod bad_input;
@@ -21,6 +22,8 @@ mod parameters;
 mod precision;
 mod scheduling;
 mod support;
+mod tenants;
 mod tensors;
+mod tls;
 mod training_settings;
 mod transactions;

@@ -14,6 +14,9 @@ use candle_compute_proto::v1::training_service_client::TrainingServiceClient;
 use candle_compute_proto::v1::transactions_service_client::TransactionsServiceClient;
 use candle_compute_proto::v1::*;
 use tempfile::TempDir;
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 
@@ -119,38 +122,62 @@ pub fn command(data: &Path) -> Command {
     command
 }
 
+/// Shows a token with every call, if there is one.
+#[derive(Clone)]
+pub struct Bearer(Option<MetadataValue<Ascii>>);
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: tonic::Request<()>) -> Result<tonic::Request<()>, Status> {
+        if let Some(value) = &self.0 {
+            request.metadata_mut().insert("authorization", value.clone());
+        }
+        Ok(request)
+    }
+}
+
+type Transport = InterceptedService<Channel, Bearer>;
+
 /// Clients of all services over one connection.
 #[derive(Clone)]
 pub struct Client {
     pub channel: Channel,
-    pub models: ModelsServiceClient<Channel>,
-    pub adapters: AdaptersServiceClient<Channel>,
-    pub inference: InferenceServiceClient<Channel>,
-    pub training: TrainingServiceClient<Channel>,
-    pub checkpoints: CheckpointsServiceClient<Channel>,
-    pub transactions: TransactionsServiceClient<Channel>,
-    pub telemetry: TelemetryServiceClient<Channel>,
+    pub models: ModelsServiceClient<Transport>,
+    pub adapters: AdaptersServiceClient<Transport>,
+    pub inference: InferenceServiceClient<Transport>,
+    pub training: TrainingServiceClient<Transport>,
+    pub checkpoints: CheckpointsServiceClient<Transport>,
+    pub transactions: TransactionsServiceClient<Transport>,
+    pub telemetry: TelemetryServiceClient<Transport>,
 }
 
 impl Client {
     pub async fn connect(endpoint: &str) -> Self {
         // With hyper's window of 2 MB an unread stream would hold a whole generation, and none would ever wait.
-        let channel = Channel::from_shared(endpoint.to_owned())
+        let endpoint = Channel::from_shared(endpoint.to_owned())
             .unwrap()
-            .initial_stream_window_size(8 << 10)
-            .connect()
-            .await
-            .unwrap();
+            .initial_stream_window_size(8 << 10);
+        Self::over(endpoint.connect().await.unwrap(), None)
+    }
+
+    /// Clients over a connection that there is.
+    pub fn over(channel: Channel, token: Option<&str>) -> Self {
+        let bearer = Bearer(token.map(|token| format!("Bearer {token}").parse().unwrap()));
+        let transport = || InterceptedService::new(channel.clone(), bearer.clone());
         Self {
-            models: ModelsServiceClient::new(channel.clone()),
-            adapters: AdaptersServiceClient::new(channel.clone()),
-            inference: InferenceServiceClient::new(channel.clone()),
-            training: TrainingServiceClient::new(channel.clone()),
-            checkpoints: CheckpointsServiceClient::new(channel.clone()),
-            transactions: TransactionsServiceClient::new(channel.clone()),
-            telemetry: TelemetryServiceClient::new(channel.clone()),
+            models: ModelsServiceClient::new(transport()),
+            adapters: AdaptersServiceClient::new(transport()),
+            inference: InferenceServiceClient::new(transport()),
+            training: TrainingServiceClient::new(transport()),
+            checkpoints: CheckpointsServiceClient::new(transport()),
+            transactions: TransactionsServiceClient::new(transport()),
+            telemetry: TelemetryServiceClient::new(transport()),
             channel,
         }
+    }
+
+    /// Clients over the same connection that show a token.
+    pub fn with_token(&self, token: &str) -> Self {
+        Self::over(self.channel.clone(), Some(token))
     }
 
     /// What the last forward pass of training of a model recorded.

@@ -8,11 +8,11 @@ use std::ffi::CStr;
 use candle_compute_proto::PROTOCOL;
 use candle_compute_proto::v1::GetServerInfoRequest;
 use pgrx::{PgSqlErrorCode, pg_sys};
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
 use super::{Client, Session, read, wait};
 use crate::error::{Error, Result, describe};
-use crate::options::{ServerOptions, token};
+use crate::options::{ClientCertificate, ServerOptions, token};
 
 /// Where Debian keeps the authorities that the system trusts.
 const SYSTEM_AUTHORITIES: &str = "/etc/ssl/certs/ca-certificates.crt";
@@ -20,6 +20,7 @@ const SYSTEM_AUTHORITIES: &str = "/etc/ssl/certs/ca-certificates.crt";
 /// An open connection and what it was opened with.
 struct Open {
     options: ServerOptions,
+    certificate: Option<ClientCertificate>,
     client: Client,
 }
 
@@ -30,17 +31,18 @@ thread_local! {
 /// The user's connection to the server; opens it when there is none, or when its options have changed.
 pub(crate) fn connect(session: Session) -> Result<Client> {
     let options = ServerOptions::parse(&server_options(session.server))?;
-    let token = token(&mapping_options(session))?;
+    let mapping = mapping_options(session);
+    let (token, certificate) = (token(&mapping)?, ClientCertificate::parse(&mapping)?);
     let open = CONNECTIONS.with_borrow(|connections| {
         let open = connections
             .get(&session)
-            .filter(|open| open.options == options && open.client.token == token)?;
+            .filter(|open| open.options == options && open.certificate == certificate && open.client.token == token)?;
         Some(open.client.clone())
     });
     if let Some(client) = open {
         return Ok(client);
     }
-    let channel = wait(open_any(&options))?;
+    let channel = wait(open_any(&options, certificate.as_ref()))?;
     let client = Client {
         session,
         channel,
@@ -67,6 +69,7 @@ pub(crate) fn connect(session: Session) -> Result<Client> {
             session,
             Open {
                 options,
+                certificate,
                 client: client.clone(),
             },
         );
@@ -93,13 +96,13 @@ async fn greet(client: &Client) -> Result<()> {
 }
 
 /// Connects to the first endpoint that answers. Backends begin at different ones, which spreads them over the replicas.
-async fn open_any(options: &ServerOptions) -> Result<Channel> {
+async fn open_any(options: &ServerOptions, certificate: Option<&ClientCertificate>) -> Result<Channel> {
     let count = options.endpoints.len();
     let first = std::process::id() as usize % count;
     let mut failures = Vec::new();
     for offset in 0..count {
         let address = &options.endpoints[(first + offset) % count];
-        let endpoint = endpoint(address, options)?;
+        let endpoint = endpoint(address, options, certificate)?;
         match tokio::time::timeout(options.connect_timeout, endpoint.connect()).await {
             Ok(Ok(channel)) => return Ok(channel),
             Ok(Err(error)) => failures.push(format!("{address}: {}", describe(&error))),
@@ -115,7 +118,7 @@ async fn open_any(options: &ServerOptions) -> Result<Channel> {
         .hint("Check that it is running and that the server option \"endpoint\" names its gRPC address."))
 }
 
-fn endpoint(address: &str, options: &ServerOptions) -> Result<Endpoint> {
+fn endpoint(address: &str, options: &ServerOptions, certificate: Option<&ClientCertificate>) -> Result<Endpoint> {
     let bad = |error: tonic::transport::Error| {
         let code = PgSqlErrorCode::ERRCODE_FDW_INVALID_OPTION_NAME;
         Error::new(code, format!("cannot use the endpoint {address}")).detail(describe(&error))
@@ -130,7 +133,14 @@ fn endpoint(address: &str, options: &ServerOptions) -> Result<Endpoint> {
         // A chunk of a tensor in one frame rather than in 64.
         .max_frame_size((1 << 20) + 4096);
     if !address.starts_with("https:") {
-        return Ok(endpoint);
+        return match certificate {
+            None => Ok(endpoint),
+            Some(_) => {
+                let code = PgSqlErrorCode::ERRCODE_FDW_INVALID_OPTION_NAME;
+                let message = format!("the option \"tls_cert\" is of no use with the endpoint {address}");
+                Err(Error::new(code, message).hint("Use an endpoint that begins with https://."))
+            }
+        };
     }
     let file = options.tls_ca.as_deref().unwrap_or(SYSTEM_AUTHORITIES);
     let authorities = std::fs::read(file).map_err(|error| {
@@ -142,6 +152,16 @@ fn endpoint(address: &str, options: &ServerOptions) -> Result<Endpoint> {
     let mut tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(authorities));
     if let Some(domain) = &options.tls_domain {
         tls = tls.domain_name(domain);
+    }
+    if let Some(files) = certificate {
+        let read = |option: &str, file: &str| {
+            std::fs::read(file).map_err(|error| {
+                let code = PgSqlErrorCode::ERRCODE_FDW_INVALID_OPTION_NAME;
+                Error::new(code, format!("cannot read the file of the option \"{option}\"")).detail(error.to_string())
+            })
+        };
+        let identity = (read("tls_cert", &files.certificate)?, read("tls_key", &files.key)?);
+        tls = tls.identity(Identity::from_pem(identity.0, identity.1));
     }
     endpoint.tls_config(tls).map_err(bad)
 }

@@ -17,6 +17,7 @@ const COLUMNS: &[Column] = &[
     output("done", Kind::BigInt),
     output("total", Kind::BigInt),
     output("started_at", Kind::Timestamp),
+    output("tenant", Kind::Text),
 ];
 
 impl Relation for Requests {
@@ -46,6 +47,7 @@ impl Relation for Requests {
                         Value::count(request.total)
                     },
                     Value::time(request.started_at),
+                    Value::text_or_null(request.tenant),
                 ];
                 if !rows.row(row).await {
                     break;

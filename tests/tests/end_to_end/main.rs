@@ -9,6 +9,7 @@ mod grpc;
 mod http;
 mod interruption;
 mod pretrained;
+mod security;
 mod sessions;
 mod soak;
 mod sql;

@@ -1,0 +1,6 @@
+//! See `candle_fuzz::template`.
+// libFuzzer calls a function by its name.
+#![no_main]
+#![allow(unsafe_code)]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| candle_fuzz::template::run(data));

@@ -1,0 +1,28 @@
+//! What is fuzzed, one input format a module. Each has a function that takes any bytes and must return: whatever they
+//! are, they lead to a value or to an error, never to a panic, a crash, or a run without end.
+//!
+//! `make fuzz` runs them under libFuzzer; the test over `corpus/` runs each once on every file there.
+
+pub mod gguf;
+pub mod hugging_face;
+pub mod manifest;
+pub mod requests;
+pub mod safetensors;
+pub mod template;
+pub mod tokenizer;
+
+mod files;
+
+/// A function that takes any bytes.
+pub type Target = fn(&[u8]);
+
+/// All targets by name, which is also that of the folder in `corpus/` and, after `fuzz_`, of the program.
+pub const TARGETS: [(&str, Target); 7] = [
+    ("gguf", gguf::run),
+    ("safetensors", safetensors::run),
+    ("hugging_face", hugging_face::run),
+    ("tokenizer", tokenizer::run),
+    ("template", template::run),
+    ("manifest", manifest::run),
+    ("requests", requests::run),
+];
