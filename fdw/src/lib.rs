@@ -41,4 +41,5 @@ pgrx::pg_module_magic!(name, version);
 pub extern "C-unwind" fn _PG_init() {
     functions::register_settings();
     transaction::register();
+    scan::register_joins();
 }

@@ -44,3 +44,16 @@ pub(crate) fn integer_list(numbers: impl IntoIterator<Item = i32>) -> *mut pg_sy
     }
     list
 }
+
+/// A node of PostgreSQL's, all zeros but for its tag, in the current memory context.
+///
+/// # Safety
+/// `T` begins with a node tag and may be all zeros.
+pub(crate) unsafe fn make_node<T>(tag: pg_sys::NodeTag) -> *mut T {
+    // SAFETY: the memory is large enough, and the caller says that a tag comes first.
+    unsafe {
+        let node = pg_sys::palloc0(size_of::<T>());
+        node.cast::<pg_sys::NodeTag>().write(tag);
+        node.cast()
+    }
+}

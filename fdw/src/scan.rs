@@ -1,15 +1,19 @@
 //! SELECT: which clauses give inputs, the paths that the planner may take, the scan itself, and EXPLAIN.
 
+mod answers;
 mod clauses;
 mod execute;
 mod explain;
 mod inputs;
+mod join;
 mod paths;
 mod plan;
 mod state;
 
 use pgrx::{AllocatedByRust, pg_sys};
 use supabase_wrappers::FdwRoutine;
+
+pub(crate) use join::register as register_joins;
 
 /// Replaces every scan callback.
 pub(crate) fn install(routine: &mut FdwRoutine<AllocatedByRust>) {

@@ -156,8 +156,8 @@ pub struct Options {
     #[arg(long, env = "COMPUTE_SERVER_QUEUE_TIMEOUT", value_name = "SECONDS")]
     pub queue_timeout: Option<u64>,
 
-    /// Most tokens of one pass over a model: one for each generation that writes, the rest for prompts. With fewer,
-    /// tokens come more evenly while prompts are read; with more, prompts are read faster. [default: 256]
+    /// Most tokens of one pass over a model: one for each generation that writes, the rest, and 64 at least, for prompts.
+    /// With fewer, tokens come more evenly while prompts are read; with more, prompts are read faster. [default: 256]
     #[arg(long, env = "COMPUTE_SERVER_MAX_BATCH_TOKENS", value_name = "N")]
     pub max_batch_tokens: Option<u64>,
 

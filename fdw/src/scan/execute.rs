@@ -5,14 +5,13 @@ use std::sync::Arc;
 
 use pgrx::prelude::*;
 
-use super::inputs::{Binding, Combinations, check};
+use super::inputs::{Binding, Combinations, Echo, Inputting, check, datum_of};
 use super::plan::Private;
-use super::state::{Calls, Totals};
+use super::state::{Calls, Event, Totals};
 use crate::client::connect;
 use crate::error::{OrReport, Result};
 use crate::resources;
 use crate::table::{Table, effective_user};
-use crate::values::{Value, write};
 
 /// The state of a scan. Belongs to its subtransaction, see `resources`.
 pub(super) struct Scan {
@@ -24,7 +23,7 @@ pub(super) struct Scan {
     memory: pg_sys::MemoryContext,
     /// Whether the query reads the attribute of each index.
     wanted: Vec<bool>,
-    calls: Option<Calls>,
+    running: Option<(Calls<Echo>, Combinations)>,
     pub(super) totals: Totals,
 }
 
@@ -38,8 +37,8 @@ pub(super) unsafe extern "C-unwind" fn begin_foreign_scan(node: *mut pg_sys::For
     unsafe {
         let plan = (*node).ss.ps.plan.cast::<pg_sys::ForeignScan>();
         let table = Table::open((*node).ss.ss_currentRelation).or_report();
-        let private = Private::load(plan);
-        let bindings = Binding::prepare(node, &table, &private);
+        let private = Private::load((*plan).fdw_private);
+        let bindings = Binding::prepare(node.cast(), (*plan).fdw_exprs, &table, &private);
         let state = (*node).ss.ps.state;
         let memory = pg_sys::AllocSetContextCreateInternal(
             (*state).es_query_cxt,
@@ -60,7 +59,7 @@ pub(super) unsafe extern "C-unwind" fn begin_foreign_scan(node: *mut pg_sys::For
             user,
             memory,
             wanted,
-            calls: None,
+            running: None,
             totals: Totals::default(),
         };
         (*node).fdw_state = resources::own(scan).cast();
@@ -92,7 +91,7 @@ pub(super) unsafe extern "C-unwind" fn rescan_foreign_scan(node: *mut pg_sys::Fo
     let Some(scan) = (unsafe { (*node).fdw_state.cast::<Scan>().as_mut() }) else {
         return;
     };
-    scan.calls = None;
+    scan.running = None;
 }
 
 /// Callback: ends the scan, and with it what the server still does for it.
@@ -112,30 +111,32 @@ impl Scan {
     /// # Safety
     /// `context` and `slot` are the scan's, and the slot is empty.
     unsafe fn next(&mut self, context: *mut pg_sys::ExprContext, slot: *mut pg_sys::TupleTableSlot) -> Result<bool> {
-        if self.calls.is_none() {
+        if self.running.is_none() {
             // SAFETY: the caller's promise.
-            self.calls = Some(unsafe { self.start(context)? });
+            self.running = Some(unsafe { self.start(context)? });
         }
-        let Some(calls) = &mut self.calls else { return Ok(false) };
-        let Some((row, echo)) = calls.next(&self.table, &self.bindings, &mut self.totals)? else {
+        let Some((calls, combinations)) = &mut self.running else {
             return Ok(false);
         };
-        for (index, attribute) in self.table.attributes.iter().enumerate() {
-            let datum = match attribute {
-                Some(attribute) if self.wanted[index] => match &row[attribute.column] {
-                    Value::Echo => {
-                        let binding = self.bindings.iter().position(|binding| binding.attribute == index);
-                        binding.map(|binding| echo[binding])
-                    }
-                    value => write(
-                        self.table.relation.columns()[attribute.column].name,
-                        value,
-                        attribute.sql_type,
-                    )?,
-                },
-                _ => None,
+        let (table, bindings) = (&self.table, &self.bindings);
+        let mut source = Inputting {
+            combinations,
+            bindings,
+            table,
+        };
+        let (row, echo) = loop {
+            match calls.next(&mut source, &mut self.totals)? {
+                Some(Event::Row(row, echo)) => break (row, echo),
+                Some(Event::End(_)) => {}
+                None => return Ok(false),
+            }
+        };
+        for (index, wanted) in self.wanted.iter().enumerate() {
+            let datum = match *wanted {
+                true => datum_of(table, bindings, &row, &echo, index)?,
+                false => None,
             };
-            // SAFETY: the slot's arrays have one entry per attribute of the table.
+            // SAFETY: the slot's arrays, like `wanted`, have one entry per attribute of the table.
             unsafe {
                 *(*slot).tts_values.add(index) = datum.unwrap_or(pg_sys::Datum::null());
                 *(*slot).tts_isnull.add(index) = datum.is_none();
@@ -145,7 +146,7 @@ impl Scan {
     }
 
     /// Evaluates the inputs and opens the connection.
-    unsafe fn start(&mut self, context: *mut pg_sys::ExprContext) -> Result<Calls> {
+    unsafe fn start(&mut self, context: *mut pg_sys::ExprContext) -> Result<(Calls<Echo>, Combinations)> {
         check(&self.table, &self.private, &self.bindings)?;
         // SAFETY: no datum of the last run is used any more: its calls are gone.
         let combinations = unsafe {
@@ -159,6 +160,13 @@ impl Scan {
             }
         }
         let client = connect(self.table.session(self.user))?;
-        Ok(Calls::new(client, combinations, Arc::from(needed), self.private.limit))
+        let calls = Calls::new(
+            client,
+            self.table.relation,
+            Arc::from(needed),
+            self.private.limit,
+            false,
+        );
+        Ok((calls, combinations))
     }
 }

@@ -22,17 +22,7 @@ pub(super) unsafe extern "C-unwind" fn explain_foreign_scan(
         if (*output).verbose {
             let plan = (*node).ss.ps.plan.cast::<pg_sys::ForeignScan>();
             let table = (*(*node).ss.ss_currentRelation).rd_id;
-            let (relation, _) = definition(table).or_report();
-            let names: Vec<&str> = Private::load(plan)
-                .attributes
-                .iter()
-                .filter_map(|attribute| column_of(relation, table, i16::try_from(*attribute).ok()?))
-                .map(|column| relation.columns()[column].name)
-                .collect();
-            text(c"Relation", relation.name(), output);
-            if !names.is_empty() {
-                text(c"Inputs", &names.join(", "), output);
-            }
+            show_inputs(table, &Private::load((*plan).fdw_private), output);
         }
         let Some(scan) = (*node).fdw_state.cast::<Scan>().as_ref() else {
             return;
@@ -41,6 +31,27 @@ pub(super) unsafe extern "C-unwind" fn explain_foreign_scan(
             return;
         }
         show_totals(&scan.totals, output);
+    }
+}
+
+/// Shows the relation and the names of its inputs.
+///
+/// # Safety
+/// `output` is valid.
+pub(super) unsafe fn show_inputs(table: pg_sys::Oid, private: &Private, output: *mut pg_sys::ExplainState) {
+    let (relation, _) = definition(table).or_report();
+    let names: Vec<&str> = private
+        .attributes
+        .iter()
+        .filter_map(|attribute| column_of(relation, table, i16::try_from(*attribute).ok()?))
+        .map(|column| relation.columns()[column].name)
+        .collect();
+    // SAFETY: the caller's promise.
+    unsafe {
+        text(c"Relation", relation.name(), output);
+        if !names.is_empty() {
+            text(c"Inputs", &names.join(", "), output);
+        }
     }
 }
 

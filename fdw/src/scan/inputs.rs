@@ -7,8 +7,9 @@ use std::sync::Arc;
 use pgrx::{PgSqlErrorCode, pg_sys};
 
 use super::plan::Private;
+use super::state::{Begin, Source};
 use crate::error::{Error, Result};
-use crate::relation::{Inputs, Role};
+use crate::relation::{Inputs, Role, Row};
 use crate::table::Table;
 use crate::values::{SqlType, Value, read, read_elements, write};
 
@@ -41,13 +42,17 @@ impl Binding {
     /// Prepares the plan's expressions.
     ///
     /// # Safety
-    /// `node` is a scan of a plan that `get_foreign_plan` made.
-    pub(super) unsafe fn prepare(node: *mut pg_sys::ForeignScanState, table: &Table, private: &Private) -> Vec<Self> {
+    /// `node` is a scan whose plan has these expressions, in the order of the inputs of `private`.
+    pub(super) unsafe fn prepare(
+        node: *mut pg_sys::PlanState,
+        expressions: *mut pg_sys::List,
+        table: &Table,
+        private: &Private,
+    ) -> Vec<Self> {
         // SAFETY: the caller's promise; expression states live as long as the scan.
         unsafe {
-            let plan = (*node).ss.ps.plan.cast::<pg_sys::ForeignScan>();
-            let expressions = crate::nodes::items::<pg_sys::Node>((*plan).fdw_exprs);
-            let states = pg_sys::ExecInitExprList((*plan).fdw_exprs, node.cast());
+            let states = pg_sys::ExecInitExprList(expressions, node);
+            let expressions = crate::nodes::items::<pg_sys::Node>(expressions);
             let states = crate::nodes::items::<pg_sys::ExprState>(states);
             let inputs = private.attributes.iter().zip(&private.any);
             let prepared = inputs.zip(expressions.into_iter().zip(states));
@@ -153,7 +158,7 @@ impl Combinations {
     }
 
     /// The next combination: the inputs, and for each binding the datum to echo.
-    pub(super) fn advance(&mut self, bindings: &[Binding], table: &Table) -> Option<(Arc<Inputs>, Vec<pg_sys::Datum>)> {
+    pub(super) fn advance(&mut self, bindings: &[Binding], table: &Table) -> Option<(Arc<Inputs>, Echo)> {
         if self.done {
             return None;
         }
@@ -165,7 +170,12 @@ impl Combinations {
             echo.push(alternative.datum);
         }
         self.step();
-        Some((Arc::new(inputs), echo))
+        Some((Arc::new(inputs), echo.into()))
+    }
+
+    /// Whether there are no more.
+    pub(super) fn is_done(&self) -> bool {
+        self.done
     }
 
     fn step(&mut self) {
@@ -177,6 +187,52 @@ impl Combinations {
             *index = 0;
         }
         self.done = true;
+    }
+}
+
+/// The combinations as calls; rows come back with the datums that they echo.
+pub(super) struct Inputting<'a> {
+    pub(super) combinations: &'a mut Combinations,
+    pub(super) bindings: &'a [Binding],
+    pub(super) table: &'a Table,
+}
+
+impl Source for Inputting<'_> {
+    type Tag = Echo;
+
+    fn next(&mut self) -> Result<Option<Begin<Echo>>> {
+        let next = self.combinations.advance(self.bindings, self.table);
+        Ok(next.map(|(inputs, echo)| Begin {
+            inputs: Some(inputs),
+            tag: echo,
+        }))
+    }
+}
+
+/// For each binding the datum that rows echo.
+pub(super) type Echo = std::rc::Rc<[pg_sys::Datum]>;
+
+/// The datum of an attribute of a row that the server has answered; none for NULL.
+pub(super) fn datum_of(
+    table: &Table,
+    bindings: &[Binding],
+    row: &Row,
+    echo: &[pg_sys::Datum],
+    index: usize,
+) -> Result<Option<pg_sys::Datum>> {
+    let Some(attribute) = &table.attributes[index] else {
+        return Ok(None);
+    };
+    match &row[attribute.column] {
+        Value::Echo => {
+            let binding = bindings.iter().position(|binding| binding.attribute == index);
+            Ok(binding.and_then(|binding| echo.get(binding).copied()))
+        }
+        value => write(
+            table.relation.columns()[attribute.column].name,
+            value,
+            attribute.sql_type,
+        ),
     }
 }
 

@@ -17,7 +17,7 @@ use crate::table::definition;
 const LAST_RESORT: f64 = 1.0e15;
 
 /// Cost of handling a row.
-const ROW_COST: f64 = 0.01;
+pub(super) const ROW_COST: f64 = 0.01;
 
 /// Callback: estimates how many rows the table's own clauses give.
 #[pg_guard]
@@ -93,7 +93,7 @@ pub(super) unsafe extern "C-unwind" fn get_foreign_paths(
 }
 
 /// Number of calls that the inputs make: alternatives multiply.
-unsafe fn calls(given: &[Given]) -> f64 {
+pub(super) unsafe fn calls(given: &[Given]) -> f64 {
     // SAFETY: the expressions are valid.
     let lists = given
         .iter()
@@ -104,7 +104,7 @@ unsafe fn calls(given: &[Given]) -> f64 {
 
 impl Planned {
     /// Whether every input that the relation needs is given.
-    fn complete(&self, given: &[Given]) -> bool {
+    pub(super) fn complete(&self, given: &[Given]) -> bool {
         self.relation.required().iter().all(|group| {
             given
                 .iter()

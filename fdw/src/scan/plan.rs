@@ -27,7 +27,7 @@ pub(super) struct Private {
 }
 
 impl Private {
-    fn store(&self) -> *mut pg_sys::List {
+    pub(super) fn store(&self) -> *mut pg_sys::List {
         let lists = [
             integer_list(self.attributes.iter().copied()),
             integer_list(self.any.iter().map(|any| i32::from(*any))),
@@ -41,14 +41,26 @@ impl Private {
             .fold(null_mut(), |all, list| unsafe { pg_sys::lappend(all, list.cast()) })
     }
 
+    /// Rows that a query can use at most.
+    ///
+    /// # Safety
+    /// `root` is the planner's.
+    pub(super) unsafe fn limit(root: *mut pg_sys::PlannerInfo) -> Option<usize> {
+        // SAFETY: the caller's promise.
+        let limit = Some(unsafe { (*root).limit_tuples });
+        limit
+            .filter(|limit| (0.0..1024.0).contains(limit))
+            .map(|limit| limit as usize)
+    }
+
     /// Reads what `store` wrote.
     ///
     /// # Safety
-    /// `plan` was made by `get_foreign_plan`.
-    pub(super) unsafe fn load(plan: *mut pg_sys::ForeignScan) -> Self {
+    /// `store` made the list.
+    pub(super) unsafe fn load(list: *mut pg_sys::List) -> Self {
         // SAFETY: the caller's promise: five lists of integers.
         let lists: Vec<Vec<i32>> = unsafe {
-            items::<pg_sys::List>((*plan).fdw_private)
+            items::<pg_sys::List>(list)
                 .into_iter()
                 .map(|list| integers(list))
                 .collect()
@@ -112,9 +124,7 @@ pub(super) unsafe extern "C-unwind" fn get_foreign_plan(
             any: given.iter().map(|one| one.any).collect(),
             needed: planned.read_attributes((*(*rel).reltarget).exprs, quals),
             unusable: unusable.into_iter().map(|(attribute, _)| attribute).collect(),
-            limit: Some((*root).limit_tuples)
-                .filter(|limit| (0.0..1024.0).contains(limit))
-                .map(|limit| limit as usize),
+            limit: Private::limit(root),
         };
         let scan_index = (*rel).relid;
         pg_sys::make_foreignscan(
@@ -162,7 +172,7 @@ impl Planned {
 
     /// Inputs that a clause asks something of which no server can be told, with their columns. `IS NULL` asks for the
     /// default and is no such thing.
-    unsafe fn unusable(&self, clause: *mut pg_sys::Node) -> impl Iterator<Item = (i32, usize)> + use<> {
+    pub(super) unsafe fn unusable(&self, clause: *mut pg_sys::Node) -> impl Iterator<Item = (i32, usize)> + use<> {
         // SAFETY: the clause is a valid expression.
         let attributes = unsafe {
             let null_test = pgrx::is_a(clause, pg_sys::NodeTag::T_NullTest)

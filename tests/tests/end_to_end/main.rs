@@ -8,6 +8,7 @@ mod gradients;
 mod grpc;
 mod http;
 mod interruption;
+mod many_prompts;
 mod pretrained;
 mod security;
 mod sessions;
