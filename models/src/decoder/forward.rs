@@ -158,31 +158,29 @@ impl Decoder {
         batch: &mut [SequenceStep<'_>],
         adapters: &AdapterRows<'_>,
     ) -> Result<Tensor> {
-        let project = |input: &Tensor, projection: &Projection| {
-            let output = self.project(input, projection)?;
-            adapters.add(&output, input, projection)?;
-            Ok::<_, Error>(output)
-        };
         let normalized = self.normalize(hidden, &layer.attention_norm)?;
-        let [query, key, value] = &layer.query_key_value;
-        let mut queries = project(&normalized, query)?;
-        let mut keys = project(&normalized, key)?;
-        let values = project(&normalized, value)?;
+        let projections = layer.query_key_value.each_ref();
+        let [mut queries, mut keys, values] = self.project_adapted(&normalized, projections, adapters)?;
         if let Some(angles) = angles {
             queries = rotary::rotate(queries, angles, self.config.head_dim)?;
             keys = rotary::rotate(keys, angles, self.config.head_dim)?;
         }
         let attended = self.attend(index, &queries, &keys, &values, batch)?;
-        let middle = project(&attended, &layer.attention_output)?;
+        let [middle] = self.project_adapted(&attended, [&layer.attention_output], adapters)?;
         add_in_place(&middle, hidden)?;
         let normalized = self.normalize(&middle, &layer.feed_forward_norm)?;
         let feed_forward = &layer.feed_forward;
-        let up = project(&normalized, &feed_forward.up)?;
         let inner = match &feed_forward.gate {
-            None => activation::activate(&up, self.config.activation)?,
-            Some(gate) => activation::gate(&project(&normalized, gate)?, &up, self.config.activation)?,
+            None => {
+                let [up] = self.project_adapted(&normalized, [&feed_forward.up], adapters)?;
+                activation::activate(&up, self.config.activation)?
+            }
+            Some(gate) => {
+                let [gate, up] = self.project_adapted(&normalized, [gate, &feed_forward.up], adapters)?;
+                activation::gate(&gate, &up, self.config.activation)?
+            }
         };
-        let output = project(&inner, &feed_forward.down)?;
+        let [output] = self.project_adapted(&inner, [&feed_forward.down], adapters)?;
         add_in_place(&output, &middle)?;
         Ok(output)
     }
@@ -246,13 +244,42 @@ impl Decoder {
     }
 
     pub(crate) fn project(&self, input: &Tensor, projection: &Projection) -> Result<Tensor> {
-        let bias = projection.bias.map(|bias| self.weight(bias).as_f32()).transpose()?;
-        let output = linear::linear(input, self.weight(projection.weight), projection.rows.clone(), bias)?;
-        if let Some(LowRank { a, b, scale, .. }) = projection.low_rank {
-            let rows = projection.rows.clone();
-            low_rank::add_low_rank(&output, input, self.weight(a), self.weight(b), rows, scale)?;
-        }
+        let [output] = self.project_each(input, [projection])?;
         Ok(output)
+    }
+
+    /// Several projections of the same input, with what each row's adapter adds.
+    fn project_adapted<const N: usize>(
+        &self,
+        input: &Tensor,
+        projections: [&Projection; N],
+        adapters: &AdapterRows<'_>,
+    ) -> Result<[Tensor; N]> {
+        let outputs = self.project_each(input, projections)?;
+        for (output, projection) in outputs.iter().zip(projections) {
+            adapters.add(output, input, projection)?;
+        }
+        Ok(outputs)
+    }
+
+    /// Several projections of the same input.
+    fn project_each<const N: usize>(&self, input: &Tensor, projections: [&Projection; N]) -> Result<[Tensor; N]> {
+        let mut parts = Vec::with_capacity(N);
+        for projection in projections {
+            parts.push(linear::Part {
+                weight: self.weight(projection.weight),
+                rows: projection.rows.clone(),
+                bias: projection.bias.map(|bias| self.weight(bias).as_f32()).transpose()?,
+            });
+        }
+        let outputs = linear::linear_each(input, std::array::from_fn(|index| parts[index].clone()))?;
+        for (output, projection) in outputs.iter().zip(projections) {
+            if let Some(LowRank { a, b, scale, .. }) = projection.low_rank {
+                let rows = projection.rows.clone();
+                low_rank::add_low_rank(output, input, self.weight(a), self.weight(b), rows, scale)?;
+            }
+        }
+        Ok(outputs)
     }
 }
 
