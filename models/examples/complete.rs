@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+use candle_models::ops::storage::with_mut_slice;
 use candle_models::{
     ChatMessage, CompletionText, Error, LoadOptions, Model, Result, Sampler, SamplingOptions, SequenceStep,
 };
@@ -72,8 +73,7 @@ fn complete(model: &Model, prompt: &[u32], max_tokens: usize) -> Result<()> {
         if generated == 0 {
             decoding = Instant::now();
         }
-        let mut logits: Vec<f32> = logits.flatten_all()?.to_vec1()?;
-        let sampled = sampler.sample(&mut logits, &seen)?;
+        let sampled = with_mut_slice(&logits, |logits| sampler.sample(logits, &seen))??;
         if model.end_tokens.contains(&sampled.token) {
             break;
         }

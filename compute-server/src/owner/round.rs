@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
+use candle_models::ops::storage::visit_rows;
 use candle_models::{Decoder, SequenceStep};
 
 use super::factors::Factors;
@@ -164,21 +165,19 @@ fn run_pass(decoder: &Decoder, active: &mut [Sequence], parts: &[Part], round: u
         .iter_mut()
         .filter_map(|(sequence, part)| sequence.step(part.tokens));
     let mut steps: Vec<SequenceStep<'_>> = steps.collect();
-    let logits = decoder
-        .forward_adapted(&mut steps, &adapters)
-        .and_then(|logits| Ok(logits.to_vec2::<f32>()?));
+    let logits = decoder.forward_adapted(&mut steps, &adapters);
+    drop(steps);
     let count = group.len();
-    match logits {
-        Ok(rows) => {
-            for ((sequence, _), mut row) in group.into_iter().zip(rows) {
-                sequence.count_pass(round, count);
-                sequence.accept(&mut row, end_tokens);
-            }
-        }
-        Err(error) => {
-            let message = error.to_string();
-            let ended = group.into_iter().map(|(sequence, _)| sequence);
-            ended.for_each(|sequence| sequence.fail(Error::Internal(message.clone())));
-        }
+    let accepted = logits.and_then(|logits| {
+        visit_rows(&logits, |index, row| {
+            let (sequence, _) = &mut group[index];
+            sequence.count_pass(round, count);
+            sequence.accept(row, end_tokens);
+        })
+    });
+    if let Err(error) = accepted {
+        let message = error.to_string();
+        let ended = group.into_iter().map(|(sequence, _)| sequence);
+        ended.for_each(|sequence| sequence.fail(Error::Internal(message.clone())));
     }
 }

@@ -99,6 +99,23 @@ pub fn with_mut_slice<T>(tensor: &Tensor, write: impl FnOnce(&mut [f32]) -> T) -
     operation.result.into_inner().ok_or_else(missing)
 }
 
+/// Calls `visit` with the number and the elements of each row of an f32 tensor `[rows, width]`. On the CPU they are the
+/// tensor's own and may be changed in place, on other devices copies.
+pub fn visit_rows(rows: &Tensor, mut visit: impl FnMut(usize, &mut [f32])) -> Result<()> {
+    let (_, width) = rows.dims2()?;
+    if is_cpu(rows) {
+        return with_mut_slice(rows, |values| {
+            for (index, row) in values.chunks_exact_mut(width.max(1)).enumerate() {
+                visit(index, row);
+            }
+        });
+    }
+    for (index, mut row) in rows.to_vec2()?.into_iter().enumerate() {
+        visit(index, &mut row);
+    }
+    Ok(())
+}
+
 /// A new f32 tensor of the shape on the CPU, written by `write`, which gets zeros.
 pub fn new_tensor(shape: impl Into<Shape>, write: impl FnOnce(&mut [f32]) -> Result<()>) -> Result<Tensor> {
     let shape = shape.into();
@@ -147,5 +164,13 @@ mod tests {
         assert_eq!(sum.unwrap(), 8.0);
         assert_eq!(with_slice(&tensor, <[f32]>::to_vec).unwrap(), [0.0, 1.0, 5.0, 3.0]);
         assert!(with_slice(&tensor.t().unwrap(), |_| ()).is_err());
+        let mut seen = vec![];
+        visit_rows(&tensor, |index, row| {
+            seen.push((index, row.to_vec()));
+            row[0] = 7.0;
+        })
+        .unwrap();
+        assert_eq!(seen, [(0, vec![0.0, 1.0]), (1, vec![5.0, 3.0])]);
+        assert_eq!(tensor.to_vec2::<f32>().unwrap(), [[7.0, 1.0], [7.0, 3.0]]);
     }
 }
