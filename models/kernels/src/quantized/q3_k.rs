@@ -23,7 +23,7 @@ impl Format for Q3K {
 
     #[inline(always)]
     fn decode<S: Simd>(s: S, block: &[u8], scales: &[f32], mut emit: impl FnMut(usize, S::F32)) {
-        for group in 0..16 {
+        for (group, &scale) in scales.iter().enumerate() {
             let (half, shift, part) = (group / 8, group / 2 % 4 * 2, group % 2);
             let packed: &[u8; LANES] = bytes(block, 32 + 32 * half + LANES * part);
             let third: &[u8; LANES] = bytes(block, LANES * part);
@@ -31,7 +31,7 @@ impl Format for Q3K {
                 let third_bit = (third[i] >> (group / 2)) & 1;
                 ((packed[i] >> shift) & 3 | third_bit << 2).wrapping_sub(4)
             });
-            emit(group, s.mul(s.load_i8(&values), s.splat(scales[group])));
+            emit(group, s.mul(s.load_i8(&values), s.splat(scale)));
         }
     }
 }
