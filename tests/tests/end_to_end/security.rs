@@ -1,6 +1,6 @@
 //! Roles, quotas, TLS and secrets, as SQL sees them.
 
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use end_to_end_tests::database_errors::expect_failure;
