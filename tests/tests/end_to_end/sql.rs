@@ -34,6 +34,7 @@ sql_tests!(
     gradients,
     inference,
     input_forms,
+    joins,
     models,
     precision,
     statistics,
