@@ -16,6 +16,7 @@ mod full_disk;
 mod generation;
 mod gradients;
 mod http;
+mod kill_points;
 mod log_damage;
 mod operations;
 mod parameters;

@@ -1,6 +1,6 @@
 //! A server of its own for each test, and short ways to say what is sent.
 
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -39,11 +39,12 @@ impl TestServer {
 
     /// A server with the data folder `data`.
     pub fn start_in(data: TempDir, arguments: &[&str]) -> Self {
-        let mut child = command(data.path())
-            .args(arguments)
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+        Self::spawn(command(data.path()).args(arguments), data)
+    }
+
+    /// The server that `command` starts with the data folder `data`.
+    pub fn spawn(command: &mut Command, data: TempDir) -> Self {
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap())
             .read_line(&mut line)
@@ -70,6 +71,15 @@ impl TestServer {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
         std::mem::replace(&mut self.data, tempfile::tempdir().unwrap())
+    }
+
+    /// What it has written to a piped stderr, once it has ended; and its data folder.
+    pub fn errors(mut self) -> (String, TempDir) {
+        let mut errors = String::new();
+        let stderr = self.child.stderr.take();
+        stderr.unwrap().read_to_string(&mut errors).unwrap();
+        self.child.wait().unwrap();
+        (errors, std::mem::replace(&mut self.data, tempfile::tempdir().unwrap()))
     }
 
     pub fn process_id(&self) -> u32 {
