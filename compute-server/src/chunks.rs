@@ -52,21 +52,42 @@ pub(crate) struct Received {
     pub(crate) number: usize,
     /// Elements of the parameter before the chunk.
     pub(crate) start: usize,
-    /// The elements, finite.
+    /// The elements.
     pub(crate) values: Vec<f32>,
 }
 
-/// Checks a chunk of `parameter` whose elements have to be of `dtype`.
+/// Checks a chunk of `parameter` whose elements have to be finite and of `dtype`.
 ///
 /// # Errors
-/// `InvalidArgument` that names the parameter, for a chunk that is not one of the parameter's, of another shape, dtype or
-/// size, or with elements that are not finite.
+/// As [`receive_any`], and for elements that are not finite.
 pub(crate) fn receive(parameter: &ParameterInfo, chunk: &v1::TensorChunk, dtype: v1::DataType) -> Result<Received> {
+    let received = receive_any(parameter, chunk, dtype)?;
+    let values = &received.values;
+    // Without an early exit the check is several times as fast.
+    let finite = values.iter().fold(true, |finite, value| finite & value.is_finite());
+    if !finite && let Some(at) = values.iter().position(|value| !value.is_finite()) {
+        return Err(bad_chunk(
+            parameter,
+            received.number,
+            &format!("its element {at} is {}", values[at]),
+        ));
+    }
+    Ok(received)
+}
+
+fn bad_chunk(parameter: &ParameterInfo, number: usize, what: &str) -> Error {
+    let name = &parameter.name;
+    Error::invalid(format!("parameter \"{name}\", chunk {number}: {what}"))
+}
+
+/// Checks a chunk of `parameter` whose elements have to be of `dtype`, and may be infinite or NaN.
+///
+/// # Errors
+/// `InvalidArgument` that names the parameter, for a chunk that is not one of the parameter's, and of another shape, dtype
+/// or size.
+pub(crate) fn receive_any(parameter: &ParameterInfo, chunk: &v1::TensorChunk, dtype: v1::DataType) -> Result<Received> {
     let number = chunk.chunk as usize;
-    let refuse = |what: String| {
-        let name = &parameter.name;
-        Error::invalid(format!("parameter \"{name}\", chunk {number}: {what}"))
-    };
+    let refuse = |what: String| bad_chunk(parameter, number, &what);
     let chunks = count(parameter);
     if number >= chunks {
         return Err(refuse(format!("the parameter has {chunks} chunks, numbered from 0")));
@@ -91,11 +112,6 @@ pub(crate) fn receive(parameter: &ParameterInfo, chunk: &v1::TensorChunk, dtype:
     if values.len() != range.len() || !chunk.data.len().is_multiple_of(size_of_element(dtype)) {
         let (given, expected) = (chunk.data.len(), range.len() * size_of_element(dtype));
         return Err(refuse(format!("its data has {given} bytes, but {expected} are needed")));
-    }
-    // Without an early exit the check is several times as fast.
-    let finite = values.iter().fold(true, |finite, value| finite & value.is_finite());
-    if !finite && let Some(at) = values.iter().position(|value| !value.is_finite()) {
-        return Err(refuse(format!("its element {at} is {}", values[at])));
     }
     Ok(Received {
         number,

@@ -21,6 +21,8 @@ pub(crate) struct GradientChunk {
     pub(crate) chunk: Received,
     /// The weight of its source.
     pub(crate) weight: SourceWeight,
+    /// Whether its elements must be finite.
+    pub(crate) finite: bool,
 }
 
 /// What a source's gradient is the mean over.
@@ -32,6 +34,8 @@ pub(crate) struct SourceWeight {
     pub(crate) micro_batches: u64,
     /// Mean loss, where it is known.
     pub(crate) loss: Option<f64>,
+    /// Overflows and underflows of rounding to half precision.
+    pub(crate) rounding_losses: (u64, u64),
 }
 
 /// Tells sources apart, so that the weight of each counts once, by the weight itself: a chunk that comes again with the
@@ -100,16 +104,24 @@ impl Owner {
             parameter,
             chunk,
             weight,
+            finite,
         } in chunks
         {
             let name = &self.shared.parameters[*parameter].name;
-            added = part.gradient.add_mean(name, chunk.start, &chunk.values, weight.tokens);
+            added = match finite {
+                true => part.gradient.add_mean(name, chunk.start, &chunk.values, weight.tokens),
+                false => part
+                    .gradient
+                    .add_any_mean(name, chunk.start, &chunk.values, weight.tokens),
+            };
             if added.is_err() {
                 break;
             }
             if part.sources.is_new(set, *weight, (*parameter, chunk.number)) {
                 part.gradient
                     .add_weight(weight.tokens, weight.micro_batches, weight.loss);
+                let (overflows, underflows) = weight.rounding_losses;
+                part.gradient.count_rounding_losses(overflows, underflows);
             }
         }
         if set == 0 {
@@ -139,6 +151,7 @@ mod tests {
             tokens,
             micro_batches: 1,
             loss: Some(loss),
+            rounding_losses: (0, 0),
         }
     }
 

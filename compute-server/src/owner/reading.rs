@@ -284,6 +284,8 @@ impl Owner {
             tokens,
             micro_batches,
             loss,
+            overflows: parts.iter().map(|part| part.overflows()).sum(),
+            underflows: parts.iter().map(|part| part.underflows()).sum(),
         }));
         Ok(())
     }

@@ -335,6 +335,20 @@ fn gradient_chunk(model: &ModelHandle, message: &v1::MergeGradientsRequest) -> R
     if let Some(loss) = message.loss.filter(|loss| !loss.is_finite()) {
         return Err(Error::invalid(format!("loss must be finite, not {loss}")));
     }
+    let source = SourceWeight {
+        tokens,
+        micro_batches,
+        loss: message.loss,
+        rounding_losses: (message.overflows, message.underflows),
+    };
+    if message.accept_non_finite {
+        return Ok(GradientChunk {
+            parameter,
+            chunk: chunks::receive_any(&parameters[parameter], chunk, v1::DataType::F32)?,
+            weight: source,
+            finite: false,
+        });
+    }
     let received = chunks::receive(&parameters[parameter], chunk, v1::DataType::F32)?;
     let largest = received
         .values
@@ -353,11 +367,8 @@ fn gradient_chunk(model: &ModelHandle, message: &v1::MergeGradientsRequest) -> R
     Ok(GradientChunk {
         parameter,
         chunk: received,
-        weight: SourceWeight {
-            tokens,
-            micro_batches,
-            loss: message.loss,
-        },
+        weight: source,
+        finite: true,
     })
 }
 

@@ -25,12 +25,12 @@ impl Client {
             tokens: message.tokens,
             micro_batches: message.micro_batches,
             loss: message.loss,
-            adapter: String::new(),
+            ..Default::default()
         };
         messages.into_iter().map(merge).collect()
     }
 
-    async fn merge(
+    pub async fn merge(
         &self,
         transaction: Option<TransactionContext>,
         messages: &[MergeGradientsRequest],

@@ -297,6 +297,53 @@ async fn a_crash_changes_neither_masks_nor_scale() {
     assert!(train_on(&server.connect().await).await == expected);
 }
 
+/// What a client merges whose own gradient has overflowed.
+#[tokio::test]
+async fn a_merged_overflow_is_refused_unless_it_is_to_skip_the_step() {
+    let server = TestServer::start(&[]);
+    let client = server.connect().await;
+    client.train_tokenizer().await;
+    create(&client, "m", r#"{"precision": "f16"}"#).await;
+    let mut data = vec![0; 4 * 32];
+    data[4..8].copy_from_slice(&f32::INFINITY.to_le_bytes());
+    let refused = MergeGradientsRequest {
+        model: "m".into(),
+        chunk: Some(TensorChunk {
+            name: "transformer.ln_f.bias".into(),
+            data: data.into(),
+            ..Default::default()
+        }),
+        tokens: 5,
+        micro_batches: 1,
+        overflows: 3,
+        ..Default::default()
+    };
+    let message = assert_status(
+        client.merge(None, std::slice::from_ref(&refused)).await,
+        Code::InvalidArgument,
+        "22023",
+    );
+    assert!(message.contains("element 1 is inf"), "{message}");
+    let accepted = MergeGradientsRequest {
+        accept_non_finite: true,
+        ..refused
+    };
+    let before = client.parameters("m", None).await.unwrap();
+    client.batch("m", None, &[A]).await.unwrap();
+    client.merge(None, &[accepted]).await.unwrap();
+    let step = client.step("m", None).await.unwrap();
+    assert_eq!((step.step, step.skipped, step.overflows), (1, true, 3));
+    assert_eq!(client.parameters("m", None).await.unwrap(), before);
+    let server = TestServer::start_in(server.kill(), &[]);
+    let client = server.connect().await;
+    client.batch("m", None, &[A]).await.unwrap();
+    let next = client.step("m", None).await.unwrap();
+    assert_eq!(
+        (next.step, next.skipped, next.loss_scale),
+        (1, false, step.loss_scale / 2.0)
+    );
+}
+
 #[tokio::test]
 async fn bad_settings_are_refused_by_name() {
     let server = TestServer::start(&[]);

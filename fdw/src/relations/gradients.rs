@@ -158,6 +158,7 @@ fn merge(writer: &Writer, [model, adapter]: &[String; 2], row: &Inputs) -> Resul
         micro_batches: count("micro_batches", row.integer("micro_batches").unwrap_or(1))?,
         loss: row.number("loss"),
         adapter: adapter.clone(),
+        ..MergeGradientsRequest::default()
     })
 }
 

@@ -1,7 +1,8 @@
 //! Gives all workers the same gradient: the mean of what each has accumulated, weighted by targets.
 //!
 //! The mean is made here, chunk by chunk as the workers send them, and replaces what each worker has. So every worker holds
-//! the same bits and takes the same step, whatever part of the batch it had.
+//! the same bits and takes the same step, whatever part of the batch it had. Where the gradient of one has overflowed the
+//! mean is not finite either, and all skip the step.
 
 use candle_compute_proto::v1::{
     MergeGradientsRequest, ReadGradientsRequest, ReadGradientsResponse, TensorChunk, TransactionContext,
@@ -179,7 +180,7 @@ fn mean(chunks: &[ReadGradientsResponse]) -> Result<MergeGradientsRequest> {
         data.extend_from_slice(&(sum as f32).to_le_bytes());
     }
     let losses = chunks.iter().filter(|message| message.tokens > 0);
-    let loss = losses
+    let loss: Option<f64> = losses
         .map(|message| message.loss.map(|loss| loss * share(message)))
         .sum();
     Ok(MergeGradientsRequest {
@@ -189,7 +190,10 @@ fn mean(chunks: &[ReadGradientsResponse]) -> Result<MergeGradientsRequest> {
         }),
         tokens,
         micro_batches: chunks.iter().map(|message| message.micro_batches).sum(),
-        loss,
+        loss: loss.filter(|loss| loss.is_finite()),
+        accept_non_finite: true,
+        overflows: chunks.iter().map(|message| message.overflows).sum(),
+        underflows: chunks.iter().map(|message| message.underflows).sum(),
         ..MergeGradientsRequest::default()
     })
 }

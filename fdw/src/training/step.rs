@@ -52,7 +52,15 @@ pub(super) fn take(
     let Some(first) = steps.first() else {
         return Err(Error::protocol("step"));
     };
-    let outcome = |step: &OptimizerStep| (step.step, step.loss.to_bits(), step.grad_norm.to_bits(), step.skipped);
+    // Of a skipped step nothing is a number.
+    let bits = |number: f64| {
+        if number.is_nan() {
+            f64::NAN.to_bits()
+        } else {
+            number.to_bits()
+        }
+    };
+    let outcome = |step: &OptimizerStep| (step.step, bits(step.loss), bits(step.grad_norm), step.skipped);
     if steps.iter().any(|step| outcome(step) != outcome(first)) {
         let code = PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE;
         return Err(

@@ -207,6 +207,26 @@ impl Gradient {
     /// [`Error::InvalidArgument`] for an unknown or frozen parameter, elements outside of it, and elements that are not
     /// finite once they are multiplied by `tokens`.
     pub fn add_mean(&mut self, name: &str, start: usize, mean: &[f32], tokens: u64) -> Result<()> {
+        let weight = tokens as f64 * self.scale;
+        let scaled = |element: f32| (f64::from(element) * weight) as f32;
+        // Without an early exit the check is several times as fast.
+        let finite = mean
+            .iter()
+            .fold(true, |finite, element| finite & scaled(*element).is_finite());
+        if !finite && let Some(at) = mean.iter().position(|element| !scaled(*element).is_finite()) {
+            let (at, element) = (start + at, mean[at]);
+            return Err(Error::InvalidArgument(format!(
+                "gradient of {name:?}: its element {at} is {element}, with a weight of {tokens}"
+            )));
+        }
+        self.add_any_mean(name, start, mean, tokens)
+    }
+
+    /// As [`add_mean`](Self::add_mean), for elements that need not be finite: a step over them is skipped.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for an unknown or frozen parameter, and elements outside of it.
+    pub fn add_any_mean(&mut self, name: &str, start: usize, mean: &[f32], tokens: u64) -> Result<()> {
         let refuse = |reason: String| Error::InvalidArgument(format!("gradient of {name:?}: {reason}"));
         let Some(index) = self.parameters.iter().position(|parameter| parameter.name == name) else {
             return Err(refuse("the model has no such parameter".into()));
@@ -222,21 +242,10 @@ impl Gradient {
             return Err(refuse("the parameter is frozen".into()));
         }
         let weight = tokens as f64 * self.scale;
-        let scaled = |element: f32| (f64::from(element) * weight) as f32;
-        // Without an early exit the check is several times as fast.
-        let finite = mean
-            .iter()
-            .fold(true, |finite, element| finite & scaled(*element).is_finite());
-        if !finite && let Some(at) = mean.iter().position(|element| !scaled(*element).is_finite()) {
-            let element = mean[at];
-            return Err(refuse(format!(
-                "its element {} is {element}, with a weight of {tokens}",
-                start + at
-            )));
-        }
         self.allocate()?;
         if let Some(sum) = &self.sums[index] {
-            change_range(sum, parameter, start, mean, |sum, element| *sum += scaled(element))?;
+            let add = |sum: &mut f32, element: f32| *sum += (f64::from(element) * weight) as f32;
+            change_range(sum, parameter, start, mean, add)?;
         }
         Ok(())
     }
@@ -313,7 +322,7 @@ impl Gradient {
     }
 
     /// Adds to what rounding has lost.
-    pub(super) fn count_rounding_losses(&mut self, overflows: u64, underflows: u64) {
+    pub fn count_rounding_losses(&mut self, overflows: u64, underflows: u64) {
         self.overflows += overflows;
         self.underflows += underflows;
     }

@@ -76,6 +76,62 @@ fn three_workers_equal_one_server_and_each_other() {
     fixture.assert_idle();
 }
 
+/// What a step did to the dynamic loss scale: number, whether it was skipped, the scale, and whether something overflowed.
+fn scaled_steps(client: &mut Client, schema: &str) -> Vec<(i64, bool, f64, bool)> {
+    let query = format!(
+        "SELECT step, skipped, loss_scale::float8, overflows > 0 FROM {schema}.optimizer_steps WHERE model = 'net' ORDER BY created_at"
+    );
+    let rows = client.query(&query, &[]).unwrap();
+    let read = |row: &postgres::Row| (row.get(0), row.get(1), row.get(2), row.get(3));
+    rows.iter().map(read).collect()
+}
+
+/// A scale that doubles with every step soon takes gradients beyond what f16 holds.
+#[test]
+fn a_step_that_overflows_on_a_worker_is_skipped_by_all() {
+    let fixture = Fixture::new();
+    let (second, third) = (ComputeServer::start(), ComputeServer::start());
+    let mut client = fixture.connect();
+    add_server(&mut client, "second", &second, "b");
+    add_server(&mut client, "third", &third, "one");
+    create(&mut client, &["llm", "b", "one"]);
+    for schema in ["llm", "b", "one"] {
+        let settings = r#"{"precision": "f16", "loss_scale_growth_interval": 1}"#;
+        client
+            .batch_execute(&format!("UPDATE {schema}.models SET config = config || '{settings}'"))
+            .unwrap();
+    }
+    // One document for each step: the second worker has no part of it. The rate is too low to change the gradient.
+    let train = |further: &str| {
+        let document = "SELECT array_agg(500 + i) FROM generate_series(1, 12) i, generate_series(1, 14) d GROUP BY d";
+        format!("CALL candle.train('net', '{document}', 14, batch_size => 1, learning_rate => 1e-9{further})")
+    };
+    let workers = ", workers => ARRAY['llm', 'b']";
+    client.batch_execute(&train(workers)).unwrap();
+    let taken = scaled_steps(&mut client, "llm");
+    assert_eq!(taken, scaled_steps(&mut client, "b"));
+    let skipped = taken.iter().filter(|step| step.1).count();
+    assert!(skipped > 0 && taken.len() > 2 * skipped, "{taken:?}");
+    for (step, next) in taken.iter().zip(&taken[1..]) {
+        let factor = if step.1 { 0.5 } else { 2.0 };
+        assert_eq!(next.2, step.2 * factor, "{taken:?}");
+        assert!(step.3 || !step.1, "an overflow is counted: {taken:?}");
+    }
+    // A server alone skips the same steps.
+    client.batch_execute("SET candle_fdw.server = 'third'").unwrap();
+    client.batch_execute(&train("")).unwrap();
+    client.batch_execute("RESET candle_fdw.server").unwrap();
+    assert_eq!(taken, scaled_steps(&mut client, "one"));
+    // Both have a part of what follows.
+    client
+        .batch_execute(&call(6, &format!("{workers}, restart => true")))
+        .unwrap();
+    let (found, other) = (scaled_steps(&mut client, "llm"), scaled_steps(&mut client, "b"));
+    assert!(found == other && found.len() > taken.len(), "{found:?} {other:?}");
+    assert!(bytes(&mut client, "llm") == bytes(&mut client, "b"), "bit for bit");
+    fixture.assert_idle();
+}
+
 #[test]
 fn a_dead_worker_is_named_and_nothing_is_changed() {
     let fixture = Fixture::new();
