@@ -14,6 +14,7 @@
 //! | memory | `RESOURCE_EXHAUSTED` | HV001 |
 //! | changed by another transaction, or the transaction was lost | `ABORTED` | 40001 |
 //! | the state does not allow it (a step without a gradient, a model that could not be recovered) | `FAILED_PRECONDITION` | 55000 |
+//! | others use what the operation needs for itself | `FAILED_PRECONDITION` | 55006 |
 //! | not something this build can do | `UNIMPLEMENTED` | 0A000 |
 //! | no token, or a wrong one | `UNAUTHENTICATED` | 28000 |
 //! | a token without the role that the call needs | `PERMISSION_DENIED` | 42501 |
@@ -110,6 +111,14 @@ pub enum Error {
     #[error("{message}")]
     Precondition {
         /// What is missing or in the way.
+        message: String,
+        /// What to do first.
+        hint: &'static str,
+    },
+    /// Others use what the operation needs for itself.
+    #[error("{message}")]
+    InUse {
+        /// Who uses what.
         message: String,
         /// What to do first.
         hint: &'static str,
@@ -239,6 +248,7 @@ impl Error {
             Self::Stale(_) => (Code::Aborted, "40001", Some("Roll back and run the transaction again.")),
             Self::Unloaded(_) => (Code::Aborted, "42704", None),
             Self::Precondition { hint, .. } => (Code::FailedPrecondition, "55000", Some(hint)),
+            Self::InUse { hint, .. } => (Code::FailedPrecondition, "55006", Some(hint)),
             Self::Unauthenticated(_) => (
                 Code::Unauthenticated,
                 "28000",

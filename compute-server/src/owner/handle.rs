@@ -63,7 +63,7 @@ pub(crate) struct NewModel {
     pub(crate) memory: Reservation,
     /// Its place among the models that the server may hold.
     pub(crate) slot: Option<ModelSlot>,
-    /// Number and time of creation of a model that is made again from the commit log.
+    /// Number and time of creation of a model that was there before: in the commit log, or in another shape.
     pub(crate) logged: Option<(u64, SystemTime)>,
     /// How the commit log is to make it again.
     pub(crate) base: Option<NewBase>,
@@ -112,7 +112,7 @@ pub(crate) struct Shared {
     /// The name; of an adapter, its model's.
     pub(crate) name: String,
     /// Name of the tenant that loaded it.
-    tenant: Arc<str>,
+    pub(super) tenant: Arc<str>,
     /// Of an adapter: its name, and the number of the loaded model that it belongs to.
     adapter: Option<(String, u64)>,
     /// Of an adapter: wakes the thread of its model.
@@ -121,9 +121,9 @@ pub(crate) struct Shared {
     pub(super) factors: PublishedFactors,
     /// What adapters share of it.
     pub(crate) base: Arc<Base>,
-    source: String,
-    seed: Option<i64>,
-    device: String,
+    pub(super) source: String,
+    pub(super) seed: Option<i64>,
+    pub(super) device: String,
     /// Configuration without training settings.
     pub(crate) config: Map<String, Value>,
     /// Shape.
@@ -141,7 +141,7 @@ pub(crate) struct Shared {
     pub(crate) chat_template: Option<Arc<ChatTemplate>>,
     /// Tokens that end a generation.
     pub(crate) end_tokens: Vec<u32>,
-    created_at: SystemTime,
+    pub(super) created_at: SystemTime,
     /// Taken when the model is published.
     new_base: Mutex<Option<NewBase>>,
     /// Wakes the thread when a client has read something or gone away.
@@ -161,6 +161,11 @@ const UNLOADED: u8 = 1;
 const FAILED: u8 = 2;
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+
+/// A number that no model has had.
+pub(super) fn next_id() -> u64 {
+    NEXT_ID.fetch_add(1, Ordering::Relaxed)
+}
 
 impl Shared {
     /// The model as a base of the commit log, but for its origin.
@@ -234,7 +239,7 @@ impl ModelHandle {
                 NEXT_ID.fetch_max(id + 1, Ordering::Relaxed);
                 (id, created_at)
             }
-            None => (NEXT_ID.fetch_add(1, Ordering::Relaxed), SystemTime::now()),
+            None => (next_id(), SystemTime::now()),
         };
         let mut new_base = new.base;
         if let Some(new) = &mut new_base {

@@ -72,6 +72,8 @@ pub(super) enum Operation {
     Merge(StagedMerge),
     /// The adapter adds nothing any more: its product is added to the weights of its model.
     Merged,
+    /// Another model takes the place of this one.
+    Replaced,
     /// A gradient that a cancelled batch left incomplete: the subtransaction can only be rolled back.
     Spoilt,
 }
@@ -117,13 +119,13 @@ impl Operation {
         match self {
             Self::Step(step) => !step.report.skipped,
             Self::Write(_) | Self::Train { .. } | Self::Merge(_) | Self::Merged => true,
-            Self::Batch(_) | Self::Zero(_) | Self::Configure(_) | Self::Spoilt => false,
+            Self::Batch(_) | Self::Zero(_) | Self::Configure(_) | Self::Replaced | Self::Spoilt => false,
         }
     }
 
     /// Whether it is stale once another transaction has changed the weights.
     pub(super) fn relies_on_weights(&self) -> bool {
-        matches!(self, Self::Batch(_) | Self::Step(_)) || self.changes_state()
+        matches!(self, Self::Batch(_) | Self::Step(_) | Self::Replaced) || self.changes_state()
     }
 }
 
@@ -183,6 +185,7 @@ impl Overlay {
             | Operation::Train { .. }
             | Operation::Merge(_)
             | Operation::Merged
+            | Operation::Replaced
             | Operation::Spoilt => None,
         })
     }
@@ -205,6 +208,12 @@ impl Overlay {
             Operation::Configure(settings) => Some(settings),
             _ => None,
         })
+    }
+
+    /// Whether another model takes the place of this one.
+    pub(super) fn is_replaced(&self) -> bool {
+        let replaced = |staged: &Staged| matches!(staged.operation, Operation::Replaced);
+        self.operations.iter().any(replaced)
     }
 
     /// Whether only a rollback is left.

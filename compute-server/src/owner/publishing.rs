@@ -23,6 +23,9 @@ impl Owner {
             subtransaction: 1,
         };
         self.check_usable(&ticket)?;
+        if self.overlays.get(id).is_some_and(Overlay::is_replaced) {
+            self.check_still_replaceable()?;
+        }
         // What this transaction relied on is used up by itself, so its own seal does not count.
         let sealed = self.sealed(id);
         let recorded = match self.overlays.get(id).filter(|_| record) {
@@ -81,6 +84,8 @@ impl Owner {
                     }
                     self.versions.weights += 1;
                 }
+                // What is left of it is in its successor.
+                Operation::Replaced => {}
                 Operation::Spoilt => return Err(spoilt(&self.shared.name)),
             }
         }

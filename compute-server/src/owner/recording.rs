@@ -96,6 +96,7 @@ fn logged(operation: &Operation, settings: &str) -> Result<operation::Kind> {
         Operation::Merge(merge) => operation::Kind::Merge(merged(merge)?),
         Operation::Merged => operation::Kind::Merged(true),
         Operation::Spoilt => return Err(Error::Internal("a spoilt gradient is published".to_owned())),
+        Operation::Replaced => return Err(Error::Internal("a model that is replaced is logged".to_owned())),
     })
 }
 

@@ -47,6 +47,21 @@ impl Drop for Lease {
 }
 
 impl Saving {
+    /// The model, whose weights share their storage with those in use.
+    pub(super) fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// Its optimizer, likewise.
+    pub(super) fn optimizer(&self) -> &AdamW {
+        &self.optimizer
+    }
+
+    /// What is saved beside them.
+    pub(super) fn details(&self) -> &checkpoint::Details {
+        &self.details
+    }
+
     /// Writes it to `files`, on a thread that may block. Stops and leaves nothing when `request` is cancelled, or when
     /// nobody waits any more.
     ///

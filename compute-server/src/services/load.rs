@@ -15,7 +15,7 @@ use crate::commit_log::{LogBase, Origin, origin};
 use crate::data_folder;
 use crate::error::{Error, Result};
 use crate::memory::{MemoryBudget, Reservation};
-use crate::owner::{NewBase, NewModel, TrainingSettings, log_row_from_json};
+use crate::owner::{NewBase, NewModel, TrainingSettings, log_row_from_json, set_share};
 use crate::sources::{self, Source};
 use crate::transactions::Reader;
 
@@ -251,10 +251,18 @@ fn restore(
     let mut restored =
         checkpoint::load(path, &options.device).map_err(|error| sources::relative(error, &app.config.data_dir))?;
     let mut fields = restored.model.config.as_object().cloned().unwrap_or_default();
-    for (field, value) in given {
+    let shape = restored.model.decoder.config();
+    let groups = config::share_groups(&given, shape.layers)?.filter(|groups| *groups != shape.groups);
+    if let Some(groups) = groups {
+        let (decoder, sources) = restored.model.decoder.regrouped(groups)?;
+        restored.optimizer = restored.optimizer.regrouped(&sources)?;
+        set_share(&mut fields, decoder.config());
+        restored.model.decoder = decoder;
+    }
+    for (field, value) in given.into_iter().filter(|(field, _)| field != "share") {
         if !TRAINING_FIELDS.contains(&field.as_str()) && fields.get(&field) != Some(&value) {
             return Err(Error::invalid(format!(
-                "the configuration's \"{field}\" contradicts the checkpoint; only training settings may differ"
+                "the configuration's \"{field}\" contradicts the checkpoint; only \"share\" and training settings may differ"
             )));
         }
         fields.insert(field, value);

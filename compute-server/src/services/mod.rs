@@ -10,6 +10,7 @@ mod load;
 mod losses;
 mod models;
 mod placement;
+mod sharing;
 mod telemetry;
 mod texts;
 mod tracking;

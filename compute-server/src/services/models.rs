@@ -9,11 +9,12 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::Service;
 use super::load::{self, Loading};
+use super::sharing;
 use crate::access::Caller;
 use crate::devices;
 use crate::error::{Error, Result};
 use crate::names::{self, ModelKey};
-use crate::owner::{ChunkReader, ModelHandle, OutputStream, Selection, Step, TrainingSettings};
+use crate::owner::{ChunkReader, ModelHandle, OutputStream, Owner, Selection, Step, Ticket, TrainingSettings};
 use crate::requests::Phase;
 use crate::tokenizers::TokenizerStore;
 use crate::transactions::{Reader, Scope, WriteKind};
@@ -103,16 +104,18 @@ impl ModelsService for Service {
         let request = request.into_inner();
         let scope = Scope::open(&self.app, request.transaction.as_ref(), &caller)?;
         let model = scope.model(&request.name)?;
-        let settings = new_settings(&model.facts().config, load::parse_config(&request.config_json)?)?;
-        scope
-            .change(&model, move |owner, ticket| owner.stage_settings(ticket, settings))
-            .await?;
-        let staged = scope.reader().is_some_and(|reader| {
-            reader
-                .models()
-                .iter()
-                .any(|(other, staged)| other.is(&model) && *staged)
-        });
+        let (settings, groups) = new_settings(&model, &load::parse_config(&request.config_json)?)?;
+        let model = match groups {
+            Some(groups) => sharing::change(&self.app, &scope, &model, groups, settings).await?,
+            None => {
+                let stage = move |owner: &mut Owner, ticket: &Ticket| owner.stage_settings(ticket, settings);
+                scope.change(&model, stage).await?;
+                model
+            }
+        };
+        let seen = scope.reader().map(Reader::models).unwrap_or_default();
+        // What the call publishes itself is not staged any more when it is answered.
+        let staged = request.transaction.is_some() && seen.iter().any(|(other, staged)| other.is(&model) && *staged);
         let row = describe(&model, &scope.view(), staged);
         scope.close().await?;
         Ok(Response::new(v1::UpdateModelResponse { model: Some(row) }))
@@ -227,9 +230,13 @@ fn describe(model: &ModelHandle, view: &crate::owner::View, staged: bool) -> v1:
     row
 }
 
-/// The training settings of a new configuration, whose other fields must be as they are.
-fn new_settings(present: &Map<String, Value>, given: Map<String, Value>) -> Result<TrainingSettings> {
-    let mut fields = config::normalize_settings(&given)?;
+/// The training settings of a new configuration, and the number of groups of layers if it is to be another one. Other
+/// fields must be as they are.
+fn new_settings(model: &ModelHandle, given: &Map<String, Value>) -> Result<(TrainingSettings, Option<usize>)> {
+    let (present, shape) = (&model.facts().config, &model.facts().decoder_config);
+    let mut fields = config::normalize_settings(given)?;
+    let groups = config::share_groups(&fields, shape.layers)?.filter(|groups| *groups != shape.groups);
+    fields.remove("share");
     for (field, value) in &fields {
         let same =
             |present: &Value| present == value || present.as_f64().is_some_and(|number| Some(number) == value.as_f64());
@@ -238,10 +245,10 @@ fn new_settings(present: &Map<String, Value>, given: Map<String, Value>) -> Resu
                 .get(field)
                 .map_or_else(|| "not set".to_owned(), ToString::to_string);
             return Err(Error::invalid(format!(
-                "the configuration's \"{field}\" is {present} and cannot become {value}; only {} may change",
+                "the configuration's \"{field}\" is {present} and cannot become {value}; only share, {} may change",
                 TRAINING_FIELDS.join(", ")
             )));
         }
     }
-    TrainingSettings::take(&mut fields)
+    Ok((TrainingSettings::take(&mut fields)?, groups))
 }

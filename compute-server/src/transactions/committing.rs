@@ -32,10 +32,7 @@ impl App {
         let mut files: Vec<FileChange> = Vec::new();
         let mut bases = Bases { log, names: Vec::new() };
         // Models that the transaction itself drops again leave nothing but, for earlier ones, their end.
-        let dropped = |model: &ModelHandle| {
-            let drops = |write: &Write| matches!(&write.kind, WriteKind::DropModel(other) if other.is(model));
-            writes.iter().any(drops)
-        };
+        let dropped = |model: &ModelHandle| writes.iter().any(|write| write.removes(model));
         for write in writes {
             match &write.kind {
                 WriteKind::CreateModel(model) => {
@@ -51,6 +48,12 @@ impl App {
                     adapters.retain(|adapter| adapter.is_adapter_of(model));
                     let ids = adapters.iter().chain([model]).map(ModelHandle::id);
                     items.extend(ids.filter(|id| log.knows(*id)).map(|model| Item::Drop { model }));
+                }
+                WriteKind::ReplaceModel { old, new } => {
+                    items.extend(log.knows(old.id()).then(|| Item::Drop { model: old.id() }));
+                    if !dropped(new) {
+                        items.extend(bases.of_new(new)?);
+                    }
                 }
                 WriteKind::DropUnavailable(key) => {
                     let dropped = self.registry.unavailable(key).into_iter();

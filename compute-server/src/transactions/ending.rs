@@ -103,7 +103,7 @@ pub(super) async fn drop_writes(transaction: &Transaction, writes: Vec<Write>, s
     let mut files = Vec::new();
     for write in writes {
         match write.kind {
-            WriteKind::CreateModel(model) => model.unload(),
+            WriteKind::CreateModel(model) | WriteKind::ReplaceModel { new: model, .. } => model.unload(),
             WriteKind::Change(model) if !changed.iter().any(|known| known.is(&model)) => changed.push(model),
             WriteKind::CreateCheckpoint(staged) => files.push(staged),
             WriteKind::DropModel(_)

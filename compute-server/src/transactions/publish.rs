@@ -113,6 +113,17 @@ impl App {
                     }
                     *present = None;
                 }
+                WriteKind::ReplaceModel { old, new } => {
+                    let key = old.key();
+                    let present = models.entry(key.clone()).or_insert_with(|| self.registry.find(&key));
+                    if !present.as_ref().is_some_and(|present| present.is(old)) {
+                        return Err(dropped_by_another(old));
+                    }
+                    *present = Some(new.clone());
+                    let id = Arc::clone(&transaction.id);
+                    // Nothing of it is logged: its successor has a base of its own.
+                    old.call_once_saved(move |owner| owner.prepare(&id, false)).await?;
+                }
                 WriteKind::CreateCheckpoint(staged) => {
                     let key = staged.key();
                     let present = checkpoints
@@ -147,7 +158,7 @@ impl App {
             let key = model.key();
             let present = models.entry(key.clone()).or_insert_with(|| self.registry.find(&key));
             if !present.as_ref().is_some_and(|present| present.is(&model)) {
-                // Changed, and dropped later in the same transaction: nothing of the change remains.
+                // Changed, and dropped or replaced later in the same transaction: nothing of the change remains.
                 if !dropped_here(writes, &model) {
                     return Err(dropped_by_another(&model));
                 }
@@ -186,9 +197,10 @@ impl App {
                     }
                     Err(error) => failed = Some(error),
                 },
-                kind @ (WriteKind::CreateModel(_) | WriteKind::DropModel(_) | WriteKind::DropUnavailable(_)) => {
-                    models.push(kind);
-                }
+                kind @ (WriteKind::CreateModel(_)
+                | WriteKind::DropModel(_)
+                | WriteKind::ReplaceModel { .. }
+                | WriteKind::DropUnavailable(_)) => models.push(kind),
                 WriteKind::Change(_) => {}
             }
         }
@@ -219,6 +231,8 @@ impl App {
                         }
                     }
                 }
+                // What runs on the old one ends on it; its thread ends when nobody has its handle any more.
+                WriteKind::ReplaceModel { new, .. } => self.registry.insert(new),
                 WriteKind::DropUnavailable(key) => self.registry.forget_unavailable(&key),
                 _ => {}
             }
@@ -278,14 +292,12 @@ pub(super) fn changed_models(writes: &[Write]) -> Vec<ModelHandle> {
 }
 
 fn dropped_here(writes: &[Write], model: &ModelHandle) -> bool {
-    writes
-        .iter()
-        .any(|write| matches!(&write.kind, WriteKind::DropModel(dropped) if dropped.is(model)))
+    writes.iter().any(|write| write.removes(model))
 }
 
 fn dropped_by_another(model: &ModelHandle) -> Error {
     Error::Stale(format!(
-        "model \"{}\" was unloaded by another transaction",
+        "model \"{}\" was unloaded or replaced by another transaction",
         model.name()
     ))
 }

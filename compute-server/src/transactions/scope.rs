@@ -85,7 +85,7 @@ impl Reader {
         if let Some(transaction) = &self.transaction {
             for write in &transaction.lock().writes {
                 match &write.kind {
-                    WriteKind::CreateModel(model) => {
+                    WriteKind::CreateModel(model) | WriteKind::ReplaceModel { new: model, .. } => {
                         models.insert(model.key(), (model.clone(), true));
                     }
                     WriteKind::DropModel(model) => {

@@ -47,12 +47,29 @@ pub(crate) struct Write {
     pub(crate) kind: WriteKind,
 }
 
+impl Write {
+    /// Whether nobody sees `model` any more once this is published.
+    pub(super) fn removes(&self, model: &ModelHandle) -> bool {
+        match &self.kind {
+            WriteKind::DropModel(removed) | WriteKind::ReplaceModel { old: removed, .. } => removed.is(model),
+            _ => false,
+        }
+    }
+}
+
 /// The kinds of writes.
 pub(crate) enum WriteKind {
     /// A model was loaded or created.
     CreateModel(ModelHandle),
     /// A model was dropped.
     DropModel(ModelHandle),
+    /// A model takes the place of another one, under its name.
+    ReplaceModel {
+        /// The other one.
+        old: ModelHandle,
+        /// The model.
+        new: ModelHandle,
+    },
     /// A model or adapter that could not be made again was dropped.
     DropUnavailable(ModelKey),
     /// Something was staged in the model's owner.
@@ -173,7 +190,9 @@ impl Transaction {
             .writes
             .iter()
             .fold(published, |found, write| match &write.kind {
-                WriteKind::CreateModel(model) if model.key() == *key => Some(model.clone()),
+                WriteKind::CreateModel(model) | WriteKind::ReplaceModel { new: model, .. } if model.key() == *key => {
+                    Some(model.clone())
+                }
                 WriteKind::DropModel(model) if model.key() == *key => None,
                 _ => found,
             })

@@ -22,6 +22,7 @@ mod operations;
 mod parameters;
 mod precision;
 mod scheduling;
+mod sharing;
 mod support;
 mod tenants;
 mod tensors;

@@ -12,4 +12,4 @@ pub(crate) use fields::{Fields, shortened};
 pub use gguf::{GgufTensorFacts, from_gguf};
 pub use hugging_face::from_hugging_face;
 pub use rotary::{RotaryConfig, RotaryScaling};
-pub use settings::{TRAINING_FIELDS, from_settings, normalize_settings, to_settings};
+pub use settings::{TRAINING_FIELDS, from_settings, normalize_settings, share_groups, to_settings};

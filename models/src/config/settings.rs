@@ -270,6 +270,13 @@ fn groups(fields: &Fields<'_>, layers: usize) -> Result<usize> {
     }
 }
 
+/// The number of groups of layers that share their parameters as the field `share` of a configuration says; none where
+/// there is no such field. Fails with [`Error::InvalidConfig`] for what is not `none`, `all`, or from 1 to `layers`.
+pub fn share_groups(settings: &Map<String, Value>, layers: usize) -> Result<Option<usize>> {
+    let fields = Fields(settings);
+    fields.get("share").map(|_| groups(&fields, layers)).transpose()
+}
+
 /// The decoder's shape as `models.config` shows it: every field under its own name, readable by [`from_settings`].
 pub fn to_settings(config: &DecoderConfig) -> Map<String, Value> {
     let mut settings = Map::new();

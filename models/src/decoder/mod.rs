@@ -10,6 +10,7 @@ mod load;
 mod memory;
 mod names;
 mod parameters;
+mod regroup;
 mod score;
 mod structure;
 mod weight;

@@ -102,6 +102,23 @@ impl AdamW {
         })
     }
 
+    /// The state of a decoder whose parameters were copied from those that `sources` names: each has the moments of its
+    /// source. No storage is shared.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] if the device has no memory for it.
+    pub fn regrouped(&self, sources: &[ParameterId]) -> Result<Self> {
+        let moments = match self.moments.is_empty() {
+            true => Vec::new(),
+            false => sources.iter().map(|source| self.moments[source.0].clone()).collect(),
+        };
+        let shared = Self {
+            step: self.step,
+            moments,
+        };
+        shared.deep_copy()
+    }
+
     /// Changes the trainable parameters by one step along the mean gradient. Weights are changed in place: clones of the
     /// decoder that share its storage see the change.
     ///

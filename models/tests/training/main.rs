@@ -11,5 +11,6 @@ mod dropout;
 mod finite_differences;
 mod golden;
 mod precision;
+mod sharing;
 mod support;
 mod validation;
