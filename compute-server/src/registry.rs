@@ -58,6 +58,12 @@ impl Registry {
         models.get(key).cloned()
     }
 
+    /// Whether an adapter of `model` could not be made again.
+    pub(crate) fn has_unavailable_adapter(&self, model: &str) -> bool {
+        let models = self.unavailable.read().unwrap_or_else(PoisonError::into_inner);
+        models.keys().any(|key| key.model == model && key.adapter.is_some())
+    }
+
     /// Models that could not be made again, in the order of their names.
     pub(crate) fn unavailable_models(&self) -> Vec<Unavailable> {
         let models = self.unavailable.read().unwrap_or_else(PoisonError::into_inner);

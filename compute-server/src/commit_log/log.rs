@@ -244,6 +244,11 @@ impl CommitLog {
         }
     }
 
+    /// Whether a model has changes that its base does not include.
+    pub(crate) fn has_changes(&self, model: u64) -> bool {
+        self.lock().tracks.since_base(model).0 > 0
+    }
+
     /// Whether a model is in the log.
     pub(crate) fn knows(&self, model: u64) -> bool {
         self.lock().tracks.0.contains_key(&model)

@@ -168,8 +168,23 @@ pub(super) fn next_id() -> u64 {
 }
 
 impl Shared {
-    /// The model as a base of the commit log, but for its origin.
+    /// The model or adapter as a base of the commit log, but for its origin.
     pub(super) fn log_base(&self) -> LogBase {
+        if let Some((name, of)) = &self.adapter {
+            return LogBase {
+                created_at: Some(self.created_at.into()),
+                adapter: Some(v1::CreateAdapterRequest {
+                    model: self.name.clone(),
+                    name: name.clone(),
+                    source: self.source.clone(),
+                    seed: self.seed,
+                    ..Default::default()
+                }),
+                of: *of,
+                tenant: self.tenant.to_string(),
+                ..Default::default()
+            };
+        }
         LogBase {
             request: Some(v1::LoadModelRequest {
                 name: self.name.clone(),

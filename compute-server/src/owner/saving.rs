@@ -130,15 +130,15 @@ impl Owner {
     }
 
     /// Begins to save the committed state as a base of the commit log. None while the state is more than what a checkpoint
-    /// holds: between a batch and its step, as long as weights are held other than in f32, and for an adapter and a model
-    /// that has adapters: what they computed rests on earlier weights of the model.
+    /// holds: between a batch and its step, as long as weights are held other than in f32, and for an adapter that has been
+    /// merged.
     ///
     /// # Errors
     /// As [`begin_saving`](Self::begin_saving).
     pub(crate) fn begin_saving_base(&mut self) -> Result<Option<Saving>> {
-        let parameters = self.model.decoder.parameters();
-        let whole = !self.shared.base.is_followed()
-            && !self.model.decoder.is_adapted()
+        let decoder = &self.model.decoder;
+        let parameters = &decoder.parameters()[decoder.own_parameters()];
+        let whole = !decoder.is_merged()
             && self.accumulated.parts.is_empty()
             && self.publishing.is_none()
             && parameters.iter().all(|parameter| parameter.dtype == "f32");

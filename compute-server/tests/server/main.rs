@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, unreachable_pub)]
 
 mod abuse;
+mod adapter_bases;
 mod adapter_dropout;
 mod adapters;
 mod bad_input;
