@@ -3,6 +3,7 @@
 
 mod baseline;
 mod datasets;
+mod embed;
 mod generate;
 mod gradients;
 mod server;

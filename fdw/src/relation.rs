@@ -22,6 +22,7 @@ pub(crate) const RELATIONS: &[&dyn Relation] = &[
     &relations::GenerationTokens,
     &relations::Tokens,
     &relations::TokenScores,
+    &relations::Embeddings,
     &relations::Batches,
     &relations::Gradients,
     &relations::Parameters,

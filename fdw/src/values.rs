@@ -23,6 +23,7 @@ pub(crate) enum Kind {
     Real,
     Double,
     IntArray,
+    RealArray,
     TextArray,
     Bytea,
     Timestamp,
@@ -40,6 +41,7 @@ impl Kind {
             Self::Real => "real",
             Self::Double => "double precision",
             Self::IntArray => "integer[]",
+            Self::RealArray => "real[]",
             Self::TextArray => "text[]",
             Self::Bytea => "bytea",
             Self::Timestamp => "timestamp with time zone",
@@ -61,6 +63,8 @@ pub(crate) enum Value {
     /// Text, or JSON as text.
     Text(String),
     Ints(Vec<i64>),
+    /// Little-endian f32, as the server sends them.
+    Reals(Bytes),
     Texts(Vec<String>),
     Bytes(Bytes),
     /// Microseconds since 2000-01-01 00:00 UTC, PostgreSQL's own count.
@@ -134,7 +138,9 @@ impl SqlType {
             Kind::Jsonb => self.base == pg_sys::JSONBOID || self.base == pg_sys::JSONOID || category == b'S',
             Kind::Boolean => category == b'B',
             Kind::Int | Kind::BigInt | Kind::Real | Kind::Double => category == b'N',
-            Kind::IntArray => category == b'A' && read::category(read::element_type(self.base)) == b'N',
+            Kind::IntArray | Kind::RealArray => {
+                category == b'A' && read::category(read::element_type(self.base)) == b'N'
+            }
             Kind::TextArray => category == b'A' && read::category(read::element_type(self.base)) == b'S',
             Kind::Bytea => self.base == pg_sys::BYTEAOID,
             Kind::Timestamp => self.base == pg_sys::TIMESTAMPTZOID,

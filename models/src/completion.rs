@@ -74,6 +74,11 @@ impl CompletionText {
         })
     }
 
+    /// Keeps a space at the start that the tokenizer would take for its own: the tokens are what they stand for.
+    pub fn keep_first_space(&mut self) {
+        self.at_start = false;
+    }
+
     /// Adds a token. After a stop text nothing more is added.
     pub fn push(&mut self, token: u32) -> Progress {
         if self.stopped {

@@ -8,12 +8,14 @@ pub mod adapters;
 pub mod chat_template;
 pub mod completion;
 pub mod config;
+pub mod constraint;
 pub mod decoder;
 pub mod error;
 pub mod experts;
 pub mod formats;
 pub mod model;
 pub mod ops;
+pub mod pooling;
 pub mod sampling;
 pub mod tokenizer;
 pub mod training;
@@ -23,11 +25,13 @@ pub use candle_kernels_cpu::CacheType;
 pub use chat_template::{ChatMessage, ChatTemplate};
 pub use completion::{CompletionText, Progress};
 pub use config::DecoderConfig;
+pub use constraint::{Constraint, ResponseFormat};
 pub use decoder::{
     CacheUsage, Decoder, KeyValueCache, PAGE_POSITIONS, PageMemory, PagePool, ParameterId, ParameterInfo, Place, Scope,
     SequenceStep, Weight, WeightType,
 };
 pub use error::{Error, Result};
 pub use model::{LoadOptions, Model};
+pub use pooling::{Pooled, Pooling};
 pub use sampling::{Sampled, Sampler, SamplingOptions};
 pub use tokenizer::Tokenizer;

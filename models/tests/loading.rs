@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
 use candle_core::{DType, Device, Tensor};
-use candle_models::{Error, LoadOptions, Model, Result};
+use candle_models::{Error, LoadOptions, Model, Pooled, Pooling, Result, SequenceStep};
 use serde_json::{Map, Value, json};
 
 fn golden(name: &str) -> PathBuf {
@@ -67,6 +67,42 @@ fn every_stored_form_gives_pytorchs_logits() {
         assert_eq!(model.decoder.dtype(), dtype, "{folder}");
         let difference = difference(&model, name);
         assert!(difference < tolerance, "{folder}: {difference}");
+    }
+}
+
+#[test]
+fn pooled_states_are_transformers() {
+    let values = candle_core::safetensors::load(golden("embeddings.golden.safetensors"), &Device::Cpu).unwrap();
+    for name in ["gpt2", "llama", "qwen2"] {
+        let model = load(&golden(name)).unwrap();
+        let ids: Vec<u32> = values[&format!("{name}.ids")]
+            .to_dtype(DType::U32)
+            .unwrap()
+            .to_vec1()
+            .unwrap();
+        for (pooling, pooled_name) in [(Pooling::Mean, "mean"), (Pooling::Last, "last"), (Pooling::Cls, "cls")] {
+            let expected: Vec<f32> = values[&format!("{name}.{pooled_name}")].to_vec1().unwrap();
+            let mut pooled = Pooled::new(pooling, expected.len());
+            let mut cache = model.decoder.new_cache();
+            for tokens in ids.chunks(16) {
+                let step = SequenceStep {
+                    tokens,
+                    cache: &mut cache,
+                };
+                let states = model.decoder.states(&mut [step]).unwrap();
+                pooled.add(&states.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+            }
+            let length = expected.iter().map(|value| value * value).sum::<f32>().sqrt();
+            let unit: Vec<f32> = expected.iter().map(|value| value / length).collect();
+            for (found, expected) in [(pooled.clone().finish(false), expected), (pooled.finish(true), unit)] {
+                for (found, expected) in found.unwrap().iter().zip(expected) {
+                    assert!(
+                        (found - expected).abs() < 2e-5,
+                        "{name}, {pooled_name}: {found}, not {expected}"
+                    );
+                }
+            }
+        }
     }
 }
 

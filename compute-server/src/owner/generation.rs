@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use candle_compute_proto::v1;
 use candle_models::sampling::Sampler;
-use candle_models::{CompletionText, Tokenizer};
+use candle_models::{CompletionText, Constraint, Tokenizer};
 use tokio::sync::mpsc;
 
 use super::sequence::Sequence;
@@ -33,6 +33,8 @@ pub(crate) struct GenerationRequest {
     pub(crate) max_tokens: usize,
     /// Chooses tokens.
     pub(crate) sampler: Sampler,
+    /// What the completion must look like, if anything.
+    pub(crate) constraint: Option<Constraint>,
     /// Makes text of them.
     pub(crate) text: CompletionText,
     /// Knows what bytes tokens stand for.
@@ -84,6 +86,11 @@ impl Generations {
         if self.active.len() < before || !self.active.iter().any(Sequence::holds_pages) {
             self.is_tight = false;
         }
+    }
+
+    /// Whether there are none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.active.is_empty() && self.waiting.len() == 0
     }
 
     /// Whether time alone may change what is to be done: generations wait for memory or give up, or have a deadline.

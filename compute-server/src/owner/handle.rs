@@ -314,6 +314,7 @@ impl ModelHandle {
             waiting_for_saves: Vec::new(),
             applied: 0,
             generations: Default::default(),
+            embeddings: Default::default(),
             training: Default::default(),
             readers: Vec::new(),
             limits,

@@ -7,6 +7,7 @@
 mod accumulated;
 mod adapter;
 mod base;
+mod embedding;
 mod factors;
 mod generation;
 mod handle;
@@ -34,6 +35,7 @@ mod training;
 mod turns;
 mod writing;
 
+pub(crate) use embedding::EmbeddingRequest;
 pub(crate) use factors::AppliedAdapter;
 pub(crate) use generation::GenerationRequest;
 pub(crate) use handle::{ModelHandle, NewBase, NewModel};

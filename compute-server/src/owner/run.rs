@@ -36,7 +36,7 @@ impl Owner {
                 if !self.on_base(Self::turn) && inbox.is_empty() {
                     // Nothing tells when another model gives memory back that a queued generation waits for, or that a
                     // deadline has passed.
-                    let watches_time = self.generations.watches_time();
+                    let watches_time = self.generations.watches_time() || self.embeddings.is_waiting();
                     let next = runtime.block_on(async {
                         tokio::select! {
                             work = inbox.recv() => work.map(Some),
@@ -85,13 +85,15 @@ impl Owner {
         let start = Instant::now();
         let generated = self.generate();
         self.training.repay(start.elapsed(), generated);
+        let embedded = self.embed();
         let trained = self.train();
-        read || generated || trained
+        read || generated || embedded || trained
     }
 
     /// Ends everything that runs with an error.
     fn end_all(&mut self, error: impl Fn() -> Error) {
         self.generations.end_all(&error);
+        self.embeddings.end_all(&error);
         self.training.end_all(&error);
         self.readers.drain(..).for_each(|reader| reader.end(error()));
     }

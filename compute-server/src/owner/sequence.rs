@@ -195,7 +195,7 @@ impl Sequence {
         if self.read_tokens() < self.request.tokens.len() {
             return;
         }
-        let sampled = match self.request.sampler.sample(logits, &self.request.tokens) {
+        let sampled = match self.sample(logits, end_tokens) {
             Ok(sampled) => sampled,
             Err(error) => return self.fail(error.into()),
         };
@@ -208,6 +208,13 @@ impl Sequence {
         self.request.tokens.push(sampled.token);
         self.request.metrics.generated();
         self.request.caller.tenant.charge_tokens(1);
+        let mut complete = false;
+        if let Some(constraint) = &mut self.request.constraint {
+            if let Err(error) = constraint.push(sampled.token) {
+                return self.fail(error.into());
+            }
+            complete = constraint.is_complete();
+        }
         let count = self.completion_tokens();
         self.request.request.advance();
         let progress = self.request.text.push(sampled.token);
@@ -222,7 +229,7 @@ impl Sequence {
             bytes: self.request.tokenizer.token_bytes(sampled.token).to_vec().into(),
             top_logprobs: top_logprobs(&self.request.tokenizer, &sampled),
         });
-        if progress.stopped {
+        if progress.stopped || complete {
             self.end("stop");
         } else if count >= self.request.max_tokens {
             self.end("length");
@@ -230,6 +237,17 @@ impl Sequence {
             self.release_held();
         }
         self.flush();
+    }
+
+    /// Chooses a token; where the completion is constrained, one of those that it may go on with.
+    fn sample(&mut self, logits: &mut [f32], end_tokens: &[u32]) -> candle_models::Result<Sampled> {
+        let request = &mut self.request;
+        match &request.constraint {
+            None => request.sampler.sample(logits, &request.tokens),
+            Some(constraint) => request.sampler.sample_restricted(logits, &request.tokens, |logits| {
+                constraint.allowed().restrict(logits, end_tokens);
+            }),
+        }
     }
 
     /// Ends it with an error.

@@ -10,6 +10,7 @@ use candle_models::{Decoder, Model};
 
 use super::accumulated::Accumulated;
 use super::base::Followed;
+use super::embedding::Embeddings;
 use super::generation::Generations;
 use super::handle::{Shared, Work};
 use super::overlay::{Operation, Overlay, StagedState, TransactionId, View};
@@ -56,6 +57,7 @@ pub(crate) struct Owner {
     /// Number of the last frame of the commit log that was applied.
     pub(super) applied: u64,
     pub(super) generations: Generations,
+    pub(super) embeddings: Embeddings,
     pub(super) training: Training,
     pub(super) readers: Vec<ChunkReader>,
     pub(super) limits: Limits,

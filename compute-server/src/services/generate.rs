@@ -6,6 +6,7 @@ use std::time::Instant;
 use candle_compute_proto::v1;
 use candle_models::{ChatMessage, CompletionText, Sampler, SamplingOptions, Tokenizer};
 
+use super::constraints;
 use super::inputs::{token_ids, tokenizer};
 use super::placement::{Placement, place};
 use crate::access::Caller;
@@ -44,6 +45,7 @@ pub(crate) async fn start(app: &Arc<App>, caller: Caller, request: v1::GenerateR
     app.check_request_tokens((choices as usize * (tokens.len() + max_tokens)) as u64)?;
     let sampling = sampling_options(request.sampling.unwrap_or_default(), request.top_logprobs)?;
     sampling.validate_for(model.facts().decoder_config.vocabulary)?;
+    let constraint = constraints::compile(&tokenizer, &request.response_format_json).await?;
     let mut left = choices;
     let (output, stream) = OutputStream::channel(&model, move |message: v1::GenerateResponse| {
         left -= u32::from(message.summary.is_some());
@@ -58,6 +60,10 @@ pub(crate) async fn start(app: &Arc<App>, caller: Caller, request: v1::GenerateR
     guard.set_progress(0, u64::from(choices) * max_tokens as u64);
     let completion = |choice: u32| {
         let seed = sampling.seed.wrapping_add(u64::from(choice));
+        let mut text = CompletionText::new(Arc::clone(&tokenizer), &tokens, &request.stop)?;
+        if constraint.is_some() {
+            text.keep_first_space();
+        }
         Ok(GenerationRequest {
             view: view.clone(),
             adapter: adapter.clone(),
@@ -68,7 +74,8 @@ pub(crate) async fn start(app: &Arc<App>, caller: Caller, request: v1::GenerateR
                 seed,
                 ..sampling.clone()
             })?,
-            text: CompletionText::new(Arc::clone(&tokenizer), &tokens, &request.stop)?,
+            constraint: constraint.clone(),
+            text,
             tokenizer: Arc::clone(&tokenizer),
             stream_tokens: request.stream_tokens,
             request: Arc::clone(&guard),

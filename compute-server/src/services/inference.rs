@@ -6,7 +6,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::inputs::{check_sequence, token_ids, tokenizer};
 use super::placement::{Placement, place};
-use super::{ResponseStream, Service, generate, texts};
+use super::{Service, embed, generate, texts};
 use crate::access::Caller;
 use crate::chunks::Assembly;
 use crate::error::{Error, Result};
@@ -17,7 +17,7 @@ use crate::transactions::Reader;
 #[tonic::async_trait]
 impl InferenceService for Service {
     type GenerateStream = generate::GenerateStream;
-    type EmbedStream = ResponseStream<v1::EmbedResponse>;
+    type EmbedStream = embed::EmbedStream;
     type ForwardStream = OutputStream<v1::ReadGradientsResponse, v1::ForwardResponse>;
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
@@ -116,11 +116,11 @@ impl InferenceService for Service {
         }))
     }
 
-    async fn embed(&self, _request: Request<v1::EmbedRequest>) -> Result<Response<Self::EmbedStream>, Status> {
-        Err(Error::from(candle_models::Error::Unsupported(
-            "embeddings are not served yet".to_owned(),
+    async fn embed(&self, request: Request<v1::EmbedRequest>) -> Result<Response<Self::EmbedStream>, Status> {
+        let caller = Caller::of(&request)?;
+        Ok(Response::new(
+            embed::start(&self.app, &caller, request.into_inner()).await?,
         ))
-        .into())
     }
 
     async fn forward(&self, request: Request<v1::ForwardRequest>) -> Result<Response<Self::ForwardStream>, Status> {

@@ -3,6 +3,8 @@
 mod adapters;
 mod benchmarks;
 mod checkpoints;
+mod constraints;
+pub(crate) mod embed;
 pub(crate) mod generate;
 mod inference;
 mod inputs;

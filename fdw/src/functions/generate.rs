@@ -3,12 +3,13 @@
 
 use candle_compute_proto::v1::generate_request::Input;
 use candle_compute_proto::v1::{GenerateRequest, SamplingOptions};
+use pgrx::JsonB;
 use pgrx::prelude::*;
 
 use super::server::client;
 use crate::client::{Client, read, wait};
 use crate::error::{Error, OrReport, Result};
-use crate::relations::adapters;
+use crate::relations::{adapters, sampling};
 use crate::transaction;
 
 /// Completes a prompt. NULL for an option means its default; NULL for the model or the prompt gives NULL.
@@ -26,6 +27,10 @@ fn generate(
     seed: default!(Option<i64>, "NULL"),
     stop: default!(Option<Vec<Option<String>>>, "NULL"),
     adapter: default!(Option<&str>, "NULL"),
+    frequency_penalty: default!(Option<f32>, "NULL"),
+    presence_penalty: default!(Option<f32>, "NULL"),
+    logit_bias: default!(Option<JsonB>, "NULL"),
+    response_format: default!(Option<JsonB>, "NULL"),
 ) -> Option<String> {
     let (model, prompt) = (model?, prompt?);
     let complete = || -> Result<String> {
@@ -42,10 +47,13 @@ fn generate(
                 min_p,
                 repetition_penalty,
                 seed,
-                ..SamplingOptions::default()
+                frequency_penalty,
+                presence_penalty,
+                logit_bias: sampling::logit_bias(logit_bias.map(|bias| bias.0.to_string()).as_deref())?,
             }),
             stop: stop.unwrap_or_default().into_iter().flatten().collect(),
             stream_tokens: false,
+            response_format_json: response_format.map(|format| format.0.to_string()).unwrap_or_default(),
             adapter: adapters::checked(adapter)?,
             ..GenerateRequest::default()
         };

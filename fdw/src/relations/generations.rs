@@ -1,4 +1,4 @@
-//! `generations`: one row per prompt, with the whole completion.
+//! `generations`: one row per completion, as a whole.
 
 use crate::client::read;
 use crate::error::Error;
@@ -6,12 +6,13 @@ use crate::relation::{Call, Column, Estimate, Relation, Rows, Usage, Work, conca
 use crate::relations::sampling;
 use crate::values::{Kind, Value};
 
-/// One row per set of inputs.
+/// One row per set of inputs, or as many as its `n` asks for.
 pub(crate) struct Generations;
 
-const COLUMNS: &[Column] = &concat::<_, _, 19>(
+const COLUMNS: &[Column] = &concat::<_, _, 25>(
     sampling::COLUMNS,
     [
+        output("choice", Kind::Int),
         output("completion", Kind::Text),
         output("finish_reason", Kind::Text),
         output("prompt_tokens", Kind::Int),
@@ -46,23 +47,29 @@ impl Relation for Generations {
         Box::pin(async move {
             let request = sampling::request(&call, false)?;
             let mut stream = read!(call.client, inference.generate(request)).await?;
-            let mut summary = None;
+            let mut ended = false;
             while let Some(message) = call.client.next(&mut stream).await? {
-                summary = message.summary.or(summary);
+                let Some(summary) = message.summary else { continue };
+                ended = true;
+                rows.usage(Usage::from(&summary)).await;
+                let mut row = vec![Value::Echo; sampling::INPUTS];
+                row.extend([
+                    summary.choice.into(),
+                    summary.completion.into(),
+                    summary.finish_reason.into(),
+                    summary.prompt_tokens.into(),
+                    summary.cached_tokens.into(),
+                    summary.completion_tokens.into(),
+                    summary.time_to_first_token_ms.into(),
+                    summary.duration_ms.into(),
+                ]);
+                if !rows.row(row).await {
+                    return Ok(());
+                }
             }
-            let summary = summary.ok_or_else(|| Error::protocol("summary of the generation"))?;
-            rows.usage(Usage::from(&summary)).await;
-            let mut row = vec![Value::Echo; sampling::INPUTS];
-            row.extend([
-                summary.completion.into(),
-                summary.finish_reason.into(),
-                summary.prompt_tokens.into(),
-                summary.cached_tokens.into(),
-                summary.completion_tokens.into(),
-                summary.time_to_first_token_ms.into(),
-                summary.duration_ms.into(),
-            ]);
-            rows.row(row).await;
+            if !ended {
+                return Err(Error::protocol("summary of the generation"));
+            }
             Ok(())
         })
     }

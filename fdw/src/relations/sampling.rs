@@ -1,5 +1,7 @@
 //! The inputs that `generations` and `generation_tokens` share, and the request that they make of them.
 
+use std::collections::HashMap;
+
 use candle_compute_proto::v1::generate_request::Input;
 use candle_compute_proto::v1::{ChatMessage, ChatMessages, GenerateRequest, SamplingOptions};
 use serde_json::Value as Json;
@@ -13,7 +15,7 @@ use crate::values::Kind;
 pub(super) const REQUIRED: &[&[&str]] = &[&["model"], &["prompt", "messages"]];
 
 /// Number of input columns.
-pub(super) const INPUTS: usize = 12;
+pub(super) const INPUTS: usize = 17;
 
 /// The input columns, the first columns of both tables.
 pub(super) const COLUMNS: [Column; INPUTS] = [
@@ -29,6 +31,11 @@ pub(super) const COLUMNS: [Column; INPUTS] = [
     input("seed", Kind::BigInt),
     input("stop", Kind::TextArray),
     input("adapter", Kind::Text),
+    input("frequency_penalty", Kind::Real),
+    input("presence_penalty", Kind::Real),
+    input("logit_bias", Kind::Jsonb),
+    input("response_format", Kind::Jsonb),
+    input("n", Kind::Int),
 ];
 
 /// The request for one set of inputs.
@@ -41,27 +48,54 @@ pub(super) fn request(call: &Call, stream_tokens: bool) -> Result<GenerateReques
         max_tokens: inputs.integer("max_tokens"),
         sampling: Some(SamplingOptions {
             temperature: inputs.real("temperature"),
-            top_k: top_k(inputs)?,
+            top_k: small(inputs, "top_k")?,
             top_p: inputs.real("top_p"),
             min_p: inputs.real("min_p"),
             repetition_penalty: inputs.real("repetition_penalty"),
             seed: inputs.integer("seed"),
-            ..SamplingOptions::default()
+            frequency_penalty: inputs.real("frequency_penalty"),
+            presence_penalty: inputs.real("presence_penalty"),
+            logit_bias: logit_bias(inputs.text("logit_bias").as_deref())?,
         }),
         stop: inputs.texts("stop"),
         stream_tokens,
+        n: small(inputs, "n")?,
+        top_logprobs: small(inputs, "logprobs")?,
+        response_format_json: inputs.text("response_format").unwrap_or_default(),
         adapter: adapters::named(inputs)?,
-        ..GenerateRequest::default()
     })
 }
 
-fn top_k(inputs: &Inputs) -> Result<Option<i32>> {
-    let Some(value) = inputs.integer("top_k") else {
+fn small(inputs: &Inputs, name: &str) -> Result<Option<i32>> {
+    let Some(value) = inputs.integer(name) else {
         return Ok(None);
     };
     i32::try_from(value)
         .map(Some)
-        .map_err(|_| Error::bad_value(format!("top_k must be a 32-bit number, not {value}")))
+        .map_err(|_| Error::bad_value(format!("{name} must be a 32-bit number, not {value}")))
+}
+
+/// Parses `{"token id": bias, …}`.
+pub(crate) fn logit_bias(text: Option<&str>) -> Result<HashMap<i64, f32>> {
+    let Some(text) = text else { return Ok(HashMap::new()) };
+    let wrong = |what: String| Error::bad_value(what).hint(r#"For example '{"1234": -100, "42": 2.5}'."#);
+    let parsed: Json = serde_json::from_str(text).unwrap_or_default();
+    let object = parsed
+        .as_object()
+        .ok_or_else(|| wrong("logit_bias must be a JSON object from token ids to numbers".into()))?;
+    let entry = |(token, bias): (&String, &Json)| {
+        let id = token
+            .parse()
+            .map_err(|_| wrong(format!("logit_bias has the key \"{token}\", which is no token id")))?;
+        let bias = bias.as_f64().ok_or_else(|| {
+            wrong(format!(
+                "logit_bias of token {token} must be a number, not {}",
+                kind_of(bias)
+            ))
+        })?;
+        Ok((id, bias as f32))
+    };
+    object.iter().map(entry).collect()
 }
 
 fn continue_what(inputs: &Inputs) -> Result<Input> {

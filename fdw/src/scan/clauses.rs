@@ -88,6 +88,29 @@ unsafe fn equality(clause: *mut pg_sys::Node) -> Option<(*mut pg_sys::Node, *mut
     }
 }
 
+/// The column and its value in what the planner makes of `column = true` and `column = false`: the bare column, and its
+/// negation.
+unsafe fn truth_value(clause: *mut pg_sys::Node) -> Option<(*mut pg_sys::Node, bool)> {
+    // SAFETY: the clause is read as what its tag says it is.
+    unsafe {
+        if is_a(clause, pg_sys::NodeTag::T_Var) {
+            return Some((clause, true));
+        }
+        if !is_a(clause, pg_sys::NodeTag::T_BoolExpr) {
+            return None;
+        }
+        let expression = clause.cast::<pg_sys::BoolExpr>();
+        match items::<pg_sys::Node>((*expression).args)[..] {
+            [negated]
+                if (*expression).boolop == pg_sys::BoolExprType::NOT_EXPR && is_a(negated, pg_sys::NodeTag::T_Var) =>
+            {
+                Some((negated, false))
+            }
+            _ => None,
+        }
+    }
+}
+
 impl Planned {
     /// The input that a clause gives, if it gives one.
     ///
@@ -96,6 +119,16 @@ impl Planned {
     pub(super) unsafe fn given(&self, clause: *mut pg_sys::Node) -> Option<Given> {
         // SAFETY: the caller's promise; the planner's structures are valid while it plans.
         unsafe {
+            if let Some((side, truth)) = truth_value(clause) {
+                let (attribute, column) = self.column(side)?;
+                return Some(Given {
+                    column,
+                    attribute,
+                    any: false,
+                    value: pg_sys::makeBoolConst(truth, false),
+                    clause,
+                });
+            }
             let (left, right, any) = equality(clause)?;
             let sides = [(left, right), (right, left)];
             // In `a = ANY (b)` only the left side can be a column that is compared.

@@ -37,7 +37,7 @@ pub(crate) fn read(name: &str, kind: Kind, datum: Datum, source: SqlType) -> Res
             ))
         }
         Kind::Bytea => Ok(Value::Bytes(bytes(datum))),
-        Kind::Timestamp => Err(Error::bad_value(format!("{name} is not an input"))),
+        Kind::RealArray | Kind::Timestamp => Err(Error::bad_value(format!("{name} is not an input"))),
     }
 }
 

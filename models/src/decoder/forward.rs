@@ -55,6 +55,13 @@ impl Decoder {
         self.head(&hidden.index_select(&last_rows, 0)?)
     }
 
+    /// Runs the new tokens of all sequences. Returns their states after the last norm, `[new tokens of all sequences, width]`
+    /// f32: what transformers calls the last hidden state. Fails as [`forward`](Self::forward).
+    pub fn states(&self, batch: &mut [SequenceStep<'_>]) -> Result<Tensor> {
+        let hidden = self.hidden(batch)?;
+        self.normalize(&hidden, &self.layout.final_norm)
+    }
+
     /// The logits after every token of one sequence, `[tokens, vocabulary]` f32. Fails as [`forward`](Self::forward).
     pub fn logits(&self, tokens: &[u32]) -> Result<Tensor> {
         let mut cache = self.new_cache();

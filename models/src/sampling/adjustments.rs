@@ -70,6 +70,11 @@ impl<'a> Adjusted<'a> {
         self.logits
     }
 
+    /// The same, to be changed without a record.
+    pub(super) fn logits_mut(&mut self) -> &mut [f32] {
+        self.logits
+    }
+
     /// The logit that `token` had at first.
     pub(super) fn former(&self, token: u32) -> f32 {
         let first = self.former.iter().find(|&&(changed, _)| changed == token);

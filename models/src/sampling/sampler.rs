@@ -62,6 +62,20 @@ impl Sampler {
     /// # Errors
     /// `FailedPrecondition` if a logit is NaN or infinitely large, or none is finite: the model's weights are broken.
     pub fn sample(&mut self, logits: &mut [f32], seen: &[u32]) -> Result<Sampled> {
+        self.sample_restricted(logits, seen, |_| {})
+    }
+
+    /// As [`sample`](Self::sample), but `restrict` may make tokens impossible, by negative infinity as their logit, after
+    /// penalties and bias and before everything else.
+    ///
+    /// # Errors
+    /// As [`sample`](Self::sample); also when no token is left.
+    pub fn sample_restricted(
+        &mut self,
+        logits: &mut [f32],
+        seen: &[u32],
+        restrict: impl FnOnce(&mut [f32]),
+    ) -> Result<Sampled> {
         let normalizer = log_sum_exp(logits)?;
         let logprob = |logit: f32| (f64::from(logit) - normalizer) as f32;
         let mut top_logprobs = largest_logits(logits, usize::try_from(self.options.top_logprobs).unwrap_or(0));
@@ -70,7 +84,8 @@ impl Sampler {
         adjusted.repetition(seen, self.options.repetition_penalty);
         adjusted.counts(&self.counts, &self.options);
         adjusted.bias(&self.options.logit_bias);
-        let token = self.choose(adjusted.logits());
+        restrict(adjusted.logits_mut());
+        let token = self.choose(adjusted.logits())?;
         if self.options.frequency_penalty != 0.0 || self.options.presence_penalty != 0.0 {
             *self.counts.entry(token).or_insert(0) += 1;
         }
@@ -81,11 +96,16 @@ impl Sampler {
         })
     }
 
-    fn choose(&mut self, logits: &[f32]) -> u32 {
+    fn choose(&mut self, logits: &[f32]) -> Result<u32> {
         let (best, _) = largest(logits);
+        if !best.is_finite() {
+            return Err(Error::FailedPrecondition(
+                "of the tokens that may come next the model holds every one for impossible".to_owned(),
+            ));
+        }
         let options = &self.options;
         if options.temperature == 0.0 || options.top_k == 1 {
-            return logits.iter().position(|&logit| logit == best).unwrap_or(0) as u32;
+            return Ok(logits.iter().position(|&logit| logit == best).unwrap_or(0) as u32);
         }
         // The largest logit is subtracted first, so that a tiny temperature cannot overflow. Adding 0 makes -0 equal 0.
         let inverse = 1.0 / f64::from(options.temperature);
@@ -97,10 +117,10 @@ impl Sampler {
         );
         let draw: f64 = self.random.random();
         if options.top_k == 0 && options.top_p >= 1.0 && options.min_p <= 0.0 {
-            return draw_from_all(&self.scaled, draw);
+            return Ok(draw_from_all(&self.scaled, draw));
         }
         select(&self.scaled, options, &mut self.candidates);
-        draw_in_order(&self.candidates, draw)
+        Ok(draw_in_order(&self.candidates, draw))
     }
 }
 
@@ -128,10 +148,13 @@ fn draw_in_order(candidates: &[Candidate], draw: f64) -> u32 {
     let mut reached = 0.0;
     let mut last = 0;
     for candidate in candidates {
-        reached += candidate.weight();
-        last = candidate.token;
-        if reached > target {
-            break;
+        let weight = candidate.weight();
+        if weight > 0.0 {
+            reached += weight;
+            last = candidate.token;
+            if reached > target {
+                break;
+            }
         }
     }
     last

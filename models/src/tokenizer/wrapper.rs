@@ -1,10 +1,12 @@
 //! The tokenizer that everything else uses.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, OnceLock};
 
 use tokenizers::ModelWrapper;
 
 use super::token_bytes::TokenBytes;
+use crate::constraint::ConstraintVocabulary;
 use crate::error::{Error, Result};
 
 /// Text to tokens and back.
@@ -14,6 +16,8 @@ use crate::error::{Error, Result};
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     bytes: TokenBytes,
+    /// Made when the first response format is compiled.
+    constraints: OnceLock<Arc<ConstraintVocabulary>>,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -41,7 +45,11 @@ impl Tokenizer {
             inner.with_model(ModelWrapper::BPE(model));
         }
         let bytes = TokenBytes::new(&inner)?;
-        Ok(Self { inner, bytes })
+        Ok(Self {
+            inner,
+            bytes,
+            constraints: OnceLock::new(),
+        })
     }
 
     /// Reads the text of a `tokenizer.json`.
@@ -133,6 +141,18 @@ impl Tokenizer {
     /// put a space before a text take it away again there.
     pub(crate) fn bytes_at(&self, token: u32, at_start: bool) -> &[u8] {
         self.bytes.get(token, at_start)
+    }
+
+    /// The vocabulary as response formats are compiled against it; made at the first call and kept.
+    ///
+    /// # Errors
+    /// `Unsupported` if the vocabulary cannot be used so.
+    pub fn constraint_vocabulary(&self) -> Result<Arc<ConstraintVocabulary>> {
+        if let Some(made) = self.constraints.get() {
+            return Ok(Arc::clone(made));
+        }
+        let made = Arc::new(ConstraintVocabulary::new(self)?);
+        Ok(Arc::clone(self.constraints.get_or_init(|| made)))
     }
 
     /// The text of a token on its own; bytes that are not UTF-8 become U+FFFD.

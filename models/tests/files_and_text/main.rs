@@ -4,6 +4,7 @@
 
 mod chat_templates;
 mod completions;
+mod constraints;
 mod hostile_gguf;
 mod hostile_hugging_face;
 mod quantized;

@@ -37,12 +37,12 @@ fn cases(name: &str) -> Vec<Case> {
         .collect()
 }
 
-fn from_gguf(name: &str) -> Tokenizer {
+pub(super) fn from_gguf(name: &str) -> Tokenizer {
     let model = open_gguf(&golden(&format!("text/{name}.gguf"))).unwrap();
     Tokenizer::from_gguf(model.metadata()).unwrap().unwrap()
 }
 
-fn from_files(name: &str) -> Tokenizer {
+pub(super) fn from_files(name: &str) -> Tokenizer {
     Tokenizer::from_files(&golden(&format!("text/{name}")))
         .unwrap()
         .unwrap()

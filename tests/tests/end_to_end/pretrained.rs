@@ -80,6 +80,45 @@ fn smollm2_answers_a_question() {
 }
 
 #[test]
+fn smollm2_answers_in_json_by_a_schema() {
+    let Some(folder) = models_folder() else { return };
+    let fixture = Fixture::over(ComputeServer::start_with_models(&folder));
+    let mut client = fixture.connect();
+    client
+        .execute("INSERT INTO llm.models (name, source) VALUES ('smollm2', $1)", &[&FILE])
+        .unwrap();
+    let query = r#"SELECT completion::jsonb ->> 'capital', completion::jsonb ->> 'continent', finish_reason
+        FROM llm.generations WHERE model = 'smollm2' AND max_tokens = 80 AND seed = ANY (ARRAY[1, 2, 3]) AND temperature = $1
+        AND messages = '[{"role": "user", "content": "What is the capital of France, and on which continent is it?"}]'
+        AND response_format = '{"type": "json_schema", "json_schema": {"schema": {"type": "object",
+            "properties": {"capital": {"type": "string", "maxLength": 20}, "continent": {"enum": ["Africa", "Asia", "Europe"]}},
+            "required": ["capital", "continent"], "additionalProperties": false}}}'"#;
+    for temperature in [0.0_f32, 1.0] {
+        for row in client.query(query, &[&temperature]).unwrap() {
+            assert_eq!(row.get::<_, String>(2), "stop");
+            assert!(["Africa", "Asia", "Europe"].contains(&row.get::<_, String>(1).as_str()));
+            let capital: String = row.get(0);
+            assert!(capital.chars().count() <= 20);
+            assert!(temperature > 0.0 || capital.contains("Paris"), "{capital}");
+        }
+    }
+    let similarity = "SELECT candle.embed('smollm2', $1) <> candle.embed('smollm2', $2),
+        (SELECT sum(a::float8 * b) FROM unnest(candle.embed('smollm2', $1), candle.embed('smollm2', $2)) AS both(a, b))";
+    let mut compare = |a: &str, b: &str| -> f64 {
+        let row = client.query_one(similarity, &[&a, &b]).unwrap();
+        assert!(row.get::<_, bool>(0));
+        row.get(1)
+    };
+    let near = compare("The cat sleeps on the sofa.", "A cat is sleeping on the couch.");
+    let far = compare(
+        "The cat sleeps on the sofa.",
+        "Interest rates rose by two percent in March.",
+    );
+    assert!(near > far, "{near} and {far}");
+    fixture.assert_idle();
+}
+
+#[test]
 fn smollm2_tokens_are_byte_exact() {
     let Some(folder) = models_folder() else { return };
     let fixture = Fixture::over(ComputeServer::start_with_models(&folder));

@@ -38,6 +38,7 @@ sql_tests!(
     models,
     precision,
     statistics,
+    structured,
     table_semantics,
     training
 );
