@@ -91,6 +91,35 @@ def completions(api):
     assert stopped.choices[0].text == text[: text.index(stop)] and stopped.choices[0].finish_reason == "stop"
 
 
+def response_format(api):
+    def ask(form, **options):
+        options = {"model": "chat", "messages": MESSAGES, "max_tokens": 12, "temperature": 1, **options}
+        return api.chat.completions.create(response_format=form, **options).choices[0]
+
+    # The model knows letters and little else, so that a choice between words is all that it can be held to.
+    form = {"type": "regex", "regex": "yes|no"}
+    answers = [ask(form, seed=seed) for seed in range(4)]
+    assert all(answer.message.content in ("yes", "no") and answer.finish_reason == "stop" for answer in answers), answers
+    assert ask({"type": "text"}, seed=1).message.content
+    bad = {"type": "json_schema", "json_schema": {"name": "bad", "schema": {"type": "nonsense"}}}
+    expect(openai.BadRequestError, lambda: ask(bad))
+    expect(openai.BadRequestError, lambda: ask({"type": "nonsense"}))
+
+
+def embeddings(api):
+    one = api.embeddings.create(model="chat", input="a fox")
+    (vector,) = [embedding.embedding for embedding in one.data]
+    assert abs(sum(x * x for x in vector) - 1) < 1e-3 and one.usage.prompt_tokens == len("a fox")
+    plain = api.embeddings.create(model="chat", input="a fox", encoding_format="float").data[0].embedding
+    assert all(abs(x - y) < 1e-6 for x, y in zip(plain, vector, strict=True))
+    several = api.embeddings.create(model="chat", input=["a dog", "a fox", "fox"])
+    assert [embedding.index for embedding in several.data] == [0, 1, 2]
+    assert all(abs(x - y) < 1e-6 for x, y in zip(several.data[1].embedding, vector, strict=True))
+    assert several.usage.total_tokens == len("a dog") + len("a fox") + len("fox")
+    expect(openai.BadRequestError, lambda: api.embeddings.create(model="chat", input="x", dimensions=2), "dimensions")
+    expect(openai.NotFoundError, lambda: api.embeddings.create(model="no", input="x"), "model", "model_not_found")
+
+
 def leaves_early(api):
     with api.completions.create(model="chat", prompt="a", max_tokens=40, stream=True) as stream:
         for _ in stream:
@@ -124,7 +153,7 @@ def errors(api):
 
 def main():
     api = client()
-    for test in (models, chat, several, logprobs, completions, leaves_early, errors):
+    for test in (models, chat, several, logprobs, completions, response_format, embeddings, leaves_early, errors):
         test(api)
 
 

@@ -11,6 +11,7 @@ mod chat_completions;
 mod choices;
 mod completions;
 mod connections;
+mod embeddings;
 mod error;
 mod fields;
 mod health;
@@ -42,6 +43,7 @@ pub(crate) fn router(guard: Arc<Guard>) -> Router {
         .route("/v1/models/{*id}", get(models::retrieve))
         .route("/v1/completions", post(completions::create))
         .route("/v1/chat/completions", post(chat_completions::create))
+        .route("/v1/embeddings", post(embeddings::create))
         .fallback(error::unknown_path)
         .method_not_allowed_fallback(error::wrong_method)
         .layer(axum::middleware::from_fn_with_state(guard, admission::admit));

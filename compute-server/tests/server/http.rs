@@ -296,6 +296,56 @@ async fn models_and_adapters_are_listed_under_the_names_that_requests_use() {
 }
 
 #[tokio::test]
+async fn embeddings_are_those_of_grpc() {
+    let (server, client) = server_with_model().await;
+    let texts = ["fox", "the lazy dog"];
+    let request = EmbedRequest {
+        model: "m".into(),
+        inputs: texts
+            .map(|text| EmbedInput {
+                input: Some(embed_input::Input::Text(text.into())),
+            })
+            .to_vec(),
+        ..Default::default()
+    };
+    let stream = client.inference.clone().embed(request).await.unwrap().into_inner();
+    let messages = crate::support::collect(stream).await.unwrap();
+    let mut expected: Vec<Embedding> = messages.into_iter().flat_map(|message| message.embeddings).collect();
+    expected.sort_by_key(|embedding| embedding.index);
+    let numbers = |bytes: &[u8]| -> Vec<f32> {
+        bytes
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|number| f32::from_le_bytes(*number))
+            .collect()
+    };
+    let answer = post(&server, "/v1/embeddings", &json!({"model": "m", "input": texts})).json();
+    for (index, expected) in expected.iter().enumerate() {
+        let data = &answer["data"][index];
+        let vector: Vec<f32> = serde_json::from_value(data["embedding"].clone()).unwrap();
+        assert_eq!((&data["index"], vector), (&json!(index), numbers(&expected.values)));
+    }
+    let tokens: u32 = expected.iter().map(|embedding| embedding.tokens).sum();
+    assert_eq!(
+        answer["usage"],
+        json!({"prompt_tokens": tokens, "total_tokens": tokens})
+    );
+    for (change, param) in [
+        ("dimensions", json!(3)),
+        ("encoding_format", json!("hex")),
+        ("input", json!([])),
+    ] {
+        let mut request = json!({"model": "m", "input": "fox"});
+        request[change] = param;
+        assert_eq!(
+            post(&server, "/v1/embeddings", &request).error(),
+            (400, Value::Null, json!(change))
+        );
+    }
+}
+
+#[tokio::test]
 async fn what_cannot_be_done_says_so_by_name() {
     let (server, _client) = server_with_model().await;
     let plain = json!({"model": "m", "prompt": "fox", "max_tokens": 2});
