@@ -134,23 +134,23 @@ async fn a_generation_that_could_never_have_its_pages_is_refused_at_once() {
 
 #[tokio::test]
 async fn pages_make_way_for_models_and_end_with_their_own() {
-    let (server, client) = server(&["--memory-limit", "8M", "--cache-bytes", "8M"]).await;
+    let (server, client) = server(&["--memory-limit", "9M", "--cache-bytes", "9M"]).await;
     let mut stream = client
         .start_generation(GenerateRequest {
-            max_tokens: Some(6_000),
+            max_tokens: Some(12_000),
             ..endless("m")
         })
         .await
         .unwrap();
     let held = || async { client.describe("m", None).await.unwrap().memory_bytes };
-    while held().await < 2 << 20 {
+    while held().await < 3 << 20 {
         stream.message().await.unwrap().unwrap();
     }
-    // A model that takes 7 MB while it is made, for which there is no room until the generation is given up.
+    // A model that takes more than 6 MB, for which there is no room until the generation is given up.
     let large = LoadModelRequest {
         name: "large".into(),
         config_json:
-            r#"{"architecture":"gpt2","layers":2,"width":160,"heads":4,"context_length":64,"tokenizer":"tiny"}"#.into(),
+            r#"{"architecture":"gpt2","layers":2,"width":256,"heads":4,"context_length":64,"tokenizer":"tiny"}"#.into(),
         ..tiny("large")
     };
     assert_status(client.load(large.clone()).await, Code::ResourceExhausted, "HV001");

@@ -484,7 +484,9 @@ async fn a_generation_that_somebody_cancels_says_so() {
                 (499, last["error"]["code"].clone(), Value::Null)
             }
         };
-        assert_eq!(error, (499, json!("cancelled"), Value::Null), "{}", answer.body);
+        assert_eq!(error, (499, json!("cancelled"), Value::Null));
+        // The next turn must not find this one's request.
+        client.wait_for_requests(<[ActiveRequest]>::is_empty).await;
     }
 }
 
@@ -618,7 +620,7 @@ async fn many_clients_at_once_get_what_each_gets_alone() {
     for (connection, alone) in together.into_iter().zip(&alone) {
         assert_eq!(&text(connection), alone);
     }
-    assert!(requests(&client).await.is_empty());
+    client.wait_for_requests(<[ActiveRequest]>::is_empty).await;
 }
 
 #[tokio::test]

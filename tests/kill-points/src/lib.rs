@@ -119,9 +119,10 @@ fn path_at(folder: c_int, path: Option<PathBuf>) -> Option<PathBuf> {
 macro_rules! next {
     ($name:ident: $type:ty) => {{
         static FOUND: OnceLock<usize> = OnceLock::new();
-        // SAFETY: the name ends in 0.
-        let found =
-            *FOUND.get_or_init(|| unsafe { dlsym(NEXT, concat!(stringify!($name), "\0").as_ptr().cast()) } as usize);
+        let found = *FOUND.get_or_init(|| {
+            // SAFETY: the name ends in 0.
+            unsafe { dlsym(NEXT, concat!(stringify!($name), "\0").as_ptr().cast()) as usize }
+        });
         assert!(found != 0, stringify!($name));
         // SAFETY: the C library's function of this name has this type.
         unsafe { std::mem::transmute::<usize, $type>(found) }
@@ -145,19 +146,31 @@ macro_rules! changing {
     )*};
 }
 
-// SAFETY: `given` has the promise of the C library's callers.
 changing! {
     fsync(file: c_int) at path_of(file);
     fdatasync(file: c_int) at path_of(file);
     ftruncate64(file: c_int, length: i64) at path_of(file);
-    rename(from: *const c_char, to: *const c_char) at unsafe { given(to) };
-    link(from: *const c_char, to: *const c_char) at unsafe { given(to) };
-    linkat(from_folder: c_int, from: *const c_char, folder: c_int, to: *const c_char, flags: c_int)
-        at path_at(folder, unsafe { given(to) });
-    unlink(path: *const c_char) at unsafe { given(path) };
-    unlinkat(folder: c_int, path: *const c_char, flags: c_int) at path_at(folder, unsafe { given(path) });
-    rmdir(path: *const c_char) at unsafe { given(path) };
-    mkdir(path: *const c_char, mode: c_uint) at unsafe { given(path) };
+    rename(from: *const c_char, to: *const c_char) at
+        // SAFETY: the caller's promise.
+        unsafe { given(to) };
+    link(from: *const c_char, to: *const c_char) at
+        // SAFETY: the caller's promise.
+        unsafe { given(to) };
+    linkat(from_folder: c_int, from: *const c_char, folder: c_int, to: *const c_char, flags: c_int) at
+        // SAFETY: the caller's promise.
+        path_at(folder, unsafe { given(to) });
+    unlink(path: *const c_char) at
+        // SAFETY: the caller's promise.
+        unsafe { given(path) };
+    unlinkat(folder: c_int, path: *const c_char, flags: c_int) at
+        // SAFETY: the caller's promise.
+        path_at(folder, unsafe { given(path) });
+    rmdir(path: *const c_char) at
+        // SAFETY: the caller's promise.
+        unsafe { given(path) };
+    mkdir(path: *const c_char, mode: c_uint) at
+        // SAFETY: the caller's promise.
+        unsafe { given(path) };
 }
 
 /// Functions that open a file. The C library's take the mode as an optional argument, which is passed as here.
