@@ -103,7 +103,7 @@ fn smollm2_answers_in_json_by_a_schema() {
         }
     }
     let similarity = "SELECT candle.embed('smollm2', $1) <> candle.embed('smollm2', $2),
-        (SELECT sum(a::float8 * b) FROM unnest(candle.embed('smollm2', $1), candle.embed('smollm2', $2)) AS both(a, b))";
+        (SELECT sum(a::float8 * b) FROM unnest(candle.embed('smollm2', $1), candle.embed('smollm2', $2)) AS pairs(a, b))";
     let mut compare = |a: &str, b: &str| -> f64 {
         let row = client.query_one(similarity, &[&a, &b]).unwrap();
         assert!(row.get::<_, bool>(0));
