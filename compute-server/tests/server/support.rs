@@ -21,7 +21,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 
 /// How long anything may take before a test gives up.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A running server.
 pub struct TestServer {
