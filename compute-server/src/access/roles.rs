@@ -1,6 +1,6 @@
 //! What the holder of a token may do.
 
-/// A kind of calls. Which call needs which is in [`methods`](super::methods).
+/// A kind of calls. Which call needs which is in [`methods`](mod@super::methods).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Role {
     /// Look: lists, weights, scores, embeddings, tokens.
