@@ -71,20 +71,29 @@ async fn a_connection_that_asks_for_nothing_is_closed() {
     bystander.is_well(&server).await;
 }
 
+/// Starts a call of `Generate` by hand, with more headers than the usual ones: what comes back, and where the body goes.
+async fn start_call(
+    server: &TestServer,
+    headers: &[(&str, &str)],
+) -> (h2::client::ResponseFuture, h2::SendStream<axum::body::Bytes>) {
+    let stream = tokio::net::TcpStream::connect(address(server)).await.unwrap();
+    let (client, connection) = h2::client::handshake(stream).await.unwrap();
+    tokio::spawn(connection);
+    let mut client = client.ready().await.unwrap();
+    let usual = axum::http::Request::post("http://x/candle.compute.v1.InferenceService/Generate")
+        .header("content-type", "application/grpc")
+        .header("te", "trailers");
+    let request = headers
+        .iter()
+        .fold(usual, |request, (name, value)| request.header(*name, *value));
+    client.send_request(request.body(()).unwrap(), false).unwrap()
+}
+
 #[tokio::test]
 async fn a_request_of_two_gigabytes_is_refused_before_it_is_read() {
     let server = TestServer::start(&[]);
     let bystander = Bystander::new(&server).await;
-    let stream = tokio::net::TcpStream::connect(address(&server)).await.unwrap();
-    let (client, connection) = h2::client::handshake(stream).await.unwrap();
-    tokio::spawn(connection);
-    let mut client = client.ready().await.unwrap();
-    let request = axum::http::Request::post("http://x/candle.compute.v1.InferenceService/Generate")
-        .header("content-type", "application/grpc")
-        .header("te", "trailers")
-        .body(())
-        .unwrap();
-    let (response, mut body) = client.send_request(request, false).unwrap();
+    let (response, mut body) = start_call(&server, &[]).await;
     // The frame's header claims 2 GB; then as much as the server takes.
     let mut sent: u64 = 0;
     let mut prefix = vec![0];
@@ -117,17 +126,7 @@ async fn a_request_of_two_gigabytes_is_refused_before_it_is_read() {
 async fn a_compressed_message_is_not_unpacked() {
     let server = TestServer::start(&[]);
     let bystander = Bystander::new(&server).await;
-    let stream = tokio::net::TcpStream::connect(address(&server)).await.unwrap();
-    let (client, connection) = h2::client::handshake(stream).await.unwrap();
-    tokio::spawn(connection);
-    let mut client = client.ready().await.unwrap();
-    let request = axum::http::Request::post("http://x/candle.compute.v1.InferenceService/Generate")
-        .header("content-type", "application/grpc")
-        .header("grpc-encoding", "gzip")
-        .header("te", "trailers")
-        .body(())
-        .unwrap();
-    let (response, mut body) = client.send_request(request, false).unwrap();
+    let (response, mut body) = start_call(&server, &[("grpc-encoding", "gzip")]).await;
     body.send_data(vec![1, 0, 0, 0, 1, 0].into(), true).unwrap();
     let response = response.await.unwrap();
     let status = tonic::Status::from_header_map(response.headers()).unwrap();

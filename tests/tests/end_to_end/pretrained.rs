@@ -1,9 +1,8 @@
 //! A real pretrained model: SmolLM2-135M-Instruct as GGUF Q4_1, when `scripts/fetch-smollm2` could fetch it.
 
-use std::path::PathBuf;
-
 use end_to_end_tests::fixture::Fixture;
 use end_to_end_tests::server::ComputeServer;
+use postgres::Client;
 
 const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 
@@ -14,27 +13,27 @@ const REFERENCE: [f32; 9] = [
     -14.3089, -6.2765, -1.4159, -7.0419, -0.005, -2.6959, -2.4759, -0.1117, -1.7731,
 ];
 
-/// The folder with the model, or a line that says why the test is skipped.
-fn models_folder() -> Option<PathBuf> {
+/// A server on which the model is loaded as `smollm2`; where its file is missing, a line that says so.
+fn loaded() -> Option<(Fixture, Client)> {
     let folder = end_to_end_tests::target_folder().join("models");
-    if folder.join(FILE).exists() {
-        return Some(folder);
+    if !folder.join(FILE).exists() {
+        println!(
+            "skipped: {} is not there (scripts/fetch-smollm2 fetches it)",
+            folder.join(FILE).display()
+        );
+        return None;
     }
-    println!(
-        "skipped: {} is not there (scripts/fetch-smollm2 fetches it)",
-        folder.join(FILE).display()
-    );
-    None
-}
-
-#[test]
-fn smollm2_answers_a_question() {
-    let Some(folder) = models_folder() else { return };
     let fixture = Fixture::over(ComputeServer::start_with_models(&folder));
     let mut client = fixture.connect();
     client
         .execute("INSERT INTO llm.models (name, source) VALUES ('smollm2', $1)", &[&FILE])
         .unwrap();
+    Some((fixture, client))
+}
+
+#[test]
+fn smollm2_answers_a_question() {
+    let Some((fixture, mut client)) = loaded() else { return };
     let row = client
         .query_one(
             "SELECT dtype, parameters, memory_bytes, vocabulary FROM llm.models WHERE name = 'smollm2'",
@@ -81,12 +80,7 @@ fn smollm2_answers_a_question() {
 
 #[test]
 fn smollm2_answers_in_json_by_a_schema() {
-    let Some(folder) = models_folder() else { return };
-    let fixture = Fixture::over(ComputeServer::start_with_models(&folder));
-    let mut client = fixture.connect();
-    client
-        .execute("INSERT INTO llm.models (name, source) VALUES ('smollm2', $1)", &[&FILE])
-        .unwrap();
+    let Some((fixture, mut client)) = loaded() else { return };
     let query = r#"SELECT completion::jsonb ->> 'capital', completion::jsonb ->> 'continent', finish_reason
         FROM llm.generations WHERE model = 'smollm2' AND max_tokens = 80 AND seed = ANY (ARRAY[1, 2, 3]) AND temperature = $1
         AND messages = '[{"role": "user", "content": "What is the capital of France, and on which continent is it?"}]'
@@ -120,12 +114,7 @@ fn smollm2_answers_in_json_by_a_schema() {
 
 #[test]
 fn smollm2_tokens_are_byte_exact() {
-    let Some(folder) = models_folder() else { return };
-    let fixture = Fixture::over(ComputeServer::start_with_models(&folder));
-    let mut client = fixture.connect();
-    client
-        .execute("INSERT INTO llm.models (name, source) VALUES ('smollm2', $1)", &[&FILE])
-        .unwrap();
+    let Some((_fixture, mut client)) = loaded() else { return };
     for text in [
         "",
         " leading and  double  spaces ",
