@@ -3,4 +3,4 @@
 #![no_main]
 #![allow(unsafe_code)]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| candle_fuzz::safetensors::run(data));
+libfuzzer_sys::fuzz_target!(init: candle_fuzz::let_caught_panics_be(), |data: &[u8]| candle_fuzz::safetensors::run(data));

@@ -7,6 +7,7 @@ pub mod gguf;
 pub mod hugging_face;
 pub mod manifest;
 pub mod requests;
+pub mod response_format;
 pub mod safetensors;
 pub mod template;
 pub mod tokenizer;
@@ -17,7 +18,7 @@ mod files;
 pub type Target = fn(&[u8]);
 
 /// All targets by name, which is also that of the folder in `corpus/` and, after `fuzz_`, of the program.
-pub const TARGETS: [(&str, Target); 7] = [
+pub const TARGETS: [(&str, Target); 8] = [
     ("gguf", gguf::run),
     ("safetensors", safetensors::run),
     ("hugging_face", hugging_face::run),
@@ -25,4 +26,11 @@ pub const TARGETS: [(&str, Target); 7] = [
     ("template", template::run),
     ("manifest", manifest::run),
     ("requests", requests::run),
+    ("response_format", response_format::run),
 ];
+
+/// Makes a panic end the program only if nobody catches it. libFuzzer's hook ends it at once; but we call libraries that
+/// panic on some files, and turn that into an error.
+pub fn let_caught_panics_be() {
+    std::panic::set_hook(Box::new(|panic| eprintln!("{panic}")));
+}

@@ -252,17 +252,19 @@ fn without_generation_marks(source: &str) -> String {
     let mut output = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
-        let Some(length) = rest[start..].find("%}") else { break };
-        let tag = &rest[start + 2..start + length];
+        let inside = start + 2;
+        // Not from the tag's beginning: the `%` of `{%}` opens it and does not close it.
+        let Some(length) = rest[inside..].find("%}") else { break };
+        let tag = &rest[inside..inside + length];
         let replacement = match tag.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+') {
             "generation" => Some("if true"),
             "endgeneration" => Some("endif"),
             _ => None,
         };
-        let end = start + length + 2;
+        let end = inside + length + 2;
         match replacement {
             Some(statement) => {
-                output += &rest[..start + 2];
+                output += &rest[..inside];
                 output += if tag.starts_with('-') { "- " } else { " " };
                 output += statement;
                 output += if tag.ends_with('-') { " -%}" } else { " %}" };

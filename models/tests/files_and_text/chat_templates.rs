@@ -105,6 +105,13 @@ fn damaged_templates_are_refused() {
 }
 
 #[test]
+fn a_percent_that_opens_and_closes_a_tag_is_an_error() {
+    // The fuzzer's: a tag that seemed to end before it began.
+    let source = "{{%}x{%- endgeneration -%}";
+    assert!(ChatTemplate::new(source, None, None).is_err());
+}
+
+#[test]
 fn generation_marks_and_dates() {
     let source = "{%- generation -%} a {%- endgeneration -%} {% generation %}b{% endgeneration %}";
     assert_eq!(
