@@ -10,6 +10,7 @@ pub mod completion;
 pub mod config;
 pub mod constraint;
 pub mod decoder;
+mod deep_stack;
 pub mod error;
 pub mod experts;
 pub mod formats;

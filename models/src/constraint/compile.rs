@@ -1,7 +1,5 @@
 //! From a response format to a constraint, within limits.
 
-use std::sync::Arc;
-
 use llguidance::api::{ParserLimits, TopLevelGrammar};
 use llguidance::{JsonCompileOptions, Matcher};
 use serde_json::{Value, json};
@@ -9,6 +7,7 @@ use serde_json::{Value, json};
 use super::format::ResponseFormat;
 use super::state::Constraint;
 use super::vocabulary::ConstraintVocabulary;
+use crate::deep_stack;
 use crate::error::{Error, Result};
 
 /// Longest response format, in bytes of JSON.
@@ -16,10 +15,6 @@ pub const MAX_FORMAT_BYTES: usize = 64 << 10;
 
 /// Deepest nesting of brackets in a regular expression or a grammar.
 pub const MAX_NESTING: usize = 128;
-
-/// Stack of the thread that compiles. The parsers recurse; what they can be made to is bounded by the two limits above,
-/// and pages that are not touched take no memory.
-const STACK_BYTES: usize = 256 << 20;
 
 /// Whitespace between the parts of JSON: a line break, indentation. Without a bound a model could go on with it for ever.
 const WHITESPACE: &str = r"[ \t]{1,32}|\r?\n[ \t]{0,32}";
@@ -44,17 +39,10 @@ impl ConstraintVocabulary {
     /// # Errors
     /// `InvalidArgument` saying what is wrong with the format, or that it is too complex; `ResourceExhausted` without a
     /// thread for it.
-    pub fn compile(self: &Arc<Self>, format: ResponseFormat) -> Result<Constraint> {
-        let vocabulary = Arc::clone(self);
-        let thread = std::thread::Builder::new()
-            .name("response-format".to_owned())
-            .stack_size(STACK_BYTES)
-            .spawn(move || vocabulary.compile_here(format));
-        let thread = thread
-            .map_err(|error| Error::ResourceExhausted(format!("no thread to compile the response_format: {error}")))?;
-        thread
-            .join()
-            .unwrap_or_else(|_| Err(Error::InvalidArgument("response_format cannot be compiled".to_owned())))
+    pub fn compile(&self, format: ResponseFormat) -> Result<Constraint> {
+        // The parsers recurse; what they can be made to is bounded by the two limits above.
+        let compiled = deep_stack::run("response format", || self.compile_here(format))?;
+        compiled.unwrap_or_else(|| Err(Error::InvalidArgument("response_format cannot be compiled".to_owned())))
     }
 
     fn compile_here(&self, format: ResponseFormat) -> Result<Constraint> {

@@ -83,6 +83,58 @@ fn endless_and_swelling_templates_are_stopped() {
 }
 
 #[test]
+fn what_a_template_keeps_is_bounded() {
+    let cases = [
+        (
+            "{% set ns = namespace(x='xx') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+            "too much",
+        ),
+        (
+            "{% set ns = namespace(x='\"') %}{% for i in range(99) %}{% set ns.x = ns|tojson %}{% endfor %}",
+            "too much",
+        ),
+        (
+            "{% set ns = namespace(l=[]) %}{% for i in range(99) %}{% set ns.l = ns.l + ['x' * 60000000] %}{% endfor %}",
+            "too much",
+        ),
+        (
+            "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns }}",
+            "a namespace into a namespace",
+        ),
+        (
+            "{% set ns = namespace() %}{% set ns.x = [{'a': ns}] %}{{ ns|tojson }}",
+            "a namespace into a namespace",
+        ),
+        (
+            "{% set ns = namespace() %}{% set ns.x = [ns]|reverse %}{{ ns }}",
+            "a namespace into a namespace",
+        ),
+        (
+            "{% set ns = namespace() %}{% macro m() %}{{ ns }}{% endmacro %}{% set ns.m = m %}",
+            "a macro",
+        ),
+        (
+            "{% set ns = namespace() %}{% for i in range(99) %}{% set ns.x = [ns.x] %}{% endfor %}",
+            "too deeply",
+        ),
+    ];
+    for (source, part) in cases {
+        let template = ChatTemplate::new(source, None, None).unwrap();
+        // Again and again: what one rendering kept is not counted against the next.
+        for _ in 0..2 {
+            let rendered = template.render(&[message("user", "x")]);
+            let error = rendered.expect_err(source).to_string();
+            assert!(error.contains(part), "{source}: {error}");
+        }
+    }
+    let fine = "{% set ns = namespace(x='', n=0) %}{% for m in messages %}{% set ns.x = ns.x ~ m.content %}\
+                {% set ns.n = ns.n + 1 %}{% endfor %}{% set a, b = ns.x, ns %}{{ a }}{{ b.n }}";
+    let fine = ChatTemplate::new(fine, None, None).unwrap();
+    let messages = vec![message("user", "ab"); 3];
+    assert_eq!(fine.render(&messages).unwrap(), "ababab3");
+}
+
+#[test]
 fn damaged_templates_are_refused() {
     for source in [
         "{% if %}",

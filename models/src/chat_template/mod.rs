@@ -1,9 +1,13 @@
 //! Renders a conversation with a model's own chat template: Jinja as transformers runs it.
 
+mod bounds;
+mod source;
+
 use minijinja::value::{Kwargs, Value};
 use minijinja::{Environment, ErrorKind};
 use serde::Serialize;
 
+use crate::deep_stack;
 use crate::error::{Error, Result};
 
 /// Longest template accepted, in bytes. The largest published ones are about 20 KB.
@@ -40,20 +44,20 @@ pub struct ChatTemplate {
 struct Refusal(String);
 
 impl ChatTemplate {
-    /// Compiles a template. `bos` and `eos` are the texts of the tokenizer's special tokens; absent ones are undefined
+    /// Compiles a template from its text. `bos` and `eos` are the texts of the tokenizer's special tokens; absent ones are undefined
     /// in the template, as in transformers.
     ///
     /// # Errors
     /// `InvalidFile` if the template is too long or not valid Jinja.
-    pub fn new(source: &str, bos: Option<&str>, eos: Option<&str>) -> Result<Self> {
+    pub fn new(text: &str, bos: Option<&str>, eos: Option<&str>) -> Result<Self> {
         let invalid = |reason: String| Error::InvalidFile {
             path: TEMPLATE_NAME.to_owned(),
             reason,
         };
-        if source.len() > MAX_TEMPLATE_BYTES {
+        if text.len() > MAX_TEMPLATE_BYTES {
             return Err(invalid(format!(
                 "it has {} bytes; at most {MAX_TEMPLATE_BYTES} are read",
-                source.len()
+                text.len()
             )));
         }
         let mut environment = Environment::new();
@@ -64,12 +68,15 @@ impl ChatTemplate {
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", to_json);
-        environment
-            .add_template_owned(TEMPLATE_NAME, without_generation_marks(source))
+        environment.add_filter(source::ASSIGNED, bounds::assigned);
+        environment.add_filter(source::ASSIGNED_TO_ATTRIBUTE, bounds::assigned_to_attribute);
+        let compile = || environment.add_template_owned(TEMPLATE_NAME, source::prepared(text));
+        deep_stack::run("chat template", compile)?
+            .ok_or_else(|| invalid("it cannot be compiled".to_owned()))?
             .map_err(|error| invalid(error.to_string()))?;
         Ok(Self {
             environment,
-            source: source.to_owned(),
+            source: text.to_owned(),
             bos: bos.map(str::to_owned),
             eos: eos.map(str::to_owned),
         })
@@ -102,6 +109,15 @@ impl ChatTemplate {
                 "messages is empty; give at least one message".to_owned(),
             ));
         }
+        // The library recurses where values are nested, and nothing else counts how deeply a template nests them.
+        deep_stack::run("chat template", || self.render_here(messages))?.unwrap_or_else(|| {
+            Err(Error::InvalidArgument(
+                "the model's chat template cannot be rendered".to_owned(),
+            ))
+        })
+    }
+
+    fn render_here(&self, messages: &[ChatMessage]) -> Result<String> {
         let mut environment = self.environment.clone();
         environment.set_fuel(Some(BASE_FUEL + FUEL_PER_MESSAGE * messages.len() as u64));
         let template = environment
@@ -244,34 +260,4 @@ fn strftime_now(format: &str) -> std::result::Result<String, minijinja::Error> {
         }
     }
     Ok(output)
-}
-
-/// transformers' `{% generation %}` … `{% endgeneration %}` only marks the answers for training masks; it becomes a
-/// block that always renders, with the same whitespace control.
-fn without_generation_marks(source: &str) -> String {
-    let mut output = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(start) = rest.find("{%") {
-        let inside = start + 2;
-        // Not from the tag's beginning: the `%` of `{%}` opens it and does not close it.
-        let Some(length) = rest[inside..].find("%}") else { break };
-        let tag = &rest[inside..inside + length];
-        let replacement = match tag.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+') {
-            "generation" => Some("if true"),
-            "endgeneration" => Some("endif"),
-            _ => None,
-        };
-        let end = inside + length + 2;
-        match replacement {
-            Some(statement) => {
-                output += &rest[..inside];
-                output += if tag.starts_with('-') { "- " } else { " " };
-                output += statement;
-                output += if tag.ends_with('-') { " -%}" } else { " %}" };
-            }
-            None => output += &rest[..end],
-        }
-        rest = &rest[end..];
-    }
-    output + rest
 }
