@@ -10,7 +10,7 @@ export PGRX_BUILD_FLAGS := --locked --ignore-rust-version
 CARGO_FLAGS := --release --locked --ignore-rust-version
 EXTENSION_SOURCES = $(shell find fdw proto -type f) Cargo.lock Cargo.toml
 
-.PHONY: help setup build server extension install test soak demo fuzz check bench clean
+.PHONY: help setup build server server-cuda extension install test soak demo fuzz check bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -18,10 +18,13 @@ help: ## List the targets
 setup: ## Install what is missing: Debian packages, cargo-pgrx
 	scripts/setup
 
-build: server extension ## Build the server and the extension
+build: server extension $(if $(CUDA),server-cuda) ## Build the server and the extension; with CUDA=1 for GPUs too
 
 server: setup
 	cargo build $(CARGO_FLAGS) -p compute-server
+
+server-cuda: server
+	scripts/build-cuda $(CARGO_FLAGS)
 
 extension: setup $(CARGO_TARGET_DIR)/package/.complete
 

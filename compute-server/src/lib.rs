@@ -15,6 +15,7 @@ mod chunks;
 mod commit_log;
 mod config;
 mod connections;
+mod cuda_program;
 mod data_folder;
 mod devices;
 mod error;
@@ -37,6 +38,7 @@ mod tokenizers;
 mod transactions;
 
 pub use config::{Arguments, Bytes, Command, Config, ConfigError, Limits, LogLimits, Options, Tls};
+pub use cuda_program::hand_over;
 pub use error::{Error, Result};
 pub use logging::start as start_logging;
 pub use server::{Listening, serve};

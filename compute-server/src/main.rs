@@ -13,6 +13,7 @@ fn main() -> ExitCode {
     allocator::keep_pages();
     raise_file_limit();
     let Command::Serve(options) = Arguments::parse().command;
+    compute_server::hand_over();
     let config = match Config::resolve(*options) {
         Ok(config) => config,
         Err(error) => return fail(&error, 2),

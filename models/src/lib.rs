@@ -14,6 +14,7 @@ mod deep_stack;
 pub mod error;
 pub mod experts;
 pub mod formats;
+pub mod gpu;
 pub mod model;
 pub mod ops;
 pub mod pooling;

@@ -13,6 +13,7 @@ mod choices;
 mod client_driven;
 mod constrained;
 mod crashes;
+mod devices;
 mod durability;
 mod embeddings;
 mod full_disk;

@@ -125,23 +125,6 @@ async fn work_that_outlives_the_drain_timeout_is_cancelled() {
     drop(stream);
 }
 
-#[tokio::test]
-async fn devices_are_listed() {
-    let server = TestServer::start(&[]);
-    let client = server.connect().await;
-    client.create("m").await;
-    let devices = client
-        .telemetry
-        .clone()
-        .list_devices(ListDevicesRequest {})
-        .await
-        .unwrap()
-        .into_inner()
-        .devices;
-    assert_eq!((devices[0].name.as_str(), devices[0].threads), ("cpu", 1));
-    assert!(devices[0].memory_used_bytes > 0 && !devices[0].simd.is_empty());
-}
-
 #[test]
 fn starts_that_cannot_work_say_why() {
     let data = tempfile::tempdir().unwrap();

@@ -115,9 +115,17 @@ impl Drop for TestServer {
     }
 }
 
+/// The program under test.
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_compute-server");
+
 /// `compute-server serve` on free ports.
 pub fn command(data: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_compute-server"));
+    command_of(Path::new(PROGRAM), data)
+}
+
+/// [`command`] of a copy of the program.
+pub fn command_of(program: &Path, data: &Path) -> Command {
+    let mut command = Command::new(program);
     command.args([
         "serve",
         "--listen",
