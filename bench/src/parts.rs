@@ -125,11 +125,12 @@ impl Measurement for Head {
             let gradients = HeadGradients {
                 d_hidden: &mut self.d_hidden,
                 d_weight: Some(&mut self.d_weight),
+                d_bias: None,
             };
             let hidden = MatrixRef::new(&self.hidden, TOKENS, WIDTH);
             let weight = MatrixRef::new(&self.weight, VOCABULARY, WIDTH);
             let gradients = Some(gradients);
-            cross_entropy_head(hidden, weight, &targets, &token_weights, &mut losses, gradients);
+            cross_entropy_head(hidden, weight.into(), &targets, &token_weights, &mut losses, gradients);
         });
         // In two halves, as many logits as the kernel holds.
         let rows = TOKENS / 2;

@@ -65,6 +65,7 @@ const OVERRIDABLE: &[&str] = &[
     "attention_bias",
     "attention_output_bias",
     "feed_forward_bias",
+    "rotary_pct",
 ];
 
 impl Model {
@@ -189,7 +190,11 @@ fn check_tokenizer(config: &DecoderConfig, tokenizer: &Tokenizer) -> Result<()> 
 
 /// What of the configuration a GGUF file tells by which tensors it holds. Names are transformers' already.
 fn gguf_tensor_facts(source: &GgufModel) -> Result<GgufTensorFacts> {
-    const EMBEDDINGS: [&str; 2] = ["model.embed_tokens.weight", "transformer.wte.weight"];
+    const EMBEDDINGS: [&str; 3] = [
+        "model.embed_tokens.weight",
+        "transformer.wte.weight",
+        "gpt_neox.embed_in.weight",
+    ];
     let missing = || Error::invalid_file(source.path(), "tensor `token_embd.weight` is missing or no matrix");
     let embedding = EMBEDDINGS
         .into_iter()
@@ -198,13 +203,17 @@ fn gguf_tensor_facts(source: &GgufModel) -> Result<GgufTensorFacts> {
     let [vocabulary, _] = *source.shape(embedding).unwrap_or_default() else {
         return Err(missing());
     };
-    let layer_has = |name: &str| source.shape(&format!("model.layers.0.{name}")).is_some();
+    let layer_has = |names: [&str; 2]| {
+        let [llama, neox] = names;
+        source.shape(&format!("model.layers.0.{llama}")).is_some()
+            || source.shape(&format!("gpt_neox.layers.0.{neox}")).is_some()
+    };
     Ok(GgufTensorFacts {
         vocabulary,
         untied_head: source.shape("lm_head.weight").is_some() && !same_values(source, embedding, "lm_head.weight")?,
-        attention_bias: layer_has("self_attn.q_proj.bias"),
-        attention_output_bias: layer_has("self_attn.o_proj.bias"),
-        feed_forward_bias: layer_has("mlp.up_proj.bias"),
+        attention_bias: layer_has(["self_attn.q_proj.bias", "attention.query_key_value.bias"]),
+        attention_output_bias: layer_has(["self_attn.o_proj.bias", "attention.dense.bias"]),
+        feed_forward_bias: layer_has(["mlp.up_proj.bias", "mlp.dense_h_to_4h.bias"]),
         rotary_factors: rotary_factors(source)?,
     })
 }

@@ -60,6 +60,10 @@ fn every_stored_form_gives_pytorchs_logits() {
         ("llama", "llama", "f32", 2e-4),
         ("qwen2", "qwen2", "f32", 2e-4),
         ("qwen2-sharded", "qwen2", "f32", 2e-4),
+        ("gpt_neox", "gpt_neox", "f32", 2e-4),
+        ("gpt_neox-sequential", "gpt_neox-sequential", "f32", 2e-4),
+        ("gptj", "gptj", "f32", 2e-4),
+        ("gptj-tied", "gptj-tied", "f32", 2e-4),
         ("qwen2-f16", "qwen2", "f16", 0.02),
         ("qwen2-bf16", "qwen2", "bf16", 0.15),
     ] {
@@ -73,7 +77,7 @@ fn every_stored_form_gives_pytorchs_logits() {
 #[test]
 fn pooled_states_are_transformers() {
     let values = candle_core::safetensors::load(golden("embeddings.golden.safetensors"), &Device::Cpu).unwrap();
-    for name in ["gpt2", "llama", "qwen2"] {
+    for name in ["gpt2", "llama", "qwen2", "gpt_neox", "gptj"] {
         let model = load(&golden(name)).unwrap();
         let ids: Vec<u32> = values[&format!("{name}.ids")]
             .to_dtype(DType::U32)
@@ -108,7 +112,7 @@ fn pooled_states_are_transformers() {
 
 #[test]
 fn weights_that_contradict_the_configuration_are_refused_by_name() {
-    let wrong: [(&str, &str, Value); 8] = [
+    let wrong: [(&str, &str, Value); 12] = [
         ("gpt2", "n_embd", json!(18)),
         ("gpt2", "n_layer", json!(3)),
         ("gpt2", "n_layer", json!(1)),
@@ -117,6 +121,10 @@ fn weights_that_contradict_the_configuration_are_refused_by_name() {
         ("llama", "num_key_value_heads", json!(4)),
         ("llama", "tie_word_embeddings", json!(true)),
         ("llama", "attention_bias", json!(true)),
+        ("gpt_neox", "attention_bias", json!(false)),
+        ("gpt_neox", "intermediate_size", json!(20)),
+        ("gptj", "n_layer", json!(3)),
+        ("gptj", "n_inner", json!(71)),
     ];
     for (name, field, value) in wrong {
         let folder = changed(name, |_, config| {
@@ -167,6 +175,220 @@ fn buffers_of_old_exports_and_missing_prefixes_are_understood() {
         );
     });
     assert!(difference(&load(folder.path()).unwrap(), "gpt2") < 2e-4);
+    let folder = changed("gpt_neox", |tensors, _| {
+        let head = tensors.remove("embed_out.weight").unwrap();
+        let renamed = tensors
+            .drain()
+            .map(|(name, tensor)| (name.replace("gpt_neox.", ""), tensor));
+        *tensors = renamed.collect();
+        tensors.insert("lm_head.weight".into(), head);
+        let mask = Tensor::zeros((1, 1, 40, 40), DType::F32, &Device::Cpu).unwrap();
+        tensors.insert("layers.1.attention.bias".into(), mask);
+    });
+    assert!(difference(&load(folder.path()).unwrap(), "gpt_neox") < 2e-4);
+}
+
+#[test]
+fn fields_that_are_not_known_or_contradict_each_other_are_refused_by_name() {
+    let refused: [(&str, &str, Value, &str); 21] = [
+        ("gpt2", "alibi", json!(true), "`alibi`"),
+        ("gpt2", "pruned_heads", json!({"0": [1]}), "`pruned_heads`"),
+        ("gpt2", "rotary_dim", json!(4), "`rotary_dim`"),
+        (
+            "llama",
+            "attn_logit_softcapping",
+            json!(30.0),
+            "`attn_logit_softcapping`",
+        ),
+        ("llama", "use_parallel_residual", json!(true), "`use_parallel_residual`"),
+        ("llama", "rope_interleaved", json!(true), "`rope_interleaved`"),
+        (
+            "llama",
+            "rope_theta",
+            json!(7),
+            "`rope_parameters.rope_theta`: 10000 contradicts rope_theta 7",
+        ),
+        (
+            "llama",
+            "rope_scaling",
+            json!({"rope_type": "linear", "factor": 2, "mscale": 1}),
+            "`rope_scaling.mscale`",
+        ),
+        ("gpt_neox", "num_key_value_heads", json!(1), "`num_key_value_heads`"),
+        ("gpt_neox", "rotary_dim", json!(4), "`rotary_dim`"),
+        (
+            "gpt_neox",
+            "num_attention_heads",
+            json!(4),
+            "`num_attention_heads`: 4 does not divide hidden_size 21",
+        ),
+        (
+            "gpt_neox",
+            "head_dim",
+            json!(5),
+            "`head_dim`: 5 contradicts hidden_size 21 over num_attention_heads 3",
+        ),
+        (
+            "gpt_neox",
+            "rotary_pct",
+            json!(0.5),
+            "partial_rotary_factor`: 0.6 contradicts rotary_pct 0.5",
+        ),
+        (
+            "gpt_neox",
+            "rotary_emb_base",
+            json!(7),
+            "rope_theta`: 10000 contradicts rotary_emb_base 7",
+        ),
+        ("gpt_neox", "hidden_act", json!("relu6"), "`hidden_act`"),
+        ("gptj", "rotary", json!(false), "`rotary`"),
+        ("gptj", "rotary_dim", Value::Null, "`rotary_dim`"),
+        ("gptj", "rotary_dim", json!(3), "`rotary_dim`"),
+        (
+            "gptj",
+            "rotary_dim",
+            json!(8),
+            "`rotary_dim`: 8 is more than head_dim 6",
+        ),
+        ("gptj", "n_head", json!(4), "`n_head`: 4 does not divide n_embd 18"),
+        ("gptj", "rope_theta", json!(500.0), "`rope_theta`"),
+    ];
+    for (name, field, value, expected) in refused {
+        let folder = changed(name, |_, config| {
+            config.insert(field.to_owned(), value.clone());
+        });
+        let error = load(folder.path()).unwrap_err();
+        assert!(
+            matches!(error, Error::Unsupported(_) | Error::InvalidConfig { .. }),
+            "{name} {field}: {error}"
+        );
+        assert!(error.to_string().contains(expected), "{name} {field}: {error}");
+    }
+    // What is null, or says nothing about the computation, is passed over.
+    let folder = changed("gptj", |_, config| {
+        config.insert("num_local_experts".into(), Value::Null);
+        config.insert("summary_type".into(), json!("cls_index"));
+        config.insert("_name_or_path".into(), json!("somewhere"));
+        config.insert(
+            "task_specific_params".into(),
+            json!({"text-generation": {"do_sample": true}}),
+        );
+        config.insert("rotary".into(), json!(true));
+    });
+    assert!(difference(&load(folder.path()).unwrap(), "gptj") < 2e-4);
+}
+
+#[test]
+fn shown_configurations_make_the_same_model_again() {
+    for name in ["gpt_neox", "gpt_neox-sequential", "gptj", "gptj-tied"] {
+        let loaded = load(&golden(name)).unwrap();
+        let again = Model::create(&options(loaded.config.clone()), None).unwrap();
+        assert_eq!(again.decoder.config(), loaded.decoder.config(), "{name}");
+        assert_eq!(again.config, loaded.config, "{name}");
+    }
+    let neox = load(&golden("gpt_neox")).unwrap().config;
+    assert_eq!(
+        (&neox["parallel_residual"], &neox["rotary_dim"], &neox["tied_head"]),
+        (&json!(true), &json!(4), &json!(false))
+    );
+}
+
+#[test]
+fn gptj_as_gguf_is_refused_and_gptneox_is_the_same_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tiny.gguf");
+    for (dtype, name, tolerance) in [(GgmlDType::F32, "f32", 2e-4), (GgmlDType::F16, "f16", 0.05)] {
+        write_neox_gguf(&path, "gptneox", dtype);
+        let model = load(&path).unwrap();
+        let expected = load(&golden("gpt_neox")).unwrap().decoder.config().clone();
+        let norm_epsilon = f64::from(1e-5f32);
+        let expected = candle_models::DecoderConfig {
+            norm_epsilon,
+            ..expected
+        };
+        assert_eq!(*model.decoder.config(), expected);
+        assert_eq!(model.decoder.dtype(), name);
+        let difference = difference(&model, "gpt_neox");
+        assert!(difference < tolerance, "{name}: {difference}");
+    }
+    for architecture in ["gptj", "gpt_neox"] {
+        write_neox_gguf(&path, architecture, GgmlDType::F32);
+        let error = load(&path).unwrap_err();
+        assert!(
+            matches!(&error, Error::Unsupported(message) if message.contains(architecture)),
+            "{error}"
+        );
+    }
+}
+
+/// Writes GPT-NeoX's golden model as llama.cpp's converter does: its own names, and all queries before all keys before
+/// all values.
+fn write_neox_gguf(path: &Path, architecture: &str, dtype: GgmlDType) {
+    let tensors = candle_core::safetensors::load(golden("gpt_neox").join("model.safetensors"), &Device::Cpu).unwrap();
+    let renames = [
+        ("gpt_neox.embed_in", "token_embd"),
+        ("gpt_neox.final_layer_norm", "output_norm"),
+        ("embed_out", "output"),
+        ("gpt_neox.layers.", "blk."),
+        ("input_layernorm", "attn_norm"),
+        ("post_attention_layernorm", "ffn_norm"),
+        ("attention.query_key_value", "attn_qkv"),
+        ("attention.dense", "attn_output"),
+        ("mlp.dense_h_to_4h", "ffn_up"),
+        ("mlp.dense_4h_to_h", "ffn_down"),
+    ];
+    let mut written: Vec<(String, QTensor)> = Vec::new();
+    for (name, tensor) in &tensors {
+        let tensor = match name.contains("query_key_value") {
+            true => {
+                let rest = tensor.elem_count() / 63;
+                let heads = tensor.reshape((3, 3, 7, rest)).unwrap();
+                heads
+                    .transpose(0, 1)
+                    .unwrap()
+                    .contiguous()
+                    .unwrap()
+                    .reshape(tensor.shape())
+                    .unwrap()
+            }
+            false => tensor.clone(),
+        };
+        let dtype = if tensor.rank() == 2 { dtype } else { GgmlDType::F32 };
+        let name = renames
+            .iter()
+            .fold(name.clone(), |name, (from, to)| name.replace(from, to));
+        written.push((name, QTensor::quantize(&tensor, dtype).unwrap()));
+    }
+    let sizes = [
+        ("block_count", 2),
+        ("context_length", 40),
+        ("embedding_length", 21),
+        ("feed_forward_length", 22),
+        ("attention.head_count", 3),
+        ("rope.dimension_count", 4),
+    ];
+    let sizes = sizes.map(|(key, value)| (format!("{architecture}.{key}"), gguf_file::Value::U32(value)));
+    let others = [
+        (
+            "general.architecture".to_owned(),
+            gguf_file::Value::String(architecture.into()),
+        ),
+        (
+            format!("{architecture}.use_parallel_residual"),
+            gguf_file::Value::Bool(true),
+        ),
+        (
+            format!("{architecture}.attention.layer_norm_epsilon"),
+            gguf_file::Value::F32(1e-5),
+        ),
+    ];
+    let metadata: Vec<_> = sizes
+        .iter()
+        .chain(&others)
+        .map(|(key, value)| (key.as_str(), value))
+        .collect();
+    let tensors: Vec<_> = written.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    gguf_file::write(&mut std::fs::File::create(path).unwrap(), &metadata, &tensors).unwrap();
 }
 
 #[test]

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 
 def main():
     out = {}
-    for seed, name in enumerate(["gpt2", "llama", "qwen2"]):
+    for seed, name in enumerate(["gpt2", "llama", "qwen2", "gpt_neox", "gptj"]):
         torch.manual_seed(2000 + seed)
         model = AutoModel.from_pretrained(HERE / name, dtype=torch.float32, attn_implementation="eager").eval()
         ids = torch.randint(0, model.config.vocab_size, (37,))

@@ -65,7 +65,7 @@ def steps(name, golden, dtype, scale):
 
 def main():
     torch.set_num_threads(1)
-    for name in ["gpt2", "llama", "qwen2"]:
+    for name in ["gpt2", "llama", "qwen2", "gpt_neox", "gptj"]:
         golden, out = load_file(HERE / f"{name}.golden.safetensors"), {}
         for key, (dtype, scale) in TYPES.items():
             model = load(name)

@@ -276,10 +276,11 @@ fn head(bench: &Bench) {
             let gradients = Some(HeadGradients {
                 d_hidden: &mut d_hidden,
                 d_weight: Some(&mut d_weight),
+                d_bias: None,
             });
             cross_entropy_head(
                 MatrixRef::new(&hidden, tokens, width),
-                MatrixRef::new(&weight, vocabulary, width),
+                MatrixRef::new(&weight, vocabulary, width).into(),
                 &targets,
                 &token_weights,
                 &mut losses,

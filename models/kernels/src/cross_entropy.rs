@@ -6,6 +6,7 @@ use half::{bf16, f16};
 use crate::convert::{f32_to_bf16, f32_to_f16};
 use crate::linear::linear_with;
 use crate::matmul::{MatrixRef, matmul};
+use crate::reduce::sum_rows;
 use crate::rounding::{HalfType, OutOfRange, out_of_range};
 use crate::simd::math::exp;
 use crate::simd::{LANES, Level, Simd, dispatch, level};
@@ -19,6 +20,21 @@ const IGNORED: i64 = -100;
 /// Logits that are held at once: 128 MiB. With each block the head and its gradient pass through memory once.
 const BLOCK_LOGITS: usize = 1 << 25;
 
+/// The head: logits are `hidden * weight^T + bias`.
+#[derive(Clone, Copy, Debug)]
+pub struct HeadMatrix<'a> {
+    /// `[vocabulary, width]`, not transposed.
+    pub weight: MatrixRef<'a>,
+    /// `[vocabulary]`, for heads that have one.
+    pub bias: Option<&'a [f32]>,
+}
+
+impl<'a> From<MatrixRef<'a>> for HeadMatrix<'a> {
+    fn from(weight: MatrixRef<'a>) -> Self {
+        Self { weight, bias: None }
+    }
+}
+
 /// Where [`cross_entropy_head`] leaves the gradients.
 #[derive(Debug)]
 pub struct HeadGradients<'a> {
@@ -26,6 +42,8 @@ pub struct HeadGradients<'a> {
     pub d_hidden: &'a mut [f32],
     /// Gradient of the head's weight `[vocabulary, width]`, if it is wanted; added to.
     pub d_weight: Option<&'a mut [f32]>,
+    /// Gradient of the head's bias `[vocabulary]`, if it is wanted; added to.
+    pub d_bias: Option<&'a mut [f32]>,
 }
 
 /// Tokens of a block of logits: blocks are of about one size, since a small last one would cost as much as the others.
@@ -34,11 +52,9 @@ pub(crate) fn block_tokens(tokens: usize, vocabulary: usize) -> usize {
     tokens.div_ceil(tokens.div_ceil(most).max(1)).next_multiple_of(8)
 }
 
-/// Cross-entropy of the head's logits `hidden * weight^T`, and the gradients of
-/// `sum over tokens of token_weight * loss`.
+/// Cross-entropy of the logits of `head`, and the gradients of `sum over tokens of token_weight * loss`.
 ///
-/// `hidden` is `[tokens, width]`, `weight` `[vocabulary, width]`, neither transposed, `targets` and `token_weights`
-/// `[tokens]`. `losses` `[tokens]` receives each token's unweighted loss (natural logarithm), 0 where the target is -100,
+/// `hidden` is `[tokens, width]`, not transposed, `targets` and `token_weights` `[tokens]`. `losses` `[tokens]` receives each token's unweighted loss (natural logarithm), 0 where the target is -100,
 /// which also gives no gradient.
 ///
 /// Logits and softmax are f32. Where `weight` is of a half type, the gradient of the logits is rounded to it before it is
@@ -48,13 +64,14 @@ pub(crate) fn block_tokens(tokens: usize, vocabulary: usize) -> usize {
 /// Where the lengths do not fit each other or a target is neither -100 nor below the vocabulary.
 pub fn cross_entropy_head(
     hidden: MatrixRef<'_>,
-    weight: MatrixRef<'_>,
+    head: HeadMatrix<'_>,
     targets: &[i64],
     token_weights: &[f32],
     losses: &mut [f32],
     mut gradients: Option<HeadGradients<'_>>,
 ) -> OutOfRange {
     let tokens = targets.len();
+    let HeadMatrix { weight, bias } = head;
     let [vocabulary, width] = weight.shape();
     assert_eq!(
         hidden.shape(),
@@ -66,6 +83,7 @@ pub fn cross_entropy_head(
         "token weights and losses are not [{tokens}]"
     );
     check_targets(targets, vocabulary);
+    check_bias(bias, vocabulary);
     if let Some(gradients) = &gradients {
         assert_eq!(
             gradients.d_hidden.len(),
@@ -77,6 +95,8 @@ pub fn cross_entropy_head(
             length.is_none_or(|length| length == vocabulary * width),
             "gradient of the weight"
         );
+        let length = gradients.d_bias.as_ref().map(|bias| bias.len());
+        assert!(length.is_none_or(|length| length == vocabulary), "gradient of the bias");
     }
     let mut lost = OutOfRange::default();
     if tokens == 0 || vocabulary == 0 || width == 0 {
@@ -91,13 +111,26 @@ pub fn cross_entropy_head(
         let count = rows.len();
         let logits = &mut logits[..count * vocabulary];
         let block = hidden.part(rows.clone());
-        matmul(block, weight.transpose(), false, logits);
+        if let Some(bias) = bias {
+            logits
+                .chunks_exact_mut(vocabulary)
+                .for_each(|row| row.copy_from_slice(bias));
+        }
+        matmul(block, weight.transpose(), bias.is_some(), logits);
         let labels = Labels {
             targets: &targets[rows.clone()],
             token_weights: &token_weights[rows.clone()],
         };
         softmax_rows(level, logits, labels, gradients.is_some(), &mut losses[rows.clone()]);
-        if let Some(HeadGradients { d_hidden, d_weight }) = &mut gradients {
+        if let Some(HeadGradients {
+            d_hidden,
+            d_weight,
+            d_bias,
+        }) = &mut gradients
+        {
+            if let Some(d_bias) = d_bias {
+                sum_rows(logits, d_bias);
+            }
             let d_logits = rounded.matrix(logits, [count, vocabulary], &mut lost);
             matmul(
                 d_logits,
@@ -149,14 +182,14 @@ impl Rounded {
     }
 }
 
-/// Log-probabilities of the targets under the head's logits `hidden * weights^T`, for weights of any format.
+/// Log-probabilities of the targets under the head's logits `hidden * weights^T + bias`, for weights of any format.
 ///
-/// `hidden` is `[tokens, width]`, `weights` `[vocabulary, width]`, `targets` and `out` `[tokens]`; `out` is 0 where the
+/// `hidden` is `[tokens, width]`, `weights` `[vocabulary, width]`, `bias` `[vocabulary]`, `targets` and `out` `[tokens]`; `out` is 0 where the
 /// target is -100. A token's value is the same whatever the other tokens are.
 ///
 /// # Panics
 /// Where the lengths do not fit each other or a target is neither -100 nor below the vocabulary.
-pub fn log_probabilities(hidden: &[f32], weights: Weights<'_>, targets: &[i64], out: &mut [f32]) {
+pub fn log_probabilities(hidden: &[f32], weights: Weights<'_>, bias: Option<&[f32]>, targets: &[i64], out: &mut [f32]) {
     let (tokens, vocabulary, width) = (targets.len(), weights.rows, weights.columns);
     assert_eq!(
         hidden.len(),
@@ -165,6 +198,7 @@ pub fn log_probabilities(hidden: &[f32], weights: Weights<'_>, targets: &[i64], 
     );
     assert_eq!(out.len(), tokens, "output is not [{tokens}]");
     check_targets(targets, vocabulary);
+    check_bias(bias, vocabulary);
     if tokens == 0 || vocabulary == 0 {
         return;
     }
@@ -178,7 +212,7 @@ pub fn log_probabilities(hidden: &[f32], weights: Weights<'_>, targets: &[i64], 
             level,
             &hidden[rows.start * width..rows.end * width],
             weights,
-            None,
+            bias,
             logits,
         );
         let labels = Labels {
@@ -195,6 +229,14 @@ pub(crate) fn check_targets(targets: &[i64], vocabulary: usize) {
     if let Some(target) = targets.iter().find(|&&target| !valid(target)) {
         panic!("target {target} in a vocabulary of {vocabulary}");
     }
+}
+
+pub(crate) fn check_bias(bias: Option<&[f32]>, vocabulary: usize) {
+    let length = bias.map(<[f32]>::len);
+    assert!(
+        length.is_none_or(|length| length == vocabulary),
+        "a bias of {length:?} in a vocabulary of {vocabulary}"
+    );
 }
 
 #[derive(Clone, Copy)]
@@ -317,7 +359,7 @@ mod tests {
                 let mut losses = vec![f32::NAN; tokens];
                 cross_entropy_head(
                     MatrixRef::new(&hidden, tokens, width),
-                    MatrixRef::new(&weight, vocabulary, width),
+                    MatrixRef::new(&weight, vocabulary, width).into(),
                     &targets,
                     &vec![1.0; tokens],
                     &mut losses,
@@ -328,6 +370,7 @@ mod tests {
                 log_probabilities(
                     &hidden,
                     Weights::from_f32(&weight, vocabulary, width),
+                    None,
                     &targets,
                     &mut out,
                 );
@@ -353,7 +396,7 @@ mod tests {
                 columns: width,
             };
             let mut out = [0.0; 6];
-            log_probabilities(&hidden, weights, &targets(6, vocabulary), &mut out);
+            log_probabilities(&hidden, weights, None, &targets(6, vocabulary), &mut out);
             let want = oracle(&hidden, &expanded, vocabulary, &targets(6, vocabulary));
             assert_close(&out.map(|value| -value), &want, 1e-5);
         });
@@ -375,11 +418,12 @@ mod tests {
             let gradients = HeadGradients {
                 d_hidden: &mut d_hidden,
                 d_weight: Some(&mut d_weight),
+                d_bias: None,
             };
             let mut losses = vec![0.0; tokens];
             cross_entropy_head(
                 MatrixRef::new(&hidden, tokens, width),
-                MatrixRef::new(&weight, vocabulary, width),
+                MatrixRef::new(&weight, vocabulary, width).into(),
                 &targets,
                 &token_weights,
                 &mut losses,
@@ -388,6 +432,63 @@ mod tests {
             assert_close(&d_hidden, &want_hidden, 1e-3);
             d_weight.iter_mut().for_each(|value| *value -= 0.5);
             assert_close(&d_weight, &want_weight, 1e-3);
+        });
+    }
+
+    /// A bias is a column of the weight whose input is 1.
+    #[test]
+    fn a_bias_is_one_more_column() {
+        at_every_level(|| {
+            let (tokens, width, vocabulary) = (7, 6, 37);
+            let (hidden, weight, bias) = (
+                random(tokens * width, 1),
+                random(vocabulary * width, 2),
+                random(vocabulary, 3),
+            );
+            let join = |rows: &[f32], last: &dyn Fn(usize) -> f32| -> Vec<f32> {
+                let rows = rows.chunks(width).enumerate();
+                rows.flat_map(|(index, row)| row.iter().copied().chain([last(index)]))
+                    .collect()
+            };
+            let (wide_hidden, wide_weight) = (join(&hidden, &|_| 1.0), join(&weight, &|index| bias[index]));
+            let (targets, token_weights) = (targets(tokens, vocabulary), random(tokens, 4));
+            let run = |hidden: &[f32], head: HeadMatrix<'_>| {
+                let width = hidden.len() / tokens;
+                let (mut losses, mut d_hidden) = (vec![0.0; tokens], vec![0.0; hidden.len()]);
+                let (mut d_weight, mut d_bias) = (vec![0.0; vocabulary * width], vec![0.5; vocabulary]);
+                let gradients = HeadGradients {
+                    d_hidden: &mut d_hidden,
+                    d_weight: Some(&mut d_weight),
+                    d_bias: Some(&mut d_bias),
+                };
+                let hidden = MatrixRef::new(hidden, tokens, width);
+                cross_entropy_head(hidden, head, &targets, &token_weights, &mut losses, Some(gradients));
+                (losses, d_hidden, d_weight, d_bias)
+            };
+            let want = run(&wide_hidden, MatrixRef::new(&wide_weight, vocabulary, width + 1).into());
+            let head = HeadMatrix {
+                weight: MatrixRef::new(&weight, vocabulary, width),
+                bias: Some(&bias),
+            };
+            let found = run(&hidden, head);
+            assert_close(&found.0, &want.0, 1e-5);
+            let without_last = |rows: &[f32]| -> Vec<f32> {
+                let rows = rows.chunks(width + 1);
+                rows.flat_map(|row| &row[..width]).copied().collect()
+            };
+            assert_close(&found.1, &without_last(&want.1), 1e-5);
+            assert_close(&found.2, &without_last(&want.2), 1e-5);
+            let last: Vec<f32> = want.2.chunks(width + 1).map(|row| row[width] + 0.5).collect();
+            assert_close(&found.3, &last, 1e-5);
+            let weights = Weights::from_f32(&weight, vocabulary, width);
+            let mut out = vec![f32::NAN; tokens];
+            log_probabilities(&hidden, weights, Some(&bias), &targets, &mut out);
+            assert_close(&out.iter().map(|value| -value).collect::<Vec<_>>(), &want.0, 1e-5);
+            let (mut losses, mut d_hidden) = (vec![0.0; tokens], vec![1.0; hidden.len()]);
+            let labels = (&targets[..], &token_weights[..]);
+            crate::cross_entropy_frozen_head(&hidden, weights, Some(&bias), labels, &mut losses, &mut d_hidden);
+            assert_close(&losses, &want.0, 1e-5);
+            assert_close(&d_hidden, &found.1, 1e-5);
         });
     }
 
@@ -406,9 +507,10 @@ mod tests {
             let gradients = HeadGradients {
                 d_hidden: &mut d_hidden,
                 d_weight: Some(&mut d_weight),
+                d_bias: None,
             };
             let scales = vec![scale; tokens];
-            let lost = cross_entropy_head(hidden, weight, &targets, &scales, &mut losses, Some(gradients));
+            let lost = cross_entropy_head(hidden, weight.into(), &targets, &scales, &mut losses, Some(gradients));
             (losses, d_hidden, d_weight, lost)
         };
         let exact = [
@@ -443,7 +545,7 @@ mod tests {
         let mut losses = vec![0.0; tokens];
         cross_entropy_head(
             MatrixRef::new(&hidden, tokens, width),
-            MatrixRef::new(&weight, vocabulary, width),
+            MatrixRef::new(&weight, vocabulary, width).into(),
             &targets,
             &vec![1.0; tokens],
             &mut losses,
@@ -454,7 +556,7 @@ mod tests {
             let hidden = &hidden[token * width..(token + 1) * width];
             cross_entropy_head(
                 MatrixRef::new(hidden, 1, width),
-                MatrixRef::new(&weight, vocabulary, width),
+                MatrixRef::new(&weight, vocabulary, width).into(),
                 &targets[token..=token],
                 &[1.0],
                 &mut alone,
@@ -468,6 +570,6 @@ mod tests {
     #[should_panic(expected = "target 4 in a vocabulary of 4")]
     fn a_target_outside_the_vocabulary_is_named() {
         let (hidden, weight) = (MatrixRef::new(&[0.0; 2], 1, 2), MatrixRef::new(&[0.0; 8], 4, 2));
-        cross_entropy_head(hidden, weight, &[4], &[1.0], &mut [0.0], None);
+        cross_entropy_head(hidden, weight.into(), &[4], &[1.0], &mut [0.0], None);
     }
 }

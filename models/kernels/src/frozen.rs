@@ -2,7 +2,7 @@
 //! that a quantised matrix is never held expanded.
 
 use crate::Weights;
-use crate::cross_entropy::{Labels, block_tokens, check_targets, softmax_rows};
+use crate::cross_entropy::{Labels, block_tokens, check_bias, check_targets, softmax_rows};
 use crate::linear::linear_with;
 use crate::matmul::{MatrixRef, matmul};
 use crate::quantized::dequantize;
@@ -65,15 +65,15 @@ fn take_columns(matrix: &[f32], width: usize, first: usize, out: &mut [f32], cou
 }
 
 /// As [`cross_entropy_head`](crate::cross_entropy_head()), for a head in any format that is not trained: leaves the
-/// gradient of the hidden states `[tokens, width]` in `d_hidden`.
+/// gradient of the hidden states `[tokens, width]` in `d_hidden`. `labels` are targets and token weights.
 ///
 /// # Panics
 /// Where the lengths do not fit each other or a target is neither -100 nor below the vocabulary.
 pub fn cross_entropy_frozen_head(
     hidden: &[f32],
     weights: Weights<'_>,
-    targets: &[i64],
-    token_weights: &[f32],
+    bias: Option<&[f32]>,
+    (targets, token_weights): (&[i64], &[f32]),
     losses: &mut [f32],
     d_hidden: &mut [f32],
 ) {
@@ -89,6 +89,7 @@ pub fn cross_entropy_frozen_head(
     );
     assert_eq!(d_hidden.len(), hidden.len(), "gradient of the hidden states");
     check_targets(targets, vocabulary);
+    check_bias(bias, vocabulary);
     if tokens == 0 || vocabulary == 0 || width == 0 {
         return;
     }
@@ -99,7 +100,7 @@ pub fn cross_entropy_frozen_head(
         let rows = start..tokens.min(start + step);
         let elements = rows.start * width..rows.end * width;
         let logits = &mut logits[..rows.len() * vocabulary];
-        linear_with(level, &hidden[elements.clone()], weights, None, logits);
+        linear_with(level, &hidden[elements.clone()], weights, bias, logits);
         let labels = Labels {
             targets: &targets[rows.clone()],
             token_weights: &token_weights[rows.clone()],
@@ -166,10 +167,11 @@ mod tests {
                 let gradients = HeadGradients {
                     d_hidden: &mut d_want,
                     d_weight: Some(&mut d_weight),
+                    d_bias: None,
                 };
                 cross_entropy_head(
                     MatrixRef::new(&hidden, tokens, width),
-                    MatrixRef::new(&decoded, vocabulary, width),
+                    MatrixRef::new(&decoded, vocabulary, width).into(),
                     &targets,
                     &factors,
                     &mut want,
@@ -181,7 +183,8 @@ mod tests {
                     rows: vocabulary,
                     columns: width,
                 };
-                cross_entropy_frozen_head(&hidden, weights, &targets, &factors, &mut losses, &mut d_hidden);
+                let labels = (&targets[..], &factors[..]);
+                cross_entropy_frozen_head(&hidden, weights, None, labels, &mut losses, &mut d_hidden);
                 assert_close(&losses, &want, 1e-5);
                 assert_close(&d_hidden, &d_want, 1e-5);
                 assert_eq!(losses[3], 0.0);

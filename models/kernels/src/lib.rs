@@ -50,7 +50,7 @@ pub use attention::{
 };
 pub use blocks::{BLOCK_SIZE, dequantize_blocks, quantize_blocks};
 pub use convert::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
-pub use cross_entropy::{HeadGradients, cross_entropy_head, log_probabilities};
+pub use cross_entropy::{HeadGradients, HeadMatrix, cross_entropy_head, log_probabilities};
 pub use dropout::{Dropout, dropout};
 pub use elementwise::{add, add_assign, axpy, scale};
 pub use embedding::{embedding_gather, embedding_scatter_add};

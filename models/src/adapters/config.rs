@@ -34,7 +34,8 @@ impl Default for LoraConfig {
 /// The matrices of a model that an adapter adapts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TargetModules {
-    /// Those that PEFT adapts in models of the architecture: GPT-2's `c_attn`, `q_proj` and `v_proj` elsewhere.
+    /// Those that PEFT adapts in models of the architecture: GPT-2's `c_attn`, GPT-NeoX's
+    /// `query_key_value`, `q_proj` and `v_proj` elsewhere.
     Default,
     /// Every matrix of every layer: PEFT's `all-linear`.
     AllLinear,
@@ -122,7 +123,8 @@ impl TargetModules {
 fn default_names(architecture: Architecture) -> &'static [&'static str] {
     match architecture {
         Architecture::Gpt2 => &["c_attn"],
-        Architecture::Llama | Architecture::Mistral | Architecture::Qwen2 => &["q_proj", "v_proj"],
+        Architecture::GptNeox => &["query_key_value"],
+        Architecture::Llama | Architecture::Mistral | Architecture::Qwen2 | Architecture::GptJ => &["q_proj", "v_proj"],
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::{RotaryConfig, RotaryScaling};
 use crate::error::{Error, Result};
+use candle_kernels_cpu::RotaryLayout;
 
 /// A family as transformers' `model_type` names it. It decides parameter names and defaults; everything that the
 /// computation depends on is a field of [`DecoderConfig`].
@@ -15,11 +16,23 @@ pub enum Architecture {
     Mistral,
     /// Qwen 2 (arXiv:2407.10671): Llama's layout with biases on query, key and value.
     Qwen2,
+    /// GPT-NeoX (arXiv:2204.06745) and Pythia: partly rotated heads, attention and feed-forward network side by side.
+    GptNeox,
+    /// GPT-J (Wang and Komatsuzaki 2021): as GPT-NeoX with one norm for both, pairs of neighbouring elements, biases only
+    /// in the feed-forward network and the head.
+    GptJ,
 }
 
 impl Architecture {
     /// All of them.
-    pub const ALL: &'static [Self] = &[Self::Gpt2, Self::Llama, Self::Mistral, Self::Qwen2];
+    pub const ALL: &'static [Self] = &[
+        Self::Gpt2,
+        Self::Llama,
+        Self::Mistral,
+        Self::Qwen2,
+        Self::GptNeox,
+        Self::GptJ,
+    ];
 
     /// transformers' `model_type`.
     pub fn name(self) -> &'static str {
@@ -28,6 +41,8 @@ impl Architecture {
             Self::Llama => "llama",
             Self::Mistral => "mistral",
             Self::Qwen2 => "qwen2",
+            Self::GptNeox => "gpt_neox",
+            Self::GptJ => "gptj",
         }
     }
 
@@ -51,6 +66,25 @@ pub enum Norm {
     Layer,
     /// RMSNorm with weight (arXiv:1910.07467).
     Rms,
+}
+
+/// What a layer's feed-forward network reads, and so how many norms the layer has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Residual {
+    /// The stream after attention, by a norm of its own.
+    Sequential,
+    /// The layer's input, as attention does, by a norm of its own; the layer adds the outputs of both to its input.
+    Parallel,
+    /// As `Parallel`, by the norm of attention.
+    ParallelSharedNorm,
+}
+
+impl Residual {
+    /// Whether attention and the feed-forward network read the same.
+    #[must_use]
+    pub fn is_parallel(self) -> bool {
+        self != Self::Sequential
+    }
 }
 
 /// Nonlinearity of the feed-forward network.
@@ -127,6 +161,8 @@ pub struct DecoderConfig {
     pub activation: Activation,
     /// Whether the activation's output multiplies a second projection (GLU variants, arXiv:2002.05202).
     pub gated: bool,
+    /// What the feed-forward network reads.
+    pub residual: Residual,
     /// Kind of positions.
     pub position: Position,
     /// Whether the query, key and value projections have biases.
@@ -137,6 +173,8 @@ pub struct DecoderConfig {
     pub feed_forward_bias: bool,
     /// Whether the output head is the token embedding.
     pub tied_head: bool,
+    /// Whether the output head has a bias.
+    pub head_bias: bool,
     /// Number of groups of consecutive layers that have their parameters in common (ALBERT, arXiv:1909.11942); as many
     /// as layers where none are shared.
     pub groups: usize,
@@ -184,8 +222,13 @@ impl DecoderConfig {
             width * inner * (projections_in + 1) + bias(self.feed_forward_bias, inner * projections_in + width);
         let embedding = self.vocabulary as u64 * width;
         let positions = bias(self.position == Position::Learned, self.context_length as u64 * width);
-        let head = bias(!self.tied_head, embedding);
-        embedding + positions + head + norm + self.groups as u64 * (2 * norm + attention + feed_forward)
+        let head = bias(!self.tied_head, embedding) + bias(self.head_bias, self.vocabulary as u64);
+        let norms = if self.residual == Residual::ParallelSharedNorm {
+            norm
+        } else {
+            2 * norm
+        };
+        embedding + positions + head + norm + self.groups as u64 * (norms + attention + feed_forward)
     }
 
     /// Checks sizes and the relations between them. Fails with [`Error::InvalidConfig`] naming the field.
@@ -244,11 +287,18 @@ impl DecoderConfig {
         let Position::Rotary(rotary) = &self.position else {
             return Ok(());
         };
-        if !self.head_dim.is_multiple_of(2) {
-            return Err(Error::invalid_config(
-                "head_dim",
-                format!("{} is odd; rotary positions need pairs", self.head_dim),
-            ));
+        let (dim, head_dim) = (rotary.dim, self.head_dim);
+        if dim == head_dim && !dim.is_multiple_of(2) {
+            let reason = format!("{dim} is odd; rotary positions need pairs");
+            return Err(Error::invalid_config("head_dim", reason));
+        }
+        if 2 * rotary.pairs() > head_dim {
+            let reason = format!("{dim} is more than head_dim {head_dim}");
+            return Err(Error::invalid_config("rotary_dim", reason));
+        }
+        if rotary.layout == RotaryLayout::Interleaved && (dim == 0 || !dim.is_multiple_of(2)) {
+            let reason = format!("{dim} is not even and above 0; neighbouring elements are rotated in pairs");
+            return Err(Error::invalid_config("rotary_dim", reason));
         }
         if !(rotary.theta.is_finite() && rotary.theta >= 1.0) {
             return Err(Error::invalid_config(
@@ -284,14 +334,9 @@ impl DecoderConfig {
                     )),
                 }
             }
-            RotaryScaling::Factors(factors) if factors.len() != self.head_dim / 2 => Err(Error::invalid_config(
+            RotaryScaling::Factors(factors) if factors.len() != rotary.pairs() => Err(Error::invalid_config(
                 "rope_scaling",
-                format!(
-                    "{} factors where head_dim {} needs {}",
-                    factors.len(),
-                    self.head_dim,
-                    self.head_dim / 2
-                ),
+                format!("{} factors where there are {} pairs", factors.len(), rotary.pairs()),
             )),
             RotaryScaling::Factors(factors) => factors
                 .iter()

@@ -1,8 +1,10 @@
 //! The metadata of a GGUF file.
 
-use super::{Activation, Architecture, DecoderConfig, Norm, Position, RotaryConfig, RotaryScaling};
+use super::gpt_neox;
+use super::{Activation, Architecture, DecoderConfig, Norm, Position, Residual, RotaryConfig, RotaryScaling};
 use crate::error::{Error, Result};
 use crate::formats::GgufMetadata;
+use candle_kernels_cpu::RotaryLayout;
 
 /// What of the configuration only the tensors of a GGUF file tell: which optional ones are there.
 #[derive(Debug, Clone, Default)]
@@ -22,17 +24,17 @@ pub struct GgufTensorFacts {
 }
 
 /// Reads the keys of the file's architecture, `llama.KEY`.
-struct Keys<'a> {
+pub(super) struct Keys<'a> {
     metadata: &'a GgufMetadata,
-    architecture: &'a str,
+    pub(super) architecture: &'a str,
 }
 
 impl<'a> Keys<'a> {
-    fn name(&self, key: &str) -> String {
+    pub(super) fn name(&self, key: &str) -> String {
         format!("{}.{key}", self.architecture)
     }
 
-    fn size(&self, key: &str) -> Result<Option<usize>> {
+    pub(super) fn size(&self, key: &str) -> Result<Option<usize>> {
         let name = self.name(key);
         let too_large = |number| Error::invalid_config(&name, format!("{number} is too large"));
         let number = self.metadata.unsigned(&name)?;
@@ -41,7 +43,7 @@ impl<'a> Keys<'a> {
             .transpose()
     }
 
-    fn required_size(&self, key: &str) -> Result<usize> {
+    pub(super) fn required_size(&self, key: &str) -> Result<usize> {
         self.size(key)?
             .ok_or_else(|| Error::invalid_config(self.name(key), "missing"))
     }
@@ -50,13 +52,17 @@ impl<'a> Keys<'a> {
         self.metadata.float(&self.name(key))
     }
 
-    fn required_number(&self, key: &str) -> Result<f64> {
+    pub(super) fn required_number(&self, key: &str) -> Result<f64> {
         self.number(key)?
             .ok_or_else(|| Error::invalid_config(self.name(key), "missing"))
     }
 
     fn text(&self, key: &str) -> Result<Option<&'a str>> {
         self.metadata.string(&self.name(key))
+    }
+
+    pub(super) fn flag(&self, key: &str) -> Result<Option<bool>> {
+        self.metadata.boolean(&self.name(key))
     }
 }
 
@@ -67,15 +73,23 @@ impl<'a> Keys<'a> {
 pub fn from_gguf(metadata: &GgufMetadata, facts: &GgufTensorFacts) -> Result<DecoderConfig> {
     let architecture = metadata.architecture()?;
     let keys = Keys { metadata, architecture };
-    let config = match Architecture::from_name(architecture)? {
-        Architecture::Gpt2 => gpt2(&keys, facts)?,
-        architecture => llama(architecture, &keys, facts)?,
+    let config = match architecture {
+        // GGUF has names of its own.
+        gpt_neox::GGUF_NAME => gpt_neox::from_gguf(&keys, facts)?,
+        name => match Architecture::from_name(name)? {
+            Architecture::Gpt2 => gpt2(&keys, facts)?,
+            Architecture::GptNeox | Architecture::GptJ => {
+                let message = format!("GGUF files of architecture `{name}` are not supported: llama.cpp writes none");
+                return Err(Error::Unsupported(message));
+            }
+            architecture => llama(architecture, &keys, facts)?,
+        },
     };
     config.validate()?;
     Ok(config)
 }
 
-fn heads_and_width(keys: &Keys<'_>) -> Result<(usize, usize, usize)> {
+pub(super) fn heads_and_width(keys: &Keys<'_>) -> Result<(usize, usize, usize)> {
     let heads = keys.required_size("attention.head_count")?;
     let width = keys.required_size("embedding_length")?;
     let head_dim = match keys.size("attention.key_length")? {
@@ -115,11 +129,13 @@ fn gpt2(keys: &Keys<'_>, facts: &GgufTensorFacts) -> Result<DecoderConfig> {
         norm_epsilon: keys.required_number("attention.layer_norm_epsilon")?,
         activation: Activation::GeluTanh,
         gated: false,
+        residual: Residual::Sequential,
         position: Position::Learned,
         attention_bias: true,
         attention_output_bias: true,
         feed_forward_bias: true,
         tied_head: !facts.untied_head,
+        head_bias: false,
         groups: layers,
     })
 }
@@ -153,16 +169,18 @@ fn llama(architecture: Architecture, keys: &Keys<'_>, facts: &GgufTensorFacts) -
         norm_epsilon: keys.required_number("attention.layer_norm_rms_epsilon")?,
         activation: Activation::Silu,
         gated: true,
-        position: Position::Rotary(rotary(keys, facts)?),
+        residual: Residual::Sequential,
+        position: Position::Rotary(rotary(keys, facts, head_dim)?),
         attention_bias: facts.attention_bias,
         attention_output_bias: facts.attention_output_bias,
         feed_forward_bias: facts.feed_forward_bias,
         tied_head: !facts.untied_head,
+        head_bias: false,
         groups: layers,
     })
 }
 
-fn rotary(keys: &Keys<'_>, facts: &GgufTensorFacts) -> Result<RotaryConfig> {
+pub(super) fn rotary(keys: &Keys<'_>, facts: &GgufTensorFacts, dim: usize) -> Result<RotaryConfig> {
     let theta = keys.number("rope.freq_base")?.unwrap_or(10_000.0);
     let kind = keys.text("rope.scaling.type")?.unwrap_or("none");
     let scaling = match (&facts.rotary_factors, kind) {
@@ -178,7 +196,12 @@ fn rotary(keys: &Keys<'_>, facts: &GgufTensorFacts) -> Result<RotaryConfig> {
             )));
         }
     };
-    Ok(RotaryConfig { theta, scaling })
+    Ok(RotaryConfig {
+        theta,
+        scaling,
+        dim,
+        layout: RotaryLayout::HalfSplit,
+    })
 }
 
 #[cfg(test)]

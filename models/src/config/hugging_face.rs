@@ -1,15 +1,19 @@
 //! `config.json` of a Hugging Face model directory.
 
 use super::fields::Fields;
-use super::{Activation, Architecture, DecoderConfig, Norm, Position, RotaryConfig, RotaryScaling};
+use super::known_fields::refuse_unknown;
+use super::{Activation, Architecture, DecoderConfig, Norm, Position, Residual, RotaryConfig, RotaryScaling};
+use super::{gpt_neox, gptj};
 use crate::error::{Error, Result};
+use candle_kernels_cpu::RotaryLayout;
 use serde_json::{Map, Value};
 
 /// Reads transformers' `config.json`. Its dropout probabilities are ignored: what is dropped in training is told by the
 /// training settings, by default nothing.
 ///
-/// Fails with [`Error::Unsupported`] for an unknown `model_type` or a feature that changes the computation, and with
-/// [`Error::InvalidConfig`] for missing or impossible fields.
+/// Fails with [`Error::Unsupported`] for an unknown `model_type`, a field that the family is not known to have, or a
+/// feature that changes the computation, and with [`Error::InvalidConfig`] for missing, impossible or contradictory
+/// fields.
 pub fn from_hugging_face(config: &Map<String, Value>) -> Result<DecoderConfig> {
     let fields = Fields(config);
     let model_type = fields
@@ -21,8 +25,11 @@ pub fn from_hugging_face(config: &Map<String, Value>) -> Result<DecoderConfig> {
             "configuration `quantization_config` is not supported; use GGUF".into(),
         ));
     }
+    refuse_unknown(architecture, &fields)?;
     let config = match architecture {
         Architecture::Gpt2 => gpt2(&fields)?,
+        Architecture::GptNeox => gpt_neox::from_hugging_face(&fields)?,
+        Architecture::GptJ => gptj::from_hugging_face(&fields)?,
         Architecture::Llama | Architecture::Mistral | Architecture::Qwen2 => llama(architecture, &fields)?,
     };
     config.validate()?;
@@ -63,20 +70,19 @@ fn gpt2(fields: &Fields<'_>) -> Result<DecoderConfig> {
             fields.text("activation_function")?.unwrap_or("gelu_new"),
         )?,
         gated: false,
+        residual: Residual::Sequential,
         position: Position::Learned,
         attention_bias: true,
         attention_output_bias: true,
         feed_forward_bias: true,
         tied_head: fields.flag("tie_word_embeddings")?.unwrap_or(true),
+        head_bias: false,
         groups: layers,
     })
 }
 
 fn llama(architecture: Architecture, fields: &Fields<'_>) -> Result<DecoderConfig> {
-    if fields
-        .number("partial_rotary_factor")?
-        .is_some_and(|factor| factor != 1.0)
-    {
+    if agreeing(fields, &["partial_rotary_factor"])?.is_some_and(|factor| factor != 1.0) {
         return Err(Error::Unsupported(
             "configuration `partial_rotary_factor` is not supported unless 1".into(),
         ));
@@ -114,11 +120,13 @@ fn llama(architecture: Architecture, fields: &Fields<'_>) -> Result<DecoderConfi
         norm_epsilon: fields.number("rms_norm_eps")?.unwrap_or(1e-6),
         activation: Activation::from_name("hidden_act", fields.text("hidden_act")?.unwrap_or("silu"))?,
         gated: true,
-        position: Position::Rotary(rotary(fields)?),
+        residual: Residual::Sequential,
+        position: Position::Rotary(rotary(fields, head_dim)?),
         attention_bias: biases.0,
         attention_output_bias: biases.1,
         feed_forward_bias: architecture == Architecture::Llama && fields.flag("mlp_bias")?.unwrap_or(false),
         tied_head: fields.flag("tie_word_embeddings")?.unwrap_or(false),
+        head_bias: false,
         groups: layers,
     })
 }
@@ -138,22 +146,63 @@ fn context_length(architecture: Architecture, fields: &Fields<'_>) -> Result<usi
 }
 
 /// `rope_theta` and `rope_scaling`, or `rope_parameters` which holds both since transformers 5.
-fn rotary(fields: &Fields<'_>) -> Result<RotaryConfig> {
-    let parameters = fields.object("rope_parameters")?;
-    let nested_theta = match &parameters {
-        Some(parameters) => parameters.number("rope_theta")?,
-        None => None,
-    };
-    let theta = match nested_theta {
-        Some(theta) => theta,
-        None => fields.number("rope_theta")?.unwrap_or(10_000.0),
-    };
-    let scaling = match fields.object("rope_scaling")?.or(parameters) {
-        Some(scaling) => rotary_scaling(&scaling)?,
-        None => RotaryScaling::None,
-    };
-    Ok(RotaryConfig { theta, scaling })
+fn rotary(fields: &Fields<'_>, dim: usize) -> Result<RotaryConfig> {
+    let theta = agreeing(fields, &["rope_theta"])?;
+    Ok(RotaryConfig {
+        theta: theta.unwrap_or(10_000.0),
+        scaling: rotary_scaling_of(fields)?,
+        dim,
+        layout: RotaryLayout::HalfSplit,
+    })
 }
+
+/// `rope_scaling`, or what `rope_parameters` says of it.
+pub(super) fn rotary_scaling_of(fields: &Fields<'_>) -> Result<RotaryScaling> {
+    match fields.object("rope_scaling")?.or(fields.object("rope_parameters")?) {
+        Some(scaling) => rotary_scaling(&scaling),
+        None => Ok(RotaryScaling::None),
+    }
+}
+
+/// A number of the rotary positions: the first of `names` also within `rope_parameters` or `rope_scaling`, the others are
+/// older names of it. Fails with [`Error::InvalidConfig`], naming both, where two differ.
+pub(super) fn agreeing(fields: &Fields<'_>, names: &[&str]) -> Result<Option<f64>> {
+    let mut found: Option<(String, f64)> = None;
+    let mut add = |name: String, value: Option<f64>| match (&found, value) {
+        (_, None) => Ok(()),
+        (None, Some(value)) => {
+            found = Some((name, value));
+            Ok(())
+        }
+        (Some((_, before)), Some(value)) if *before == value => Ok(()),
+        (Some((first, before)), Some(value)) => {
+            let reason = format!("{before} contradicts {name} {value}");
+            Err(Error::invalid_config(first, reason))
+        }
+    };
+    for object in ["rope_parameters", "rope_scaling"] {
+        if let (Some(nested), Some(name)) = (fields.object(object)?, names.first()) {
+            add(format!("{object}.{name}"), nested.number(name)?)?;
+        }
+    }
+    for name in names {
+        add((*name).to_owned(), fields.number(name)?)?;
+    }
+    Ok(found.map(|(_, value)| value))
+}
+
+/// Fields of `rope_scaling` and `rope_parameters`; the last two are read with those outside.
+const ROTARY_FIELDS: &[&str] = &[
+    "rope_type",
+    "type",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "factors",
+    "rope_theta",
+    "partial_rotary_factor",
+];
 
 /// transformers' `rope_scaling` object, also the form of it in `models.config`.
 pub(super) fn rotary_scaling(scaling: &Fields<'_>) -> Result<RotaryScaling> {
@@ -165,6 +214,14 @@ pub(super) fn rotary_scaling(scaling: &Fields<'_>) -> Result<RotaryScaling> {
         let missing = || Error::invalid_config("rope_scaling.factor", "missing");
         scaling.number("factor")?.ok_or_else(missing)
     };
+    let known = ["default", "linear", "llama3", "factors"].contains(&kind);
+    let unknown = |(field, value): &(&String, &Value)| !value.is_null() && !ROTARY_FIELDS.contains(&field.as_str());
+    if let (true, Some((field, _))) = (known, scaling.0.iter().find(unknown)) {
+        let field: String = field.chars().take(80).collect();
+        return Err(Error::Unsupported(format!(
+            "configuration `rope_scaling.{field}` is not known"
+        )));
+    }
     match kind {
         "default" => Ok(RotaryScaling::None),
         "linear" => Ok(RotaryScaling::Linear { factor: factor()? }),
@@ -250,6 +307,7 @@ mod tests {
     #[test]
     fn transformers_5_rope_parameters_are_read() {
         let mut config = llama_json();
+        config["rope_theta"] = Value::Null;
         config["rope_parameters"] = json!({"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0,
             "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192});
         let Position::Rotary(rotary) = read(config).unwrap().position else {

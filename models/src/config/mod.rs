@@ -3,11 +3,16 @@
 mod decoder_config;
 mod fields;
 mod gguf;
+mod gpt_neox;
+mod gptj;
 mod hugging_face;
+mod known_fields;
+mod presets;
 mod rotary;
+mod rotary_fields;
 mod settings;
 
-pub use decoder_config::{Activation, Architecture, DecoderConfig, Norm, Position};
+pub use decoder_config::{Activation, Architecture, DecoderConfig, Norm, Position, Residual};
 pub(crate) use fields::{Fields, shortened};
 pub use gguf::{GgufTensorFacts, from_gguf};
 pub use hugging_face::from_hugging_face;

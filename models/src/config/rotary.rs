@@ -1,12 +1,18 @@
 //! Rotary positions (RoFormer, arXiv:2104.09864) and the ways models stretch them to longer contexts.
 
-/// How queries and keys are rotated. The two halves of a head form the pairs (transformers' layout).
+use candle_kernels_cpu::RotaryLayout;
+
+/// How queries and keys are rotated.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RotaryConfig {
     /// Base of the geometric series of wavelengths.
     pub theta: f64,
     /// Change of the frequencies for contexts longer than those of the pretraining.
     pub scaling: RotaryScaling,
+    /// Elements of a head that are rotated, the first ones; where odd, one more is. The rest has no position.
+    pub dim: usize,
+    /// Which of them form pairs.
+    pub layout: RotaryLayout,
 }
 
 /// Change of the rotary frequencies.
@@ -30,17 +36,23 @@ pub enum RotaryScaling {
         /// Context length of the pretraining, in tokens.
         original_context_length: usize,
     },
-    /// One divisor for each frequency, as GGUF's `rope_freqs.weight` stores them: `[head_dim / 2]`.
+    /// One divisor for each frequency, as GGUF's `rope_freqs.weight` stores them: `[pairs]`.
     Factors(Vec<f32>),
 }
 
 impl RotaryConfig {
-    /// Angle per position of each of the `head_dim / 2` pairs, in radians, computed in f32 as transformers does.
-    pub fn inverse_frequencies(&self, head_dim: usize) -> Vec<f32> {
+    /// Number of pairs of elements of a head.
+    #[must_use]
+    pub fn pairs(&self) -> usize {
+        self.dim.div_ceil(2)
+    }
+
+    /// Angle per position of each pair, in radians, computed in f32 as transformers does.
+    pub fn inverse_frequencies(&self) -> Vec<f32> {
         let theta = self.theta as f32;
-        (0..head_dim / 2)
+        (0..self.pairs())
             .map(|pair| {
-                let frequency = 1.0 / theta.powf((2 * pair) as f32 / head_dim as f32);
+                let frequency = 1.0 / theta.powf((2 * pair) as f32 / self.dim as f32);
                 match &self.scaling {
                     RotaryScaling::None => frequency,
                     RotaryScaling::Linear { factor } => frequency / *factor as f32,
@@ -77,13 +89,18 @@ impl RotaryConfig {
 mod tests {
     use super::*;
 
+    fn rotary(dim: usize, theta: f64, scaling: RotaryScaling) -> RotaryConfig {
+        RotaryConfig {
+            theta,
+            scaling,
+            dim,
+            layout: RotaryLayout::HalfSplit,
+        }
+    }
+
     #[test]
     fn plain_frequencies_fall_geometrically() {
-        let rotary = RotaryConfig {
-            theta: 10_000.0,
-            scaling: RotaryScaling::None,
-        };
-        let frequencies = rotary.inverse_frequencies(8);
+        let frequencies = rotary(8, 10_000.0, RotaryScaling::None).inverse_frequencies();
         for (frequency, expected) in frequencies.iter().zip([1.0, 0.1, 0.01, 0.001]) {
             assert!((frequency - expected).abs() < 1e-6 * expected, "{frequency} {expected}");
         }
@@ -97,16 +114,8 @@ mod tests {
             high_frequency_factor: 4.0,
             original_context_length: 8192,
         };
-        let plain = RotaryConfig {
-            theta: 500_000.0,
-            scaling: RotaryScaling::None,
-        }
-        .inverse_frequencies(128);
-        let scaled = RotaryConfig {
-            theta: 500_000.0,
-            scaling,
-        }
-        .inverse_frequencies(128);
+        let plain = rotary(128, 500_000.0, RotaryScaling::None).inverse_frequencies();
+        let scaled = rotary(128, 500_000.0, scaling).inverse_frequencies();
         assert_eq!(plain[0], scaled[0]);
         assert!((plain[63] / scaled[63] - 8.0).abs() < 1e-5);
         assert!(scaled.iter().zip(&plain).all(|(scaled, plain)| scaled <= plain));

@@ -2,13 +2,17 @@
 
 use super::fields::{Fields, shortened};
 use super::hugging_face::rotary_scaling;
-use super::{Activation, Architecture, DecoderConfig, Norm, Position, RotaryConfig, RotaryScaling};
+use super::rotary_fields::expect_whole;
+use super::{Activation, Architecture, DecoderConfig, Norm, Position, Residual, RotaryConfig, RotaryScaling};
+use super::{gpt_neox, gptj, presets};
 use crate::error::{Error, Result};
 use crate::training::TrainingSettings;
+use candle_kernels_cpu::RotaryLayout;
 use serde_json::{Map, Value, json};
 
 /// Fields that describe the decoder, each with the names that transformers gives it.
 const SHAPE_FIELDS: &[(&str, &[&str])] = &[
+    ("preset", &[]),
     ("architecture", &["model_type"]),
     ("layers", &["n_layer", "num_hidden_layers"]),
     ("width", &["n_embd", "hidden_size"]),
@@ -18,14 +22,21 @@ const SHAPE_FIELDS: &[(&str, &[&str])] = &[
     ("feed_forward_width", &["n_inner", "intermediate_size"]),
     ("context_length", &["n_positions", "n_ctx", "max_position_embeddings"]),
     ("vocabulary", &["vocab_size"]),
-    ("norm_epsilon", &["layer_norm_epsilon", "rms_norm_eps"]),
+    (
+        "norm_epsilon",
+        &["layer_norm_epsilon", "layer_norm_eps", "rms_norm_eps"],
+    ),
     ("activation", &["activation_function", "hidden_act"]),
-    ("rope_theta", &[]),
+    ("parallel_residual", &["use_parallel_residual"]),
+    ("rotary_dim", &[]),
+    ("rotary_pct", &["partial_rotary_factor"]),
+    ("rope_theta", &["rotary_emb_base"]),
     ("rope_scaling", &[]),
     ("attention_bias", &[]),
     ("attention_output_bias", &[]),
     ("feed_forward_bias", &["mlp_bias"]),
     ("tied_head", &["tie_word_embeddings"]),
+    ("head_bias", &[]),
     ("share", &[]),
     ("tokenizer", &[]),
 ];
@@ -99,12 +110,13 @@ fn canonical_name(given: &str) -> Result<&'static str> {
 
 /// Reads a decoder's shape from `models.config`. `tokenizer_size` is the default of `vocabulary`.
 ///
-/// Required: `architecture`, `layers`, `width`, `heads`, `context_length`, and `vocabulary` without a tokenizer.
-/// Defaults: `key_value_heads` = `heads`; `head_dim` = `width / heads`; `feed_forward_width` = 4 `width` (gpt2), or
-/// 8/3 `width` rounded up to a multiple of 32 (others); the rest as transformers' configuration of the architecture,
+/// `preset` gives the shape of a model of GPT-3's paper where other fields do not. Required without it: `architecture`,
+/// `layers`, `width`, `heads`, `context_length`, and `vocabulary` without a tokenizer. Defaults: `key_value_heads` =
+/// `heads`; `head_dim` = `width / heads`; `feed_forward_width` = 4 `width` (gpt2, gpt_neox, gptj), or 8/3 `width` rounded up to a multiple of 32 (llama's kin); the rest as transformers' configuration of the architecture,
 /// but for `tied_head`, true. Fails with [`Error::InvalidConfig`], naming the field.
 pub fn from_settings(settings: &Map<String, Value>, tokenizer_size: Option<usize>) -> Result<DecoderConfig> {
-    let normalized = normalize_settings(settings)?;
+    let mut normalized = normalize_settings(settings)?;
+    presets::fill(&mut normalized, tokenizer_size.is_some())?;
     let fields = Fields(&normalized);
     let known = || {
         Architecture::ALL
@@ -118,6 +130,8 @@ pub fn from_settings(settings: &Map<String, Value>, tokenizer_size: Option<usize
     let architecture = Architecture::from_name(name)?;
     let mut config = match architecture {
         Architecture::Gpt2 => gpt2(&fields, tokenizer_size)?,
+        Architecture::GptNeox => gpt_neox::from_settings(&fields, tokenizer_size)?,
+        Architecture::GptJ => gptj::from_settings(&fields, tokenizer_size)?,
         architecture => llama(architecture, &fields, tokenizer_size)?,
     };
     config.groups = groups(&fields, config.layers)?;
@@ -130,27 +144,18 @@ pub fn from_settings(settings: &Map<String, Value>, tokenizer_size: Option<usize
 }
 
 fn gpt2(fields: &Fields<'_>, tokenizer_size: Option<usize>) -> Result<DecoderConfig> {
-    for foreign in ["rope_theta", "rope_scaling"] {
+    for foreign in ["rope_theta", "rope_scaling", "rotary_dim", "rotary_pct"] {
         if fields.get(foreign).is_some() {
-            return Err(Error::invalid_config(foreign, "gpt2 has learned positions"));
+            let reason = "it contradicts `architecture` gpt2, which has learned positions";
+            return Err(Error::invalid_config(foreign, reason));
         }
     }
+    expect_sequential(fields, Architecture::Gpt2)?;
     for bias in ["attention_bias", "attention_output_bias", "feed_forward_bias"] {
         fields.expect_flag(bias, true)?;
     }
     let shape = Shape::read(fields, tokenizer_size)?;
-    if shape.key_value_heads != shape.heads {
-        return Err(Error::invalid_config(
-            "key_value_heads",
-            "gpt2 has as many key-value heads as heads",
-        ));
-    }
-    if shape.heads.checked_mul(shape.head_dim) != Some(shape.width) {
-        return Err(Error::invalid_config(
-            "head_dim",
-            "gpt2's heads times head_dim is its width",
-        ));
-    }
+    shape.expect_plain_heads(Architecture::Gpt2)?;
     let mut config = shape.config(Architecture::Gpt2);
     config.feed_forward_width = fields
         .size("feed_forward_width")?
@@ -167,6 +172,8 @@ fn llama(architecture: Architecture, fields: &Fields<'_>, tokenizer_size: Option
         Some(scaling) => rotary_scaling(&scaling)?,
         None => RotaryScaling::None,
     };
+    expect_sequential(fields, architecture)?;
+    expect_whole(fields, shape.head_dim, architecture.name())?;
     let theta = fields.number("rope_theta")?.unwrap_or(10_000.0);
     let qwen = architecture == Architecture::Qwen2;
     let mut config = shape.config(architecture);
@@ -176,7 +183,12 @@ fn llama(architecture: Architecture, fields: &Fields<'_>, tokenizer_size: Option
     config.norm_epsilon = fields.number("norm_epsilon")?.unwrap_or(1e-6);
     config.activation = Activation::from_name("activation", fields.text("activation")?.unwrap_or("silu"))?;
     config.gated = true;
-    config.position = Position::Rotary(RotaryConfig { theta, scaling });
+    config.position = Position::Rotary(RotaryConfig {
+        theta,
+        scaling,
+        dim: shape.head_dim,
+        layout: RotaryLayout::HalfSplit,
+    });
     config.attention_bias = fields.flag("attention_bias")?.unwrap_or(qwen);
     config.attention_output_bias = fields
         .flag("attention_output_bias")?
@@ -186,19 +198,65 @@ fn llama(architecture: Architecture, fields: &Fields<'_>, tokenizer_size: Option
     Ok(config)
 }
 
-/// The sizes that both families share.
-struct Shape {
-    layers: usize,
-    width: usize,
-    heads: usize,
-    key_value_heads: usize,
-    head_dim: usize,
-    context_length: usize,
-    vocabulary: usize,
+/// Refuses parallel layers and a head's bias, for families that have neither.
+fn expect_sequential(fields: &Fields<'_>, architecture: Architecture) -> Result<()> {
+    for (field, what) in [
+        (
+            "parallel_residual",
+            "has sequential layers; gpt_neox and gptj have parallel ones",
+        ),
+        ("head_bias", "has no bias there; gptj has"),
+    ] {
+        if fields.flag(field)? == Some(true) {
+            let reason = format!("true contradicts `architecture` {}, which {what}", architecture.name());
+            return Err(Error::invalid_config(field, reason));
+        }
+    }
+    Ok(())
+}
+
+/// The sizes that all families share.
+pub(super) struct Shape {
+    pub(super) layers: usize,
+    pub(super) width: usize,
+    pub(super) heads: usize,
+    pub(super) key_value_heads: usize,
+    pub(super) head_dim: usize,
+    pub(super) context_length: usize,
+    pub(super) vocabulary: usize,
 }
 
 impl Shape {
-    fn read(fields: &Fields<'_>, tokenizer_size: Option<usize>) -> Result<Self> {
+    /// With the width divided among the heads; the fields' names are for the error.
+    pub(super) fn divided(self, heads: &str, width: &str) -> Result<Self> {
+        match self.width.checked_div(self.heads) {
+            Some(head_dim) if head_dim * self.heads == self.width => Ok(Self { head_dim, ..self }),
+            _ => Err(Error::invalid_config(
+                heads,
+                format!("{} does not divide {width} {}", self.heads, self.width),
+            )),
+        }
+    }
+
+    /// Refuses what families without grouped queries or heads of their own width do not have.
+    pub(super) fn expect_plain_heads(&self, architecture: Architecture) -> Result<()> {
+        let (name, heads, head_dim) = (architecture.name(), self.heads, self.head_dim);
+        if self.key_value_heads != heads {
+            let reason = format!("{name} has as many key-value heads as heads, which are {heads}");
+            return Err(Error::invalid_config("key_value_heads", reason));
+        }
+        let whole = heads.checked_mul(head_dim) == Some(self.width);
+        if !whole && !(architecture == Architecture::Gpt2 && presets::is_printed(self.width, heads, head_dim)) {
+            let reason = format!(
+                "{head_dim} times heads {heads} contradicts width {}; in {name} they are equal",
+                self.width
+            );
+            return Err(Error::invalid_config("head_dim", reason));
+        }
+        Ok(())
+    }
+
+    pub(super) fn read(fields: &Fields<'_>, tokenizer_size: Option<usize>) -> Result<Self> {
         let width = fields.required_size("width")?;
         let heads = fields.required_size("heads")?;
         let head_dim = match fields.size("head_dim")? {
@@ -224,7 +282,7 @@ impl Shape {
     }
 
     /// GPT-2's kind of decoder in this shape; the caller sets what differs.
-    fn config(&self, architecture: Architecture) -> DecoderConfig {
+    pub(super) fn config(&self, architecture: Architecture) -> DecoderConfig {
         DecoderConfig {
             architecture,
             layers: self.layers,
@@ -239,11 +297,13 @@ impl Shape {
             norm_epsilon: 1e-5,
             activation: Activation::GeluTanh,
             gated: false,
+            residual: Residual::Sequential,
             position: Position::Learned,
             attention_bias: true,
             attention_output_bias: true,
             feed_forward_bias: true,
             tied_head: true,
+            head_bias: false,
             groups: self.layers,
         }
     }
@@ -300,6 +360,10 @@ pub fn to_settings(config: &DecoderConfig) -> Map<String, Value> {
         set("share", json!(config.groups));
     }
     if let Position::Rotary(rotary) = &config.position {
+        if matches!(config.architecture, Architecture::GptNeox | Architecture::GptJ) {
+            set("parallel_residual", json!(config.residual.is_parallel()));
+            set("rotary_dim", json!(rotary.dim));
+        }
         set("rope_theta", json!(rotary.theta));
         if let Some(scaling) = scaling_settings(&rotary.scaling) {
             set("rope_scaling", scaling);
@@ -385,6 +449,77 @@ mod tests {
             let error = read(settings).unwrap_err().to_string();
             assert!(error.contains(field), "{field}: {error}");
         }
+    }
+
+    #[test]
+    fn contradictions_name_both_fields() {
+        for (architecture, fields, named) in [
+            (
+                "gpt2",
+                json!({"parallel_residual": true}),
+                ["parallel_residual", "architecture"],
+            ),
+            (
+                "llama",
+                json!({"use_parallel_residual": true}),
+                ["parallel_residual", "architecture"],
+            ),
+            ("llama", json!({"rotary_pct": 0.5}), ["rotary_pct", "architecture"]),
+            ("qwen2", json!({"rotary_dim": 4}), ["rotary_dim", "architecture"]),
+            ("gpt2", json!({"rotary_dim": 8}), ["rotary_dim", "architecture"]),
+            ("gpt2", json!({"head_dim": 6}), ["head_dim", "width"]),
+            ("gpt2", json!({"head_bias": true}), ["head_bias", "architecture"]),
+            ("gpt_neox", json!({"head_dim": 6}), ["head_dim", "width"]),
+            ("gpt_neox", json!({"heads": 5}), ["heads", "width"]),
+            ("gpt_neox", json!({"key_value_heads": 2}), ["key_value_heads", "heads"]),
+            (
+                "gpt_neox",
+                json!({"rotary_dim": 4, "rotary_pct": 0.25}),
+                ["rotary_dim", "rotary_pct"],
+            ),
+            ("gpt_neox", json!({"rotary_dim": 9}), ["rotary_dim", "head_dim"]),
+            (
+                "gpt_neox",
+                json!({"attention_bias": true, "attention_output_bias": false}),
+                ["attention_output_bias", "attention_bias"],
+            ),
+            (
+                "gptj",
+                json!({"parallel_residual": false}),
+                ["parallel_residual", "architecture"],
+            ),
+            ("gptj", json!({"rotary_dim": 3}), ["rotary_dim", "pairs"]),
+            ("gptj", json!({"rope_theta": 5000}), ["rope_theta", "architecture"]),
+            ("gptj", json!({"attention_bias": true}), ["attention_bias", "false"]),
+            ("gptj", json!({"rotary_pct": 1.5}), ["rotary_pct", "1"]),
+        ] {
+            let mut settings = tiny(architecture);
+            for (field, value) in fields.as_object().unwrap() {
+                settings[field] = value.clone();
+            }
+            let error = read(settings).unwrap_err().to_string();
+            assert!(named.iter().all(|name| error.contains(name)), "{fields}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_share_of_the_head_is_rotated() {
+        let rotated = |architecture: &str, field: &str, value: Value| {
+            let mut settings = tiny(architecture);
+            settings[field] = value;
+            let config = read(settings).unwrap();
+            let Position::Rotary(rotary) = &config.position else {
+                panic!()
+            };
+            assert_eq!(from_settings(&to_settings(&config), None).unwrap(), config);
+            (rotary.dim, rotary.pairs())
+        };
+        assert_eq!(rotated("gpt_neox", "layers", json!(2)), (2, 1));
+        assert_eq!(rotated("gpt_neox", "partial_rotary_factor", json!(0.7)), (5, 3));
+        assert_eq!(rotated("gpt_neox", "rotary_pct", json!(0)), (0, 0));
+        assert_eq!(rotated("gptj", "layers", json!(2)), (8, 4));
+        assert_eq!(rotated("gptj", "rotary_dim", json!(6)), (6, 3));
+        assert_eq!(rotated("llama", "rotary_pct", json!(1)), (8, 4));
     }
 
     #[test]

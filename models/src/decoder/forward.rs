@@ -1,13 +1,14 @@
 //! The forward pass of inference: several cached sequences at once.
 
-use super::{Decoder, KeyValueCache, Layer, LowRank, NormParameters, Projection};
+use super::{Decoder, KeyValueCache, Layer, LowRank, NormParameters, Projection, QueryKeyValue};
 use crate::adapters::{AdapterRows, AdapterWeights};
+use crate::config::Position;
 use crate::error::{Error, Result};
 use crate::ops::attention::{self, AttentionShape};
 use crate::ops::backward::add_in_place;
 use crate::ops::rotary::RotaryAngles;
 use crate::ops::storage::{CpuSlice, is_cpu};
-use crate::ops::{activation, embedding, linear, low_rank, norm, rotary};
+use crate::ops::{activation, embedding, heads, linear, low_rank, norm, rotary};
 use candle_core::Tensor;
 
 /// What one sequence contributes to a forward pass.
@@ -131,7 +132,7 @@ impl Decoder {
             })
             .collect();
         let mut hidden = self.embed(&tokens, &positions)?;
-        let angles = RotaryAngles::new(&self.inverse_frequencies, &positions, &self.device)?;
+        let angles = self.rotary_angles(&positions)?;
         for (index, layer) in self.layout.layers.iter().enumerate() {
             hidden = self.layer(index, layer, &hidden, angles.as_ref(), batch, adapters)?;
         }
@@ -166,8 +167,13 @@ impl Decoder {
         adapters: &AdapterRows<'_>,
     ) -> Result<Tensor> {
         let normalized = self.normalize(hidden, &layer.attention_norm)?;
-        let projections = layer.query_key_value.each_ref();
-        let [mut queries, mut keys, values] = self.project_adapted(&normalized, projections, adapters)?;
+        let [mut queries, mut keys, values] = match &layer.query_key_value {
+            QueryKeyValue::Separate(each) => self.project_adapted(&normalized, each.each_ref(), adapters)?,
+            QueryKeyValue::PerHead(all) => {
+                let [all] = self.project_adapted(&normalized, [all], adapters)?;
+                heads::split(&all, self.config.head_dim)?
+            }
+        };
         if let Some(angles) = angles {
             queries = rotary::rotate(queries, angles, self.config.head_dim)?;
             keys = rotary::rotate(keys, angles, self.config.head_dim)?;
@@ -175,7 +181,8 @@ impl Decoder {
         let attended = self.attend(index, &queries, &keys, &values, batch)?;
         let [middle] = self.project_adapted(&attended, [&layer.attention_output], adapters)?;
         add_in_place(&middle, hidden)?;
-        let normalized = self.normalize(&middle, &layer.feed_forward_norm)?;
+        let feed_forward_input = self.feed_forward_input(hidden, &middle);
+        let normalized = self.normalize(feed_forward_input, &layer.feed_forward_norm)?;
         let feed_forward = &layer.feed_forward;
         let inner = match &feed_forward.gate {
             None => {
@@ -190,6 +197,24 @@ impl Decoder {
         let [output] = self.project_adapted(&inner, [&feed_forward.down], adapters)?;
         add_in_place(&output, &middle)?;
         Ok(output)
+    }
+
+    /// What the norm before the feed-forward network reads: the layer's input or the stream after attention.
+    pub(crate) fn feed_forward_input<'a>(&self, input: &'a Tensor, middle: &'a Tensor) -> &'a Tensor {
+        match self.config.residual.is_parallel() {
+            true => input,
+            false => middle,
+        }
+    }
+
+    /// The angles by which queries and keys at these positions are rotated; none where positions are learned.
+    pub(crate) fn rotary_angles(&self, positions: &[u32]) -> Result<Option<RotaryAngles>> {
+        match &self.config.position {
+            Position::Learned => Ok(None),
+            Position::Rotary(rotary) => {
+                RotaryAngles::new(&self.inverse_frequencies, rotary.layout, positions, &self.device)
+            }
+        }
     }
 
     /// Extends the caches by the new keys and values and attends to all of them.

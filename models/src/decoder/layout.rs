@@ -1,7 +1,7 @@
 //! Which parameters a configuration has, in order, and which of them each part of the decoder uses.
 
-use super::names::{Names, QueryKeyValue, names};
-use crate::config::{DecoderConfig, Norm, Position};
+use super::names::{Names, QueryKeyValueNames, names};
+use crate::config::{DecoderConfig, Norm, Position, Residual};
 use std::ops::Range;
 
 /// Number of a parameter in [`Decoder::parameters`](super::Decoder::parameters); the index of all that is kept per
@@ -114,16 +114,42 @@ pub struct FeedForward {
     pub down: Projection,
 }
 
+/// The query, key and value projections.
+#[derive(Debug, Clone)]
+pub enum QueryKeyValue {
+    /// One after the other, in this order.
+    Separate([Projection; 3]),
+    /// One, whose output is `[heads, 3, head_dim]`: each head's query, key and value.
+    PerHead(Projection),
+}
+
+impl QueryKeyValue {
+    /// All of them.
+    pub fn projections(&self) -> &[Projection] {
+        match self {
+            Self::Separate(projections) => projections,
+            Self::PerHead(projection) => std::slice::from_ref(projection),
+        }
+    }
+
+    fn projections_mut(&mut self) -> &mut [Projection] {
+        match self {
+            Self::Separate(projections) => projections,
+            Self::PerHead(projection) => std::slice::from_mut(projection),
+        }
+    }
+}
+
 /// One layer.
 #[derive(Debug, Clone)]
 pub struct Layer {
     /// Norm before attention.
     pub attention_norm: NormParameters,
-    /// Query, key and value projections, in this order.
-    pub query_key_value: [Projection; 3],
+    /// Query, key and value projections.
+    pub query_key_value: QueryKeyValue,
     /// The attention's output projection.
     pub attention_output: Projection,
-    /// Norm before the feed-forward network.
+    /// Norm before the feed-forward network; the same as that before attention where they share it.
     pub feed_forward_norm: NormParameters,
     /// The feed-forward network.
     pub feed_forward: FeedForward,
@@ -133,7 +159,8 @@ impl Layer {
     /// All projections of the layer, to be changed.
     pub(super) fn projections_mut(&mut self) -> impl Iterator<Item = &mut Projection> {
         let FeedForward { gate, up, down } = &mut self.feed_forward;
-        let attention = self.query_key_value.iter_mut().chain([&mut self.attention_output]);
+        let attention = self.query_key_value.projections_mut().iter_mut();
+        let attention = attention.chain([&mut self.attention_output]);
         attention.chain(gate.iter_mut()).chain([up, down])
     }
 }
@@ -186,9 +213,13 @@ pub(super) fn lay_out(config: &DecoderConfig) -> (Vec<ParameterInfo>, Layout) {
             ParameterRole::Embedding,
         ),
     };
+    let bias = config.head_bias.then(|| {
+        let name = format!("{}.bias", names.head);
+        list.push(name, vec![vocabulary], ParameterRole::Bias)
+    });
     let head = Projection {
         weight: head,
-        bias: None,
+        bias,
         rows: 0..vocabulary,
         low_rank: None,
     };
@@ -269,21 +300,25 @@ impl ParameterList<'_> {
         }
     }
 
-    fn push_query_key_value(&mut self, prefix: &str) -> [Projection; 3] {
+    fn push_query_key_value(&mut self, prefix: &str) -> QueryKeyValue {
         let config = self.config;
         let (width, query, key) = (config.width, config.query_width(), config.key_value_width());
         let (role, bias) = (ParameterRole::Matrix, config.attention_bias);
         match &self.names.query_key_value {
-            QueryKeyValue::Fused(name) => {
+            QueryKeyValueNames::Fused(name) => {
                 let all = self.push_matrix(&format!("{prefix}.{name}"), [query + 2 * key, width], role, bias);
-                [0..query, query..query + key, query + key..query + 2 * key]
-                    .map(|rows| Projection { rows, ..all.clone() })
+                let rows = [0..query, query..query + key, query + key..query + 2 * key];
+                QueryKeyValue::Separate(rows.map(|rows| Projection { rows, ..all.clone() }))
             }
-            QueryKeyValue::Separate(names) => {
+            QueryKeyValueNames::PerHead(name) => {
+                let sizes = [query + 2 * key, width];
+                QueryKeyValue::PerHead(self.push_matrix(&format!("{prefix}.{name}"), sizes, role, bias))
+            }
+            QueryKeyValueNames::Separate(names) => {
                 let mut push = |index: usize, rows: usize| {
                     self.push_matrix(&format!("{prefix}.{}", names[index]), [rows, width], role, bias)
                 };
-                [push(0, query), push(1, key), push(2, key)]
+                QueryKeyValue::Separate([push(0, query), push(1, key), push(2, key)])
             }
         }
     }
@@ -298,7 +333,12 @@ impl ParameterList<'_> {
         let name = format!("{prefix}.{}", names.attention_output);
         let sizes = [width, config.query_width()];
         let attention_output = self.push_matrix(&name, sizes, residual, config.attention_output_bias);
-        let feed_forward_norm = self.push_norm(&format!("{prefix}.{}", names.feed_forward_norm));
+        let feed_forward_norm = match config.residual {
+            Residual::ParallelSharedNorm => attention_norm.clone(),
+            Residual::Sequential | Residual::Parallel => {
+                self.push_norm(&format!("{prefix}.{}", names.feed_forward_norm))
+            }
+        };
         let mut push = |name: &str, sizes: [usize; 2], role: ParameterRole| {
             self.push_matrix(&format!("{prefix}.{name}"), sizes, role, config.feed_forward_bias)
         };
@@ -337,6 +377,12 @@ mod tests {
                 "feed_forward_bias": true}),
             json!({"architecture": "qwen2", "layers": 2, "width": 24, "heads": 6, "context_length": 10,
                 "vocabulary": 33}),
+            json!({"architecture": "gpt_neox", "layers": 2, "width": 21, "heads": 3, "context_length": 10,
+                "vocabulary": 33, "attention_bias": false, "tied_head": false}),
+            json!({"architecture": "gptj", "layers": 2, "width": 18, "heads": 3, "context_length": 10,
+                "vocabulary": 33, "rotary_dim": 4}),
+            json!({"architecture": "gptj", "layers": 3, "width": 18, "heads": 3, "context_length": 10,
+                "vocabulary": 33, "tied_head": false, "share": "all"}),
             json!({"architecture": "llama", "layers": 5, "width": 24, "heads": 6, "context_length": 10,
                 "vocabulary": 33, "share": 2}),
         ] {

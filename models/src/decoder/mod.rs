@@ -21,10 +21,12 @@ pub use cache::{CacheUsage, KeyValueCache, PAGE_POSITIONS, PageMemory, PagePool,
 pub use forward::SequenceStep;
 pub use layout::{
     FeedForward, Layer, Layout, LowRank, NormParameters, ParameterId, ParameterInfo, ParameterRole, Projection,
+    QueryKeyValue,
 };
 pub use load::load_decoder;
 pub use memory::check_memory;
 pub use names::ignored_tensor;
+pub(crate) use names::{name_of_stored, stored_name};
 pub use parameters::ParameterData;
 pub use structure::Decoder;
 pub use weight::{Weight, WeightType};

@@ -17,7 +17,7 @@ impl Decoder {
 
     /// As [`score`](Self::score); ends with [`Error::Cancelled`] soon after `cancelled` returns true.
     pub fn score_unless(&self, tokens: &[u32], cancelled: &dyn Fn() -> bool) -> Result<Vec<Option<f32>>> {
-        let head = self.weight(self.layout.head.weight);
+        let (head, bias) = (self.weight(self.layout.head.weight), self.head_bias()?);
         let mut scores = Vec::with_capacity(tokens.len());
         scores.push(None);
         self.for_each_block(tokens, cancelled, &mut |first, hidden| {
@@ -27,7 +27,7 @@ impl Decoder {
                 return Ok(());
             }
             let hidden = self.normalize(&hidden.narrow(0, 0, targets.len())?, &self.layout.final_norm)?;
-            let block = log_probabilities(&hidden, head, targets)?;
+            let block = log_probabilities(&hidden, head, bias, targets)?;
             scores.extend(block.into_iter().map(Some));
             Ok(())
         })?;
@@ -43,7 +43,7 @@ impl Decoder {
         targets: &[Option<u32>],
         cancelled: &dyn Fn() -> bool,
     ) -> Result<Vec<Option<f32>>> {
-        let head = self.weight(self.layout.head.weight);
+        let (head, bias) = (self.weight(self.layout.head.weight), self.head_bias()?);
         let mut losses = Vec::with_capacity(tokens.len());
         self.for_each_block(tokens, cancelled, &mut |first, hidden| {
             let targets = &targets[first..first + hidden.dim(0)?];
@@ -54,7 +54,7 @@ impl Decoder {
             let hidden = self.normalize(hidden, &self.layout.final_norm)?;
             // Rows without a target are computed with those that have one, and left out.
             let present: Vec<u32> = targets.iter().map(|target| target.unwrap_or(0)).collect();
-            let block = log_probabilities(&hidden, head, &present)?;
+            let block = log_probabilities(&hidden, head, bias, &present)?;
             losses.extend(
                 block
                     .into_iter()
@@ -82,6 +82,11 @@ impl Decoder {
         visit: &mut dyn FnMut(usize, Tensor) -> Result<()>,
     ) -> Result<()> {
         self.for_each_block(tokens, cancelled, &mut |first, hidden| visit(first, self.head(hidden)?))
+    }
+
+    /// The head's bias, `[vocabulary]`, if it has one.
+    fn head_bias(&self) -> Result<Option<&Tensor>> {
+        self.layout.head.bias.map(|bias| self.weight(bias).as_f32()).transpose()
     }
 
     /// Calls `visit` with the number of the first token and the residual stream `[tokens, width]` of every block.

@@ -18,7 +18,7 @@ pub struct Decoder {
     pub(super) parameters: Vec<ParameterInfo>,
     pub(super) weights: Vec<Weight>,
     pub(super) layout: Layout,
-    /// Angle per position of each pair of a head's elements, `[head_dim / 2]`; empty for learned positions.
+    /// Angle per position of each rotated pair of a head's elements, `[pairs]`; empty for learned positions.
     pub(super) inverse_frequencies: Vec<f32>,
     /// Set where low-rank matrices of an adapter were put over another decoder's weights.
     pub(super) adapted: Option<Adapted>,
@@ -50,7 +50,7 @@ impl Decoder {
         &self.layout
     }
 
-    /// Angle per position of each pair of a head's elements, `[head_dim / 2]`; empty for learned positions.
+    /// Angle per position of each rotated pair of a head's elements, `[pairs]`; empty for learned positions.
     pub fn inverse_frequencies(&self) -> &[f32] {
         &self.inverse_frequencies
     }
@@ -157,7 +157,7 @@ impl Decoder {
     pub(super) fn inverse_frequencies_of(config: &DecoderConfig) -> Vec<f32> {
         match &config.position {
             Position::Learned => Vec::new(),
-            Position::Rotary(rotary) => rotary.inverse_frequencies(config.head_dim),
+            Position::Rotary(rotary) => rotary.inverse_frequencies(),
         }
     }
 }

@@ -10,6 +10,8 @@ use super::files::{invalid, read_json, read_text};
 use super::safetensors::SafetensorsFile;
 use super::source::{Orientation, StoredTensor, TensorData, TensorSource, TextAssets};
 use crate::chat_template::ChatTemplate;
+use crate::config::Architecture;
+use crate::decoder::name_of_stored;
 use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
 
@@ -47,6 +49,7 @@ pub fn open_hugging_face(directory: &Path) -> Result<HuggingFaceModel> {
         )
     })?;
     let shards = open_shards(directory)?;
+    let model_type = config.get("model_type").and_then(Value::as_str).unwrap_or_default();
     let mut tensors = BTreeMap::new();
     for (index, shard) in shards.iter().enumerate() {
         for (stored, entry) in &shard.entries {
@@ -54,7 +57,7 @@ pub fn open_hugging_face(directory: &Path) -> Result<HuggingFaceModel> {
                 continue;
             }
             entry.float_dtype(&shard.path, stored)?;
-            let name = with_prefix(stored);
+            let name = transformers_name(model_type, stored);
             if tensors.insert(name.clone(), (index, stored.clone())).is_some() {
                 return Err(invalid(
                     &shard.path,
@@ -149,12 +152,27 @@ fn check_shard_name(index_path: &Path, tensor: &str, file: &str) -> Result<()> {
 
 /// Tables that old exports carry along: GPT-2's causal masks and rotary frequencies. They are no weights.
 fn is_buffer(name: &str) -> bool {
-    name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias") || name.ends_with(".rotary_emb.inv_freq")
+    [
+        ".attn.bias",
+        ".attn.masked_bias",
+        ".attention.bias",
+        ".attention.masked_bias",
+        ".rotary_emb.inv_freq",
+    ]
+    .iter()
+    .any(|buffer| name.ends_with(buffer))
 }
 
-/// Base models are saved without the head's prefix: `wte.weight` for `transformer.wte.weight`.
-fn with_prefix(name: &str) -> String {
+/// What transformers calls a stored tensor: base models are saved without the head's prefix, `wte.weight` for
+/// `transformer.wte.weight`, and GPT-NeoX's head under its former name.
+fn transformers_name(model_type: &str, name: &str) -> String {
     let starts = |parts: &[&str]| parts.iter().any(|part| name.starts_with(part));
+    if model_type == Architecture::GptNeox.name() {
+        return match starts(&["embed_in.", "layers.", "final_layer_norm."]) {
+            true => format!("gpt_neox.{name}"),
+            false => name_of_stored(model_type, name),
+        };
+    }
     if starts(&["wte.", "wpe.", "h.", "ln_f."]) {
         format!("transformer.{name}")
     } else if starts(&["embed_tokens.", "layers.", "norm."]) {

@@ -7,26 +7,29 @@ use crate::decoder::Weight;
 use crate::error::Result;
 use candle_core::{D, Tensor};
 
-/// `log softmax(hidden head^T)[target]` for every row of `hidden` `[rows, width]` and its target; `head` is
-/// `[vocabulary, width]`. Natural logarithms. The targets must be below the vocabulary's size.
-pub fn log_probabilities(hidden: &Tensor, head: &Weight, targets: &[u32]) -> Result<Vec<f32>> {
+/// `log softmax(hidden head^T + bias)[target]` for every row of `hidden` `[rows, width]` and its target; `head` is
+/// `[vocabulary, width]`, `bias` `[vocabulary]`. Natural logarithms. The targets must be below the vocabulary's size.
+pub fn log_probabilities(hidden: &Tensor, head: &Weight, bias: Option<&Tensor>, targets: &[u32]) -> Result<Vec<f32>> {
     match KernelWeight::new(head)? {
         Some(matrix) if is_cpu(hidden) => {
             let targets: Vec<i64> = targets.iter().map(|target| i64::from(*target)).collect();
             let mut values = vec![0.0; targets.len()];
             let rows = CpuSlice::new(hidden)?;
             let vocabulary = head.dims().first().copied().unwrap_or(0);
-            candle_kernels_cpu::log_probabilities(rows.f32()?, matrix.rows(0..vocabulary)?, &targets, &mut values);
+            let bias = bias.map(CpuSlice::new).transpose()?;
+            let bias = bias.as_ref().map(CpuSlice::f32).transpose()?;
+            let matrix = matrix.rows(0..vocabulary)?;
+            candle_kernels_cpu::log_probabilities(rows.f32()?, matrix, bias, &targets, &mut values);
             Ok(values)
         }
-        _ => composed(hidden, head, targets),
+        _ => composed(hidden, head, bias, targets),
     }
 }
 
 /// [`log_probabilities`] from plain candle operations: for devices without kernels of our own, and the tests' oracle.
-pub fn composed(hidden: &Tensor, head: &Weight, targets: &[u32]) -> Result<Vec<f32>> {
+pub fn composed(hidden: &Tensor, head: &Weight, bias: Option<&Tensor>, targets: &[u32]) -> Result<Vec<f32>> {
     let vocabulary = head.dims().first().copied().unwrap_or(0);
-    let logits = linear::composed(hidden, head, 0..vocabulary, None)?;
+    let logits = linear::composed(hidden, head, 0..vocabulary, bias)?;
     let max = logits.max_keepdim(D::Minus1)?;
     let shifted = logits.broadcast_sub(&max)?;
     let log_sum = shifted.exp()?.sum_keepdim(D::Minus1)?.log()?;
@@ -52,12 +55,12 @@ mod tests {
             let head = Weight::Dense(noise(&[61, 32], 2))
                 .convert("head", WeightType::from_name(name).unwrap())
                 .unwrap();
-            let found = log_probabilities(&hidden, &head, &targets).unwrap();
-            assert_close(
-                &tensor(found),
-                &tensor(composed(&hidden, &head, &targets).unwrap()),
-                1e-4,
-            );
+            let bias = noise(&[61], 3);
+            for bias in [None, Some(&bias)] {
+                let found = log_probabilities(&hidden, &head, bias, &targets).unwrap();
+                let expected = composed(&hidden, &head, bias, &targets).unwrap();
+                assert_close(&tensor(found), &tensor(expected), 1e-4);
+            }
         }
     }
 }

@@ -6,6 +6,7 @@ pub mod attention;
 pub(crate) mod backward;
 pub mod embedding;
 pub(crate) mod half;
+pub mod heads;
 pub mod linear;
 pub mod log_probability;
 pub mod low_rank;

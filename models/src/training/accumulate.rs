@@ -171,14 +171,13 @@ impl<'a> Pass<'a> {
         cancelled: &'a dyn Fn() -> bool,
     ) -> Result<Self> {
         let scale = options.loss_scale as f32;
-        let frequencies = decoder.inverse_frequencies();
-        let opposite: Vec<f32> = frequencies.iter().map(|frequency| -frequency).collect();
+        let angles = decoder.rotary_angles(&batch.positions)?;
         Ok(Self {
             decoder,
             layout: decoder.layout(),
             heads: AttentionShape::of(decoder.config()),
-            angles: RotaryAngles::new(frequencies, &batch.positions, decoder.device())?,
-            opposite_angles: RotaryAngles::new(&opposite, &batch.positions, decoder.device())?,
+            opposite_angles: angles.as_ref().map(RotaryAngles::opposite).transpose()?,
+            angles,
             factors: batch.factors.iter().map(|factor| factor * scale).collect(),
             dropout: PassDropout::new(options.dropout, options.dropout_key, &batch.members),
             batch,

@@ -8,7 +8,7 @@ use super::forward::gather_groups;
 use super::packed::Attended;
 use super::tape::{Kept, LayerTape, Tape};
 use super::{Pass, check_cancelled};
-use crate::decoder::{Layer, LowRank, NormParameters, ParameterId, Projection, Weight, WeightType};
+use crate::decoder::{Layer, LowRank, NormParameters, ParameterId, Projection, QueryKeyValue, Weight, WeightType};
 use crate::error::Result;
 use crate::ops::backward::{
     self, AttentionTape, InputDropout, LowRankFactors, Matrix, NormWeights, OutputGradient, attention_backward,
@@ -16,7 +16,7 @@ use crate::ops::backward::{
     low_rank_backward,
 };
 use crate::ops::half::{rounded_gradient, widened};
-use crate::ops::rotary;
+use crate::ops::{heads, rotary};
 
 impl Pass<'_> {
     /// Head, loss, and the way back. Returns the cross-entropy of every row that has a target.
@@ -68,8 +68,7 @@ impl Pass<'_> {
         };
         let norm = self.norm(&self.layout.final_norm)?;
         let normed = norm.forward(&x)?;
-        let head = self.layout.head.weight;
-        let (losses, dnormed) = self.cross_entropy(head, &normed.output)?;
+        let (losses, dnormed) = self.cross_entropy(&self.layout.head, &normed.output)?;
         let zeros = x.zeros_like()?;
         norm.backward(&normed, &x, &dnormed, &zeros)?;
         if whole {
@@ -83,9 +82,13 @@ impl Pass<'_> {
     /// Layer number `index`: `gradient` of its output, `[tokens, width]`, becomes that of its input.
     fn backward_layer(&self, index: usize, tape: LayerTape, gradient: Tensor) -> Result<Tensor> {
         let layer = &self.layout.layers[index];
+        // Where both halves read the layer's input, that of the feed-forward half does not pass through attention.
+        let parallel = self.decoder.config().residual.is_parallel();
+        let doutput = if parallel { gradient.copy()? } else { gradient.clone() };
         self.backward_feed_forward(index, layer, &tape, &gradient)?;
         let LayerTape { input, attention, .. } = tape;
-        let dadded = self.dropped(&gradient, DropoutSite::AttentionOutput(index))?;
+        let dadded = self.dropped(&doutput, DropoutSite::AttentionOutput(index))?;
+        drop(doutput);
         let dattention = self.backward_linear(
             &layer.attention_output,
             &self.operand(&attention.output)?,
@@ -100,11 +103,18 @@ impl Pass<'_> {
         let dkey = self.rotate_back(dkey)?;
         let norm = self.norm(&layer.attention_norm)?;
         let normed = norm.forward(&input)?;
-        let [query, key, value] = &layer.query_key_value;
         let x = self.operand(&normed.output)?;
-        let dnormed = self.backward_linear(query, &x, &dquery, None)?;
-        let dnormed = self.backward_linear(key, &x, &dkey, Some(dnormed))?;
-        let dnormed = self.backward_linear(value, &x, &dvalue, Some(dnormed))?;
+        let dnormed = match &layer.query_key_value {
+            QueryKeyValue::Separate([query, key, value]) => {
+                let dnormed = self.backward_linear(query, &x, &dquery, None)?;
+                let dnormed = self.backward_linear(key, &x, &dkey, Some(dnormed))?;
+                self.backward_linear(value, &x, &dvalue, Some(dnormed))?
+            }
+            QueryKeyValue::PerHead(all) => {
+                let dall = heads::join([&dquery, &dkey, &dvalue], self.heads.head_dim)?;
+                self.backward_linear(all, &x, &dall, None)?
+            }
+        };
         norm.backward(&normed, &input, &dnormed, &gradient)?;
         Ok(gradient)
     }
@@ -145,7 +155,7 @@ impl Pass<'_> {
         ))
     }
 
-    /// The feed-forward half: `gradient` of the layer's output becomes that of the stream after attention, in place.
+    /// The feed-forward half: to `gradient` of the layer's output is added that of what the half reads, in place.
     fn backward_feed_forward(&self, index: usize, layer: &Layer, tape: &LayerTape, gradient: &Tensor) -> Result<()> {
         let network = &layer.feed_forward;
         let inner = self.activate(tape.gate.as_ref(), &tape.up)?;
@@ -157,13 +167,14 @@ impl Pass<'_> {
         let (dgate, dup) = backward::activate_backward(activation, gate.as_ref(), &up, &dinner)?;
         drop((gate, up, dinner));
         let norm = self.norm(&layer.feed_forward_norm)?;
-        let normed = norm.forward(&tape.middle)?;
+        let input = self.decoder.feed_forward_input(&tape.input, &tape.middle);
+        let normed = norm.forward(input)?;
         let x = self.operand(&normed.output)?;
         let mut dnormed = self.backward_linear(&network.up, &x, &dup, None)?;
         if let (Some(gate), Some(dgate)) = (&network.gate, &dgate) {
             dnormed = self.backward_linear(gate, &x, dgate, Some(dnormed))?;
         }
-        norm.backward(&normed, &tape.middle, &dnormed, gradient)
+        norm.backward(&normed, input, &dnormed, gradient)
     }
 
     /// Adds the gradient of the embeddings, whose sum's is `gradient`.
@@ -208,19 +219,17 @@ impl Pass<'_> {
     }
 
     /// Cross-entropy of the rows `x` `[rows, width]` that have targets, and the gradient of `x`.
-    fn cross_entropy(&self, head: ParameterId, x: &Tensor) -> Result<(Vec<f32>, Tensor)> {
-        let (targets, sum) = (&self.batch.targets, self.gradient_of(head));
-        let copy = self.half.and_then(|half| half.get(head));
-        if sum.is_none() && copy.is_none() {
-            return frozen_head(
-                &widened(&self.operand(x)?)?,
-                self.decoder.weight(head),
-                targets,
-                &self.factors,
-            );
+    fn cross_entropy(&self, head: &Projection, x: &Tensor) -> Result<(Vec<f32>, Tensor)> {
+        let (targets, factors) = (&self.batch.targets, &self.factors);
+        let copy = self.half.and_then(|half| half.get(head.weight));
+        let bias = head.bias.map(|bias| self.weight_f32(bias)).transpose()?;
+        let trained = [Some(head.weight), head.bias].into_iter().flatten();
+        if copy.is_none() && trained.into_iter().all(|part| self.gradient_of(part).is_none()) {
+            let x = widened(&self.operand(x)?)?;
+            return frozen_head(&x, self.decoder.weight(head.weight), bias, targets, factors);
         }
-        let weight = self.operand_weight(head)?;
-        let (losses, dx, lost) = cross_entropy_head(&self.operand(x)?, weight, targets, &self.factors, sum)?;
+        let (x, matrix) = (self.operand(x)?, self.matrix(head)?);
+        let (losses, dx, lost) = cross_entropy_head(&x, &matrix, bias, targets, factors)?;
         self.losses.count(lost);
         Ok((losses, dx))
     }

@@ -7,13 +7,13 @@ use super::dropout::DropoutSite;
 use super::packed::Attended;
 use super::tape::{LayerTape, Tape};
 use super::{Pass, check_cancelled};
-use crate::decoder::{Layer, Projection};
+use crate::decoder::{Layer, Projection, QueryKeyValue};
 use crate::error::Result;
 use crate::ops::backward::{
     AttentionTape, add_in_place, attention_forward, drop_in_place, gather_rows, linear_forward, low_rank_forward,
 };
 use crate::ops::half::{rounded, widened};
-use crate::ops::{activation, linear, rotary};
+use crate::ops::{activation, heads, linear, rotary};
 
 impl Pass<'_> {
     /// Runs the embedding and every layer.
@@ -51,10 +51,7 @@ impl Pass<'_> {
     /// anything reads it, so that it makes no difference whether it is kept or computed again.
     fn record_layer(&self, index: usize, layer: &Layer, input: Tensor) -> Result<LayerTape> {
         let normed = self.operand(&self.decoder.normalize(&input, &layer.attention_norm)?)?;
-        let [query, key, value] = &layer.query_key_value;
-        let query = self.operand(&self.rotate(self.linear(query, &normed)?)?)?;
-        let key = self.operand(&self.rotate(self.linear(key, &normed)?)?)?;
-        let value = self.operand(&self.linear(value, &normed)?)?;
+        let [query, key, value] = self.query_key_value(&layer.query_key_value, &normed)?;
         drop(normed);
         let dropout = self.dropout_at(DropoutSite::Attention(index));
         let mut attention = self.attend(query, key, value, dropout.as_ref())?;
@@ -62,7 +59,8 @@ impl Pass<'_> {
         let middle = self.linear(&layer.attention_output, &attention.output)?;
         self.drop(&middle, DropoutSite::AttentionOutput(index))?;
         add_in_place(&middle, &input)?;
-        let normed = self.operand(&self.decoder.normalize(&middle, &layer.feed_forward_norm)?)?;
+        let feed_forward_input = self.decoder.feed_forward_input(&input, &middle);
+        let normed = self.operand(&self.decoder.normalize(feed_forward_input, &layer.feed_forward_norm)?)?;
         let gate = layer
             .feed_forward
             .gate
@@ -77,6 +75,23 @@ impl Pass<'_> {
             gate,
             up,
         })
+    }
+
+    /// Rotated queries, rotated keys and values of `x` `[tokens, width]`, as attention reads them.
+    fn query_key_value(&self, projections: &QueryKeyValue, x: &Tensor) -> Result<[Tensor; 3]> {
+        let (query, key, value) = match projections {
+            QueryKeyValue::Separate([query, key, value]) => {
+                let query = self.operand(&self.rotate(self.linear(query, x)?)?)?;
+                let key = self.operand(&self.rotate(self.linear(key, x)?)?)?;
+                return Ok([query, key, self.operand(&self.linear(value, x)?)?]);
+            }
+            QueryKeyValue::PerHead(all) => {
+                let [query, key, value] = heads::split(&self.linear(all, x)?, self.heads.head_dim)?;
+                (query, key, value)
+            }
+        };
+        let query = self.operand(&self.rotate(query)?)?;
+        Ok([query, self.operand(&self.rotate(key)?)?, self.operand(&value)?])
     }
 
     /// Attention of every sequence over its own tokens.

@@ -64,7 +64,8 @@ fn matrices(decoder: &Decoder) -> Vec<ParameterId> {
     let of_layers = layout.layers.iter().flat_map(|layer| {
         let network = &layer.feed_forward;
         let others = [&layer.attention_output, &network.up, &network.down];
-        layer.query_key_value.iter().chain(others).chain(network.gate.as_ref())
+        let attention = layer.query_key_value.projections().iter();
+        attention.chain(others).chain(network.gate.as_ref())
     });
     let mut ids: Vec<ParameterId> = of_layers
         .chain([&layout.head])

@@ -75,7 +75,12 @@ fn logits_match_and_so_do_those_of_the_merged_base() {
 
 #[test]
 fn a_pass_that_mixes_adapters_gives_each_what_it_gets_alone() {
-    for (architecture, kind) in [("gpt2", "f32"), ("llama", "q4_0")] {
+    for (architecture, kind) in [
+        ("gpt2", "f32"),
+        ("llama", "q4_0"),
+        ("gpt_neox", "f32"),
+        ("gptj", "q8_0"),
+    ] {
         let base = seeded(architecture, kind);
         let (first, mut second) = (adapter_of_all(&base), adapter_of_all(&base));
         let name = second.parameters()[second.own_parameters().start + 1].name.clone();
@@ -207,7 +212,15 @@ fn ten_steps_match_and_leave_the_base_alone() {
 
 #[test]
 fn a_quantised_base_gives_the_gradients_of_its_expanded_weights_and_stays_quantised() {
-    for (architecture, kind) in [("gpt2", "q4_0"), ("llama", "q8_0"), ("gpt2", "bf16"), ("llama", "f16")] {
+    for (architecture, kind) in [
+        ("gpt2", "q4_0"),
+        ("llama", "q8_0"),
+        ("gpt_neox", "q4_0"),
+        ("gptj", "q8_0"),
+        ("gpt2", "bf16"),
+        ("llama", "f16"),
+        ("gptj", "bf16"),
+    ] {
         let base = seeded(architecture, kind);
         let adapter = adapter_of_all(&base);
         let mut expanded = base.deep_copy().unwrap();

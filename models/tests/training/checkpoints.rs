@@ -118,6 +118,25 @@ fn shared_layers_are_saved_under_every_name_and_restored_as_shared() {
 }
 
 #[test]
+fn files_have_transformers_tensors_and_configuration() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in MODELS.into_iter().chain(["gpt_neox-sequential", "gptj-tied"]) {
+        let model = load(name);
+        let directory = folder.path().join(name);
+        save(&directory, &model, &AdamW::new());
+        let tensors = |directory: &Path| {
+            let tensors = candle_core::safetensors::load(directory.join("model.safetensors"), &Device::Cpu).unwrap();
+            let shapes = tensors.into_iter().map(|(name, tensor)| (name, tensor.dims().to_vec()));
+            shapes.collect::<std::collections::BTreeMap<_, _>>()
+        };
+        assert_eq!(tensors(&directory), tensors(&golden_directory().join(name)), "{name}");
+        let opened = Model::load(&directory, &LoadOptions::default()).unwrap();
+        assert_eq!(opened.decoder.config(), model.decoder.config(), "{name}");
+        assert_eq!(bits(&opened), bits(&model), "{name}");
+    }
+}
+
+#[test]
 fn frozen_parameters_stay_frozen() {
     let folder = tempfile::tempdir().unwrap();
     let (mut model, mut optimizer) = (load("gpt2"), AdamW::new());

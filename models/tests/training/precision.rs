@@ -324,7 +324,7 @@ fn only_what_products_read_is_copied() {
         let read = |parameter: &&candle_models::ParameterInfo| {
             let tied = decoder.config().tied_head && parameter.name.contains("wte")
                 || decoder.config().tied_head && parameter.name.contains("embed_tokens");
-            let table = ["wte", "wpe", "embed_tokens"]
+            let table = ["wte", "wpe", "embed_tokens", "embed_in"]
                 .iter()
                 .any(|table| parameter.name.contains(table));
             parameter.shape.len() == 2 && (tied || !table)

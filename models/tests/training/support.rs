@@ -8,8 +8,8 @@ use candle_models::config::{DecoderConfig, from_hugging_face};
 use candle_models::training::{self, AdamWOptions, Gradient, IGNORED_TARGET, SequenceLoss, TrainingSequence};
 use candle_models::{Decoder, Weight};
 
-/// Every golden model that is stored in f32.
-pub(crate) const MODELS: [&str; 3] = ["gpt2", "llama", "qwen2"];
+/// A golden model of every kind, stored in f32.
+pub(crate) const MODELS: [&str; 5] = ["gpt2", "llama", "qwen2", "gpt_neox", "gptj"];
 
 /// The folder with the golden files.
 pub(crate) fn golden_directory() -> PathBuf {
@@ -44,7 +44,9 @@ fn build(name: &str, config: DecoderConfig) -> Decoder {
     let directory = golden_directory().join(name);
     let tensors = candle_core::safetensors::load(directory.join("model.safetensors"), &Device::Cpu).unwrap();
     Decoder::build(config, &Device::Cpu, None, |parameter| {
-        let tensor = &tensors[&parameter.name];
+        // transformers stores GPT-NeoX's head under its former name.
+        let former = || tensors.get(&parameter.name.replace("lm_head", "embed_out"));
+        let tensor = tensors.get(&parameter.name).or_else(former).unwrap();
         let held = if parameter.transposed {
             tensor.t().unwrap()
         } else {

@@ -137,11 +137,12 @@ pub(super) fn cross_entropy_head(benchmark: &Benchmark, _: Variant) -> Run {
         let gradients = HeadGradients {
             d_hidden: &mut d_hidden,
             d_weight: Some(&mut d_weight),
+            d_bias: None,
         };
         let gradients = Some(gradients);
         crate::cross_entropy_head(
             MatrixRef::new(&hidden, tokens, width),
-            MatrixRef::new(&weight, vocabulary, width),
+            MatrixRef::new(&weight, vocabulary, width).into(),
             &targets,
             &token_weights,
             &mut losses,

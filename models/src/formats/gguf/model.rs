@@ -13,7 +13,7 @@ use super::element_type::{ElementType, first_damaged_block};
 use super::metadata::GgufMetadata;
 use super::names::transformers_name;
 use super::reader::{GgufEntry, read_header};
-use super::rows::undo_interleaving;
+use super::rows::Reordered;
 use crate::chat_template::ChatTemplate;
 use crate::error::{Error, Result};
 use crate::formats::files::{invalid, open};
@@ -92,22 +92,25 @@ impl GgufModel {
         })
     }
 
-    /// Heads of a query or key projection whose rows llama.cpp's converter interleaved.
-    fn interleaved_heads(&self, name: &str) -> Result<Option<usize>> {
-        if self.metadata.architecture()? != "llama" {
-            return Ok(None);
-        }
-        let heads = self.metadata.unsigned("llama.attention.head_count")?;
-        let heads = if name.contains(".self_attn.q_proj.") {
-            heads
-        } else if name.contains(".self_attn.k_proj.") {
-            self.metadata.unsigned("llama.attention.head_count_kv")?.or(heads)
-        } else {
-            return Ok(None);
+    /// What llama.cpp's converter did to the rows of a tensor, if anything.
+    fn reordered(&self, name: &str) -> Result<Option<Reordered>> {
+        let architecture = self.metadata.architecture()?;
+        let heads_of = |key: &str| self.metadata.unsigned(&format!("{architecture}.attention.{key}"));
+        let (heads, reordered): (_, fn(usize) -> Reordered) = match architecture {
+            "llama" if name.contains(".self_attn.q_proj.") => (heads_of("head_count")?, Reordered::Halves),
+            "llama" if name.contains(".self_attn.k_proj.") => {
+                let heads = heads_of("head_count_kv")?;
+                (heads.or(heads_of("head_count")?), Reordered::Halves)
+            }
+            "gptneox" if name.contains(".query_key_value.") => (heads_of("head_count")?, Reordered::Kinds),
+            _ => return Ok(None),
         };
         match heads.and_then(|heads| usize::try_from(heads).ok()) {
-            Some(heads) => Ok(Some(heads)),
-            None => Err(invalid(&self.path, "metadata llama.attention.head_count is missing")),
+            Some(heads) => Ok(Some(reordered(heads))),
+            None => {
+                let reason = format!("metadata {architecture}.attention.head_count is missing");
+                Err(invalid(&self.path, reason))
+            }
         }
     }
 
@@ -117,10 +120,11 @@ impl GgufModel {
         if let Some(block) = first_damaged_block(dtype, bytemuck::cast_slice(&words)) {
             return Err(not_finite(&self.path, name, block * dtype.block_size()));
         }
-        if let Some(heads) = self.interleaved_heads(name)? {
+        if let Some(reordered) = self.reordered(name)? {
             let rows = entry.shape.first().copied().unwrap_or(0);
             let row_words = words.len().checked_div(rows).unwrap_or(0);
-            words = undo_interleaving(&words, row_words, heads).ok_or_else(|| self.not_heads(name, rows, heads))?;
+            let ordered = reordered.undo(&words, row_words);
+            words = ordered.ok_or_else(|| self.not_heads(name, rows, reordered))?;
         }
         let storage = QStorage::from_data(Cow::Borrowed(bytemuck::cast_slice(&words)), &Device::Cpu, dtype)?;
         Ok(Arc::new(QTensor::new(storage, entry.shape.as_slice())?))
@@ -128,25 +132,33 @@ impl GgufModel {
 
     fn load_dense(&self, name: &str, entry: &GgufEntry, dtype: DType) -> Result<Tensor> {
         let tensor = read_dense(&self.file, &self.path, name, dtype, &entry.shape, entry.range)?;
-        let Some(heads) = self.interleaved_heads(name)? else {
+        let Some(reordered) = self.reordered(name)? else {
             return Ok(tensor);
         };
         let rows = entry.shape.first().copied().unwrap_or(0);
-        if heads == 0 || !rows.is_multiple_of(2 * heads) {
-            return Err(self.not_heads(name, rows, heads));
+        let (heads, parts) = match reordered {
+            Reordered::Halves(heads) => (heads, 2),
+            Reordered::Kinds(heads) => (heads, 3),
+        };
+        if rows == 0 || heads == 0 || !rows.is_multiple_of(heads.saturating_mul(parts)) {
+            return Err(self.not_heads(name, rows, reordered));
         }
-        let rest = tensor.elem_count() / rows;
-        let ordered = tensor
-            .reshape((heads, rows / heads / 2, 2, rest))?
-            .transpose(1, 2)?
-            .contiguous()?;
-        Ok(ordered.reshape(entry.shape.as_slice())?)
+        let (block, rest) = (rows / heads / parts, tensor.elem_count() / rows);
+        let ordered = match reordered {
+            Reordered::Halves(_) => tensor.reshape((heads, block, 2, rest))?.transpose(1, 2)?,
+            Reordered::Kinds(_) => tensor.reshape((3, heads, block, rest))?.transpose(0, 1)?,
+        };
+        Ok(ordered.contiguous()?.reshape(entry.shape.as_slice())?)
     }
 
-    fn not_heads(&self, name: &str, rows: usize, heads: usize) -> Error {
+    fn not_heads(&self, name: &str, rows: usize, reordered: Reordered) -> Error {
+        let what = match reordered {
+            Reordered::Halves(heads) => format!("{heads} heads of even size"),
+            Reordered::Kinds(heads) => format!("query, key and value of {heads} heads"),
+        };
         invalid(
             &self.path,
-            format!("tensor {name} has {rows} rows, which are not {heads} heads of even size"),
+            format!("tensor {name} has {rows} rows, which are not {what}"),
         )
     }
 }

@@ -5,6 +5,7 @@
 pub(super) fn transformers_name(architecture: &str, name: &str) -> String {
     let (whole, layer_prefix, parts) = match architecture {
         "gpt2" => (GPT2_WHOLE, "transformer.h.", GPT2_LAYER),
+        "gptneox" => (NEOX_WHOLE, "gpt_neox.layers.", NEOX_LAYER),
         _ => (LLAMA_WHOLE, "model.layers.", LLAMA_LAYER),
     };
     let renamed = match name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) {
@@ -39,6 +40,21 @@ const GPT2_LAYER: &[(&str, &str)] = &[
     ("ffn_down", "mlp.c_proj"),
 ];
 
+const NEOX_WHOLE: &[(&str, &str)] = &[
+    ("token_embd", "gpt_neox.embed_in"),
+    ("output_norm", "gpt_neox.final_layer_norm"),
+    ("output", "lm_head"),
+];
+
+const NEOX_LAYER: &[(&str, &str)] = &[
+    ("attn_norm", "input_layernorm"),
+    ("attn_qkv", "attention.query_key_value"),
+    ("attn_output", "attention.dense"),
+    ("ffn_norm", "post_attention_layernorm"),
+    ("ffn_up", "mlp.dense_h_to_4h"),
+    ("ffn_down", "mlp.dense_4h_to_h"),
+];
+
 const LLAMA_WHOLE: &[(&str, &str)] = &[
     ("token_embd", "model.embed_tokens"),
     ("output_norm", "model.norm"),
@@ -64,7 +80,7 @@ mod tests {
     use super::transformers_name;
 
     #[test]
-    fn names_of_both_families() {
+    fn names_of_the_families() {
         for (architecture, name, expected) in [
             ("gpt2", "token_embd.weight", "transformer.wte.weight"),
             ("gpt2", "blk.11.attn_qkv.bias", "transformer.h.11.attn.c_attn.bias"),
@@ -73,6 +89,11 @@ mod tests {
             ("llama", "blk.3.ffn_gate.weight", "model.layers.3.mlp.gate_proj.weight"),
             ("qwen2", "blk.3.attn_q.bias", "model.layers.3.self_attn.q_proj.bias"),
             ("llama", "output.weight", "lm_head.weight"),
+            (
+                "gptneox",
+                "blk.0.attn_qkv.bias",
+                "gpt_neox.layers.0.attention.query_key_value.bias",
+            ),
             ("llama", "rope_freqs.weight", "rope_freqs.weight"),
             ("llama", "blk.x.attn_q.weight", "blk.x.attn_q.weight"),
             ("llama", "blk.1.attn_q.scale", "blk.1.attn_q.scale"),

@@ -159,15 +159,18 @@ pub(crate) struct HeadBackward {
     pub(crate) losses: Vec<f32>,
     /// Gradient of the rows, `[rows, width]`.
     pub(crate) dx: Tensor,
-    /// Gradient of the head, `[vocabulary, width]`.
+    /// Gradient of the head's matrix, `[vocabulary, width]`.
     pub(crate) dweight: Tensor,
+    /// Gradient of the head's bias, `[vocabulary]`, whether it has one or not.
+    pub(crate) dbias: Tensor,
 }
 
-/// Output head and cross-entropy in blocks of rows: `x` `[rows, width]`, `weight` `[vocabulary, width]`; row `i` adds
-/// `factors[i]` times its cross-entropy against `targets[i]` to the sum whose gradient is taken.
+/// Output head and cross-entropy in blocks of rows: `x` `[rows, width]`, `weight` `[vocabulary, width]`, `bias`
+/// `[vocabulary]`; row `i` adds `factors[i]` times its cross-entropy against `targets[i]` to the sum whose gradient is taken.
 pub(crate) fn cross_entropy_head(
     x: &Tensor,
     weight: &Tensor,
+    bias: Option<&Tensor>,
     targets: &[u32],
     factors: &[f32],
 ) -> Result<HeadBackward> {
@@ -176,10 +179,14 @@ pub(crate) fn cross_entropy_head(
     let mut losses = Vec::with_capacity(targets.len());
     let mut dxs = vec![];
     let mut dweight = weight.zeros_like()?.to_dtype(DType::F32)?;
+    let mut dbias = Tensor::zeros(weight.dim(0)?, DType::F32, device)?;
     for (index, (targets, factors)) in targets.chunks(BLOCK).zip(factors.chunks(BLOCK)).enumerate() {
         let rows = targets.len();
         let x = x.narrow(0, index * BLOCK, rows)?;
-        let logits = x.matmul(&weight.t()?)?;
+        let mut logits = x.matmul(&weight.t()?)?;
+        if let Some(bias) = bias {
+            logits = logits.broadcast_add(bias)?;
+        }
         let target = Tensor::from_slice(targets, (rows, 1), device)?;
         let factor = Tensor::from_slice(factors, (rows, 1), device)?;
         let shifted = logits.broadcast_sub(&logits.max_keepdim(1)?)?;
@@ -194,11 +201,13 @@ pub(crate) fn cross_entropy_head(
         let dlogits = probabilities.scatter_add(&target, &factor.neg()?, 1)?;
         dxs.push(dlogits.matmul(weight)?);
         dweight = (dweight + dlogits.t()?.matmul(&x)?)?;
+        dbias = (dbias + dlogits.sum(0)?)?;
     }
     Ok(HeadBackward {
         losses,
         dx: Tensor::cat(&dxs, 0)?,
         dweight,
+        dbias,
     })
 }
 

@@ -46,11 +46,17 @@ pub(crate) fn frozen_linear_backward(
 }
 
 /// As [`cross_entropy_head`](super::cross_entropy_head), for a head that is not trained.
-pub(crate) fn frozen_head(x: &Tensor, weight: &Weight, targets: &[u32], factors: &[f32]) -> Result<(Vec<f32>, Tensor)> {
+pub(crate) fn frozen_head(
+    x: &Tensor,
+    weight: &Weight,
+    bias: Option<&Tensor>,
+    targets: &[u32],
+    factors: &[f32],
+) -> Result<(Vec<f32>, Tensor)> {
     let matrix = match KernelWeight::new(weight)? {
         Some(matrix) if is_cpu(x) => matrix,
         _ => {
-            let head = composed::cross_entropy_head(x, &weight.to_f32()?, targets, factors)?;
+            let head = composed::cross_entropy_head(x, &weight.to_f32()?, bias, targets, factors)?;
             return Ok((head.losses, head.dx));
         }
     };
@@ -59,6 +65,9 @@ pub(crate) fn frozen_head(x: &Tensor, weight: &Weight, targets: &[u32], factors:
     let (mut losses, mut d_hidden) = (vec![0.0; shape.0], vec![0.0; shape.0 * shape.1]);
     let hidden = CpuSlice::new(x)?;
     let weights = matrix.rows(0..weight.dims()[0])?;
-    kernels::cross_entropy_frozen_head(hidden.f32()?, weights, &targets, factors, &mut losses, &mut d_hidden);
+    let bias = bias.map(CpuSlice::new).transpose()?;
+    let bias = bias.as_ref().map(CpuSlice::f32).transpose()?;
+    let labels = (&targets[..], factors);
+    kernels::cross_entropy_frozen_head(hidden.f32()?, weights, bias, labels, &mut losses, &mut d_hidden);
     Ok((losses, Tensor::from_vec(d_hidden, shape, &Device::Cpu)?))
 }

@@ -188,10 +188,14 @@ fn attention_of_packed_sequences() {
 fn head_with_cross_entropy() {
     // More rows than one block.
     let (rows, width, vocabulary) = (300, 7, 61);
-    let (x, weight) = (random(&[rows, width]), random(&[vocabulary, width]));
+    let (x, weight, bias) = (
+        random(&[rows, width]),
+        random(&[vocabulary, width]),
+        random(&[vocabulary]),
+    );
     let targets: Vec<u32> = (0..rows as u32).map(|row| row * 17 % vocabulary as u32).collect();
     let factors: Vec<f32> = (0..rows).map(|row| (row % 3) as f32 * 0.5).collect();
-    let logits = x.matmul(&weight.t().unwrap()).unwrap();
+    let logits = x.matmul(&weight.t().unwrap()).unwrap().broadcast_add(&bias).unwrap();
     let targets_tensor = Tensor::new(targets.as_slice(), &Device::Cpu)
         .unwrap()
         .unsqueeze(1)
@@ -202,12 +206,22 @@ fn head_with_cross_entropy() {
         .squeeze(1)
         .unwrap();
     let factors_tensor = Tensor::new(factors.as_slice(), &Device::Cpu).unwrap();
-    let expected = differentiate(&losses, &factors_tensor, &[&x, &weight]);
-    let dweight = weight.zeros_like().unwrap();
-    let (own, dx, _) = super::cross_entropy_head(&x, &weight, &targets, &factors, Some(&dweight)).unwrap();
+    let expected = differentiate(&losses, &factors_tensor, &[&x, &weight, &bias]);
+    let (dweight, dbias) = (weight.zeros_like().unwrap(), bias.zeros_like().unwrap());
+    let matrix = Matrix {
+        weight: &weight,
+        rows: 0..vocabulary,
+        dweight: Some(&dweight),
+        dbias: Some(&dbias),
+    };
+    let (own, dx, _) = super::cross_entropy_head(&x, &matrix, Some(&bias), &targets, &factors).unwrap();
     assert_near(&Tensor::new(own, &Device::Cpu).unwrap(), &losses);
-    assert_near(&dx, &expected[0]);
-    assert_near(&dweight, &expected[1]);
+    let composed = composed::cross_entropy_head(&x, &weight, Some(&bias), &targets, &factors).unwrap();
+    let composed = [&composed.dx, &composed.dweight, &composed.dbias];
+    for ((found, composed), expected) in [&dx, &dweight, &dbias].into_iter().zip(composed).zip(&expected) {
+        assert_near(found, expected);
+        assert_near(composed, expected);
+    }
 }
 
 /// What other devices run does on the CPU what the kernels do.

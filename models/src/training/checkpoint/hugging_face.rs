@@ -12,6 +12,8 @@ pub(super) fn config_json(config: &DecoderConfig, end_tokens: &[u32]) -> Value {
         Architecture::Llama => llama(config, "LlamaForCausalLM"),
         Architecture::Mistral => llama(config, "MistralForCausalLM"),
         Architecture::Qwen2 => llama(config, "Qwen2ForCausalLM"),
+        Architecture::GptNeox => gpt_neox(config),
+        Architecture::GptJ => gptj(config),
     };
     fields.insert("model_type".into(), json!(config.architecture.name()));
     fields.insert("vocab_size".into(), json!(config.vocabulary));
@@ -75,27 +77,72 @@ fn llama(config: &DecoderConfig, class: &str) -> Map<String, Value> {
     }
     if let Position::Rotary(rotary) = &config.position {
         fields.insert("rope_theta".into(), json!(rotary.theta));
-        let scaling = match &rotary.scaling {
-            RotaryScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
-            RotaryScaling::Llama3 {
-                factor,
-                low_frequency_factor,
-                high_frequency_factor,
-                original_context_length,
-            } => {
-                json!({
-                    "rope_type": "llama3",
-                    "factor": factor,
-                    "low_freq_factor": low_frequency_factor,
-                    "high_freq_factor": high_frequency_factor,
-                    "original_max_position_embeddings": original_context_length,
-                })
-            }
-            RotaryScaling::None | RotaryScaling::Factors(_) => Value::Null,
-        };
-        fields.insert("rope_scaling".into(), scaling);
+        fields.insert("rope_scaling".into(), rope_scaling(&rotary.scaling));
     }
     fields
+}
+
+fn gpt_neox(config: &DecoderConfig) -> Map<String, Value> {
+    let mut fields = object(json!({
+        "architectures": ["GPTNeoXForCausalLM"],
+        "num_hidden_layers": config.layers,
+        "hidden_size": config.width,
+        "intermediate_size": config.feed_forward_width,
+        "num_attention_heads": config.heads,
+        "max_position_embeddings": config.context_length,
+        "hidden_act": config.activation.name(),
+        "layer_norm_eps": config.norm_epsilon,
+        "use_parallel_residual": config.residual.is_parallel(),
+        "attention_bias": config.attention_bias,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    }));
+    if let Position::Rotary(rotary) = &config.position {
+        fields.insert("rotary_emb_base".into(), json!(rotary.theta));
+        fields.insert("rotary_pct".into(), json!(share(rotary.dim, config.head_dim)));
+        fields.insert("rope_scaling".into(), rope_scaling(&rotary.scaling));
+    }
+    fields
+}
+
+/// A share of a head that rounds down to so many elements, as transformers computes it.
+fn share(dim: usize, head_dim: usize) -> f64 {
+    let share = dim as f64 / head_dim as f64;
+    match (head_dim as f64 * share) as usize == dim {
+        true => share,
+        // A rounding error below; the next larger number is above.
+        false => share.next_up(),
+    }
+}
+
+fn gptj(config: &DecoderConfig) -> Map<String, Value> {
+    let mut fields = gpt2(config);
+    fields.insert("architectures".into(), json!(["GPTJForCausalLM"]));
+    if let Position::Rotary(rotary) = &config.position {
+        fields.insert("rotary_dim".into(), json!(rotary.dim));
+    }
+    fields
+}
+
+fn rope_scaling(scaling: &RotaryScaling) -> Value {
+    match scaling {
+        RotaryScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
+        RotaryScaling::Llama3 {
+            factor,
+            low_frequency_factor,
+            high_frequency_factor,
+            original_context_length,
+        } => {
+            json!({
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low_frequency_factor,
+                "high_freq_factor": high_frequency_factor,
+                "original_max_position_embeddings": original_context_length,
+            })
+        }
+        RotaryScaling::None | RotaryScaling::Factors(_) => Value::Null,
+    }
 }
 
 /// The fields of a JSON object.

@@ -12,7 +12,7 @@ use super::library::Library;
 use super::manifest::{DIGEST_FILE_NAME, FILE_NAME, FileEntry, Manifest, digest_line};
 use super::{EXTENSION, FIRST_MOMENT, MODEL, OPTIMIZER, SECOND_MOMENT, hugging_face};
 use crate::adapters;
-use crate::decoder::{Decoder, ParameterId, ParameterInfo};
+use crate::decoder::{Decoder, ParameterId, ParameterInfo, stored_name};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::training::layout::read_range;
@@ -253,7 +253,7 @@ fn index(files: &[FileEntry]) -> Value {
     json!({"metadata": {"total_size": total_size}, "weight_map": map})
 }
 
-/// Every parameter of its own under its own name, and under those of the layers that share it.
+/// Every parameter of its own under the name that transformers stores it by, and under those of the layers that share it.
 fn parameter_entries(decoder: &Decoder) -> Vec<Entry<'_>> {
     let own = decoder.own_parameters();
     let own = own.map(|index| (decoder.parameters()[index].name.clone(), ParameterId(index)));
@@ -275,7 +275,9 @@ fn parameter_entries(decoder: &Decoder) -> Vec<Entry<'_>> {
             }),
         }
     };
-    own.chain(decoder.shared_names()).map(entry).collect()
+    let architecture = decoder.config().architecture;
+    let stored = |(name, id): (String, ParameterId)| (stored_name(architecture, &name), id);
+    own.chain(decoder.shared_names()).map(stored).map(entry).collect()
 }
 
 /// The moments of every parameter that has some.
