@@ -10,7 +10,7 @@ use super::factors::Factors;
 use super::sequence::Sequence;
 use super::state::Owner;
 use super::{AppliedAdapter, View};
-use crate::error::{Error, Result};
+use crate::error::Error;
 
 /// Tokens of a prompt that it may read before another prompt has its turn. The numbers of a prompt do not depend on where it
 /// is cut: every row of a pass is computed by itself.
@@ -90,27 +90,6 @@ impl Owner {
             }
         }
         parts
-    }
-
-    /// Log-probability (natural) of each token given those before it; `None` for the first.
-    ///
-    /// # Errors
-    /// As [`decoder`](Self::decoder), and [`AppliedAdapter::factors`]; `Cancelled` soon after `cancelled` returns true.
-    pub(crate) fn score(
-        &mut self,
-        view: &View,
-        adapter: Option<&AppliedAdapter>,
-        tokens: &[u32],
-        cancelled: &dyn Fn() -> bool,
-    ) -> Result<Vec<Option<f32>>> {
-        let decoder = self.decoder(view)?;
-        match adapter {
-            None => Ok(decoder.score_unless(tokens, cancelled)?),
-            Some(adapter) => {
-                let adapted = adapter.factors()?.weights.over(decoder)?;
-                Ok(adapted.score_unless(tokens, cancelled)?)
-            }
-        }
     }
 }
 

@@ -246,3 +246,36 @@ async fn prompts_are_read_together_as_far_as_a_pass_has_room() {
     }
     drop(first);
 }
+
+#[tokio::test]
+async fn a_generation_goes_on_while_a_long_text_is_scored() {
+    let (_server, client) = server(&[]).await;
+    let generation = client.occupy(running("m")).await;
+    let score = ScoreRequest {
+        model: "m".into(),
+        source: Some(score_request::Source::Tokens(TokenIds { ids: vec![5; 8_000] })),
+        ..Default::default()
+    };
+    let inference = client.inference.clone();
+    let scored = tokio::spawn(async move { inference.clone().score(score).await.unwrap().into_inner().tokens });
+    // Tokens that were written while the score was running, each time it was looked at.
+    let mut seen = std::collections::BTreeSet::new();
+    while !scored.is_finished() {
+        let requests = client.requests().await;
+        let phase = |kind: &str| requests.iter().find(|one| one.kind == kind);
+        if let (Some(score), Some(generation)) = (phase("score"), phase("generate"))
+            && score.phase == "running"
+        {
+            seen.insert(generation.done);
+        }
+    }
+    assert!(seen.len() > 1, "{seen:?}");
+    let tokens = scored.await.unwrap();
+    assert_eq!((tokens.len(), tokens[0].logprob), (8_000, None));
+    assert!(
+        tokens[1..]
+            .iter()
+            .all(|token| token.logprob.is_some_and(f32::is_finite))
+    );
+    drop(generation);
+}

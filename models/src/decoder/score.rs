@@ -1,4 +1,4 @@
-//! Logits and log-probabilities of whole sequences, in blocks of tokens: never all logits at once.
+//! Logits and losses of whole sequences, in blocks of tokens: never all logits at once.
 
 use super::{Decoder, KeyValueCache, SequenceStep};
 use crate::error::{Error, Result};
@@ -8,30 +8,38 @@ use candle_core::Tensor;
 /// Tokens whose logits exist at one time.
 const BLOCK: usize = 64;
 
+/// Losses of one sequence that are being computed.
+#[derive(Debug)]
+pub struct LossPass {
+    cache: KeyValueCache,
+    losses: Vec<Option<f32>>,
+}
+
+impl LossPass {
+    /// The losses so far.
+    pub fn into_losses(self) -> Vec<Option<f32>> {
+        self.losses
+    }
+}
+
+/// The target of each token, the token after it; the last one has none.
+pub fn next_tokens(tokens: &[u32]) -> Vec<Option<u32>> {
+    (1..=tokens.len()).map(|next| tokens.get(next).copied()).collect()
+}
+
+/// Each token's log-probability from the losses of its predecessors; `None` for the first.
+pub fn as_scores(losses: Vec<Option<f32>>) -> Vec<Option<f32>> {
+    let before = losses.len().saturating_sub(1);
+    let scores = losses.into_iter().take(before).map(|loss| loss.map(|loss| -loss));
+    std::iter::once(None).chain(scores).collect()
+}
+
 impl Decoder {
     /// Log-probability (natural) of each token given those before it; `None` for the first.
     /// Fails as [`forward`](Self::forward).
     pub fn score(&self, tokens: &[u32]) -> Result<Vec<Option<f32>>> {
-        self.score_unless(tokens, &|| false)
-    }
-
-    /// As [`score`](Self::score); ends with [`Error::Cancelled`] soon after `cancelled` returns true.
-    pub fn score_unless(&self, tokens: &[u32], cancelled: &dyn Fn() -> bool) -> Result<Vec<Option<f32>>> {
-        let (head, bias) = (self.weight(self.layout.head.weight), self.head_bias()?);
-        let mut scores = Vec::with_capacity(tokens.len());
-        scores.push(None);
-        self.for_each_block(tokens, cancelled, &mut |first, hidden| {
-            // The last token of the sequence predicts nothing.
-            let targets = &tokens[first + 1..tokens.len().min(first + 1 + hidden.dim(0)?)];
-            if targets.is_empty() {
-                return Ok(());
-            }
-            let hidden = self.normalize(&hidden.narrow(0, 0, targets.len())?, &self.layout.final_norm)?;
-            let block = log_probabilities(&hidden, head, bias, targets)?;
-            scores.extend(block.into_iter().map(Some));
-            Ok(())
-        })?;
-        Ok(scores)
+        let targets = next_tokens(tokens);
+        Ok(as_scores(self.losses_unless(tokens, &targets, &|| false)?))
     }
 
     /// Cross-entropy (natural logarithm) of every token's target, given the tokens up to it: `None` where there is no
@@ -43,27 +51,47 @@ impl Decoder {
         targets: &[Option<u32>],
         cancelled: &dyn Fn() -> bool,
     ) -> Result<Vec<Option<f32>>> {
-        let (head, bias) = (self.weight(self.layout.head.weight), self.head_bias()?);
-        let mut losses = Vec::with_capacity(tokens.len());
-        self.for_each_block(tokens, cancelled, &mut |first, hidden| {
-            let targets = &targets[first..first + hidden.dim(0)?];
-            if targets.iter().all(Option::is_none) {
-                losses.extend(std::iter::repeat_n(None, targets.len()));
-                return Ok(());
+        let mut pass = self.begin_losses(tokens)?;
+        while !cancelled() {
+            if self.next_losses(tokens, targets, &mut pass)? {
+                return Ok(pass.losses);
             }
-            let hidden = self.normalize(hidden, &self.layout.final_norm)?;
-            // Rows without a target are computed with those that have one, and left out.
-            let present: Vec<u32> = targets.iter().map(|target| target.unwrap_or(0)).collect();
-            let block = log_probabilities(&hidden, head, bias, &present)?;
-            losses.extend(
-                block
-                    .into_iter()
-                    .zip(targets)
-                    .map(|(value, target)| target.map(|_| -value)),
-            );
-            Ok(())
-        })?;
-        Ok(losses)
+        }
+        Err(Error::Cancelled)
+    }
+
+    /// Begins to compute what [`losses_unless`](Self::losses_unless) does, a block of tokens at a time. Fails as
+    /// [`forward`](Self::forward).
+    pub fn begin_losses(&self, tokens: &[u32]) -> Result<LossPass> {
+        let cache = self.new_cache();
+        self.check_tokens(tokens, cache.remaining())?;
+        Ok(LossPass {
+            cache,
+            losses: Vec::with_capacity(tokens.len()),
+        })
+    }
+
+    /// Computes the losses of the next block; true when it was the last. `tokens` and `targets` are those of the whole pass.
+    /// Fails as [`forward`](Self::forward).
+    pub fn next_losses(&self, tokens: &[u32], targets: &[Option<u32>], pass: &mut LossPass) -> Result<bool> {
+        let block = pass.losses.len()..tokens.len().min(pass.losses.len() + BLOCK);
+        let (last, targets) = (block.end == tokens.len(), &targets[block.clone()]);
+        let hidden = self.hidden(&mut [SequenceStep {
+            tokens: &tokens[block],
+            cache: &mut pass.cache,
+        }])?;
+        if targets.iter().all(Option::is_none) {
+            pass.losses.extend(std::iter::repeat_n(None, targets.len()));
+            return Ok(last);
+        }
+        let hidden = self.normalize(&hidden, &self.layout.final_norm)?;
+        // Rows without a target are computed with those that have one, and left out.
+        let present: Vec<u32> = targets.iter().map(|target| target.unwrap_or(0)).collect();
+        let head = self.weight(self.layout.head.weight);
+        let found = log_probabilities(&hidden, head, self.head_bias()?, &present)?;
+        let found = found.into_iter().zip(targets);
+        pass.losses.extend(found.map(|(value, target)| target.map(|_| -value)));
+        Ok(last)
     }
 
     /// The logits after each of the new `tokens` of one sequence, `[tokens, vocabulary]` f32; `cache` is extended by them.

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::config::from_settings;
-use crate::decoder::WeightType;
+use crate::decoder::{WeightType, next_tokens};
 use candle_core::Device;
 use serde_json::{Value, json};
 
@@ -163,7 +163,9 @@ fn scores_are_log_probabilities_of_the_logits() {
             );
         }
         assert_eq!(decoder.score(&tokens[..1]).unwrap(), [None]);
-        assert!(matches!(decoder.score_unless(&tokens, &|| true), Err(Error::Cancelled)));
+        let targets = next_tokens(&tokens);
+        let cancelled = decoder.losses_unless(&tokens, &targets, &|| true);
+        assert!(matches!(cancelled, Err(Error::Cancelled)));
     }
 }
 
