@@ -5,6 +5,7 @@
 //! `BENCH_LLAMA_CPP_PYTHON` one with llama-cpp-python; arguments name the subjects that are measured (default all).
 #![allow(clippy::unwrap_used)] // A benchmark that cannot measure has nothing better to do than to stop.
 
+mod conversion;
 mod direct;
 mod durability;
 mod generation;
@@ -45,6 +46,7 @@ fn main() {
         ("training", training::measurements),
         ("growth", training::growth),
         ("parts", parts::measurements),
+        ("conversion", conversion::measurements),
         ("durability", durability::measurements),
         ("scan", scan::measurements),
         ("gradients", scan::gradients),

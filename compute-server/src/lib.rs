@@ -15,6 +15,7 @@ mod chunks;
 mod commit_log;
 mod config;
 mod connections;
+mod convert;
 mod cuda_program;
 mod data_folder;
 mod devices;
@@ -38,6 +39,7 @@ mod tokenizers;
 mod transactions;
 
 pub use config::{Arguments, Bytes, Command, Config, ConfigError, Limits, LogLimits, Options, Tls};
+pub use convert::{ConvertOptions, convert};
 pub use cuda_program::hand_over;
 pub use error::{Error, Result};
 pub use logging::start as start_logging;

@@ -10,10 +10,18 @@ use compute_server::{Arguments, Command, Config, Listening};
 use rustix::process::{Resource, getrlimit, setrlimit};
 
 fn main() -> ExitCode {
-    allocator::keep_pages();
     raise_file_limit();
-    let Command::Serve(options) = Arguments::parse().command;
+    let options = match Arguments::parse().command {
+        Command::Serve(options) => options,
+        Command::Convert(options) => {
+            return match compute_server::convert(&options) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => fail(&error, 1),
+            };
+        }
+    };
     compute_server::hand_over();
+    allocator::keep_pages();
     let config = match Config::resolve(*options) {
         Ok(config) => config,
         Err(error) => return fail(&error, 2),

@@ -87,7 +87,15 @@ pub(crate) fn locate(models_dir: &Path, path: &Path) -> Result<PathBuf> {
             "source {shown} leads outside the models folder"
         )));
     }
-    refuse_links_outside(&root, &found, path)?;
+    // A file of weights has its configuration and tokenizer beside it.
+    let folder = if found.is_dir() {
+        Some(found.as_path())
+    } else {
+        found.parent()
+    };
+    if let Some(folder) = folder.filter(|_| !is_gguf(&found)) {
+        refuse_links_outside(&root, folder, path)?;
+    }
     Ok(found)
 }
 
@@ -167,20 +175,9 @@ fn digest(path: &Path) -> std::io::Result<String> {
 
     use sha2::{Digest as _, Sha256};
 
-    const READ: [&str; 7] = ["safetensors", "gguf", "json", "txt", "bpe", "jinja", "model"];
-    let mut files = match path.is_dir() {
-        true => std::fs::read_dir(path)?
-            .map(|entry| Ok(entry?.path()))
-            .collect::<std::io::Result<Vec<_>>>()?,
-        false => vec![path.to_owned()],
-    };
-    files.retain(|file| {
-        file.is_file()
-            && file
-                .extension()
-                .is_some_and(|found| READ.iter().any(|&read| found == read))
-    });
+    let mut files = files_of(path)?;
     files.sort();
+    files.dedup();
     let mut digest = Sha256::new();
     let mut piece = vec![0; 1 << 20];
     for path in files {
@@ -199,21 +196,63 @@ fn digest(path: &Path) -> std::io::Result<String> {
     Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-/// Bytes of the files at `path`, followed through one level of folder: what loading them will hold at least.
-pub(crate) fn size(path: &Path) -> u64 {
-    let length = |path: &Path| std::fs::metadata(path).map_or(0, |data| if data.is_file() { data.len() } else { 0 });
-    let is_weights = |path: &Path| {
-        path.extension()
-            .is_some_and(|extension| extension == "safetensors" || extension == "gguf")
-    };
-    match std::fs::read_dir(path) {
-        Ok(entries) => entries
-            .filter_map(|entry| Some(entry.ok()?.path()))
-            .filter(|path| is_weights(path))
-            .map(|path| length(&path))
-            .sum(),
-        Err(_) => length(path),
+/// The files at `path` that a model is loaded from.
+fn files_of(path: &Path) -> std::io::Result<Vec<PathBuf>> {
+    const READ: [&str; 7] = ["safetensors", "gguf", "json", "txt", "bpe", "jinja", "model"];
+    // What is read of the folder that a file of weights lies in, whatever else is there.
+    const BESIDE: [&str; 11] = [
+        "added_tokens.json",
+        "chat_template.jinja",
+        "config.json",
+        "encoder.json",
+        "generation_config.json",
+        "merges.txt",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.bpe",
+        "vocab.json",
+    ];
+    if is_gguf(path) {
+        return Ok(vec![path.to_owned()]);
     }
+    let mut files = Vec::new();
+    if path.is_dir() {
+        for entry in std::fs::read_dir(path)? {
+            let file = entry?.path();
+            let extension = file.extension();
+            if extension.is_some_and(|found| READ.iter().any(|&read| found == read)) {
+                files.push(file);
+            }
+        }
+    } else {
+        files.extend(BESIDE.map(|name| path.with_file_name(name)));
+    }
+    // A manifest that cannot be read is reported by the loader.
+    files.extend(candle_models::formats::weight_files(path).unwrap_or_default());
+    files.retain(|file| file.is_file());
+    Ok(files)
+}
+
+/// Whether a path is a file that is read alone.
+fn is_gguf(path: &Path) -> bool {
+    !path.is_dir() && !candle_models::formats::has_documents_beside(path)
+}
+
+/// Bytes of the files of weights at `path`: what loading them will hold at least, compressed ones apart.
+pub(crate) fn size(path: &Path) -> u64 {
+    let length = |path: &PathBuf| std::fs::metadata(path).map_or(0, |data| if data.is_file() { data.len() } else { 0 });
+    if is_gguf(path) {
+        return length(&path.to_owned());
+    }
+    // A checkpoint has more than a model's weights.
+    let mut files = candle_models::formats::weight_files(path).unwrap_or_default();
+    let entries = std::fs::read_dir(path).into_iter().flatten();
+    let entries = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    files.extend(entries.filter(|path| path.extension().is_some_and(|extension| extension == "safetensors")));
+    files.sort();
+    files.dedup();
+    files.iter().map(length).sum()
 }
 
 #[cfg(test)]
@@ -257,6 +296,28 @@ mod tests {
         let third = digest(path).unwrap();
         assert!(first != second && second != third);
         assert_ne!(digest(&path.join("other.json")).unwrap(), second);
+    }
+
+    #[test]
+    fn a_digest_covers_the_files_of_a_manifest_and_what_lies_beside_weights() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path();
+        std::fs::create_dir(path.join("shards")).unwrap();
+        let line = r#"{"name": "t", "dtype": "F32", "shape": [1], "file": "shards/a.bin", "byte_range": [0, 4],
+            "sha256": "00"}"#;
+        std::fs::write(path.join("model.jsonl"), line.replace('\n', "")).unwrap();
+        std::fs::write(path.join("shards/a.bin"), [0; 4]).unwrap();
+        for source in [path.to_owned(), path.join("model.jsonl")] {
+            let first = digest(&source).unwrap();
+            std::fs::write(path.join("other.npz"), "not read").unwrap();
+            assert_eq!(digest(&source).unwrap(), first);
+            std::fs::write(path.join("shards/a.bin"), [1; 4]).unwrap();
+            let second = digest(&source).unwrap();
+            std::fs::write(path.join("config.json"), "{}").unwrap();
+            assert!(first != second && digest(&source).unwrap() != second);
+            std::fs::remove_file(path.join("config.json")).unwrap();
+        }
+        assert!(size(path) > 4);
     }
 
     #[test]

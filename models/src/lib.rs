@@ -1,6 +1,6 @@
 //! The library under the compute server: configuration, the one decoder, tokenizers, weight formats, sampling, training.
 //!
-//! No network and no Postgres. A [`Model`] is loaded from a Hugging Face directory or a GGUF file, or made from a
+//! No network and no Postgres. A [`Model`] is loaded from files of any of the [`formats`], or made from a
 //! configuration; its [`Decoder`] runs forward over cached sequences and its weights can be trained.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -9,6 +9,7 @@ pub mod chat_template;
 pub mod completion;
 pub mod config;
 pub mod constraint;
+pub mod convert;
 pub mod decoder;
 mod deep_stack;
 pub mod error;
@@ -16,6 +17,7 @@ pub mod experts;
 pub mod formats;
 pub mod gpu;
 pub mod model;
+mod opened;
 pub mod ops;
 pub mod pooling;
 pub mod sampling;

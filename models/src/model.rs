@@ -10,7 +10,8 @@ use crate::chat_template::ChatTemplate;
 use crate::config::{self, DecoderConfig, GgufTensorFacts, TRAINING_FIELDS};
 use crate::decoder::{Decoder, WeightType, load_decoder};
 use crate::error::{Error, Result};
-use crate::formats::{GgufModel, TensorData, TensorSource, TextAssets, open_gguf, open_hugging_face};
+use crate::formats::{GgufModel, TensorData, TensorSource};
+use crate::opened::OpenedModel;
 use crate::tokenizer::Tokenizer;
 
 /// How a model is loaded or made.
@@ -69,33 +70,24 @@ const OVERRIDABLE: &[&str] = &[
 ];
 
 impl Model {
-    /// Loads a Hugging Face directory or a GGUF file.
+    /// Loads a Hugging Face directory, a GGUF file, or another file of weights with its configuration.
     ///
     /// Fails with [`Error::NotFound`] when there is no such file, [`Error::InvalidFile`] for damaged files and for
     /// weights that contradict the configuration, [`Error::InvalidConfig`] for impossible configurations and overrides,
     /// [`Error::Unsupported`] for unknown architectures, [`Error::ResourceExhausted`] when the memory is too small.
     pub fn load(path: &Path, options: &LoadOptions) -> Result<Self> {
-        let (stored, source, text): (DecoderConfig, Box<dyn TensorSource>, TextAssets) = match path.is_dir() {
-            true => {
-                let source = open_hugging_face(path)?;
-                let stored = config::from_hugging_face(source.config())?;
-                let text = source.text_assets()?;
-                (stored, Box::new(source), text)
-            }
-            false => {
-                let source = open_gguf(path)?;
-                let stored = config::from_gguf(source.metadata(), &gguf_tensor_facts(&source)?)?;
-                let text = source.text_assets()?;
-                (stored, Box::new(source), text)
-            }
-        };
+        let OpenedModel {
+            config: stored,
+            files,
+            text,
+        } = OpenedModel::open(path)?;
         let (decoder_config, settings) = override_settings(&stored, &options.config)?;
         if let Some(tokenizer) = &text.tokenizer {
             check_tokenizer(&decoder_config, tokenizer)?;
         }
         let decoder = load_decoder(
             decoder_config,
-            source.as_ref(),
+            files.source(),
             &options.device,
             requested_type(options)?,
         )?;
@@ -189,7 +181,7 @@ fn check_tokenizer(config: &DecoderConfig, tokenizer: &Tokenizer) -> Result<()> 
 }
 
 /// What of the configuration a GGUF file tells by which tensors it holds. Names are transformers' already.
-fn gguf_tensor_facts(source: &GgufModel) -> Result<GgufTensorFacts> {
+pub(crate) fn gguf_tensor_facts(source: &GgufModel) -> Result<GgufTensorFacts> {
     const EMBEDDINGS: [&str; 3] = [
         "model.embed_tokens.weight",
         "transformer.wte.weight",

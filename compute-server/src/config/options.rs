@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use serde::Deserialize;
 
 use super::Bytes;
+use crate::convert::ConvertOptions;
 
 /// Serves models over gRPC (candle.compute.v1) and HTTP (OpenAI's API): inference, training, checkpoints, transactions.
 #[derive(Debug, Parser)]
@@ -35,6 +36,12 @@ pub enum Command {
     /// environment, the environment over the file, the file over the default. Once ready, the server prints one line
     /// on standard output: `listening grpc=ADDRESS http=ADDRESS`. Logs go to standard error.
     Serve(Box<Options>),
+
+    /// Converts a model from one format of files to another, one tensor at a time.
+    ///
+    /// The source is checked before anything is written. The target is written aside and renamed: it is there whole or not
+    /// at all, and nothing is overwritten.
+    Convert(ConvertOptions),
 }
 
 /// Options of `serve`.

@@ -12,5 +12,6 @@ mod server;
 
 pub(crate) use gather::gather;
 pub(crate) use model::ModelMetrics;
+pub(crate) use process::most_resident_bytes;
 pub(crate) use samples::samples;
 pub(crate) use server::ServerMetrics;

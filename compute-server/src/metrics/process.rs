@@ -4,8 +4,17 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Bytes of memory that the process has in RAM; none where Linux does not tell.
 pub(super) fn resident_bytes() -> Option<u64> {
+    status("VmRSS:")
+}
+
+/// The most that it has had there at once.
+pub(crate) fn most_resident_bytes() -> Option<u64> {
+    status("VmHWM:")
+}
+
+fn status(field: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(field))?;
     let kibibytes: u64 = line.trim().strip_suffix(" kB")?.trim().parse().ok()?;
     Some(kibibytes * 1024)
 }

@@ -24,17 +24,25 @@ pub fn load_decoder(
     device: &Device,
     kind: Option<WeightType>,
 ) -> Result<Decoder> {
-    config.validate()?;
-    let parameters = Decoder::parameters_of(&config);
-    for info in &parameters {
-        check_stored(info, source)?;
-    }
-    refuse_unknown(&config, &parameters, source)?;
+    let parameters = check_source(&config, source)?;
     check_memory(
         "the model",
         parameters.iter().map(|info| held_bytes(info, source, kind)).sum(),
     )?;
     Decoder::build(config, device, kind, |info| as_held(info, source.load(&info.name)?))
+}
+
+/// The parameters of a configuration, once `source` is known to have each in its shape, and no others.
+///
+/// Fails with [`Error::InvalidFile`], naming the tensor.
+pub(crate) fn check_source(config: &DecoderConfig, source: &dyn TensorSource) -> Result<Vec<ParameterInfo>> {
+    config.validate()?;
+    let parameters = Decoder::parameters_of(config);
+    for info in &parameters {
+        check_stored(info, source)?;
+    }
+    refuse_unknown(config, &parameters, source)?;
+    Ok(parameters)
 }
 
 fn check_stored(info: &ParameterInfo, source: &dyn TensorSource) -> Result<()> {

@@ -23,6 +23,7 @@ pub use layout::{
     FeedForward, Layer, Layout, LowRank, NormParameters, ParameterId, ParameterInfo, ParameterRole, Projection,
     QueryKeyValue,
 };
+pub(crate) use load::check_source;
 pub use load::load_decoder;
 pub use memory::check_memory;
 pub use names::ignored_tensor;

@@ -1,153 +1,111 @@
-//! A Hugging Face directory: `config.json`, safetensors whole or in shards, tokenizer files, chat template.
+//! A Hugging Face directory: `config.json`, weights, tokenizer files, chat template; or a file of weights that has them
+//! beside it, or within.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Component, Path, PathBuf};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use super::files::{invalid, read_json, read_text};
-use super::safetensors::SafetensorsFile;
+use super::documents::Documents;
+use super::files::invalid;
+use super::locating::{carrier, open_directory, open_file};
 use super::source::{Orientation, StoredTensor, TensorData, TensorSource, TextAssets};
+use super::values::FloatType;
+use super::weight_file::{StoredType, TensorInfo, WeightFile};
 use crate::chat_template::ChatTemplate;
 use crate::config::Architecture;
-use crate::decoder::name_of_stored;
+use crate::decoder::{WeightType, name_of_stored};
 use crate::error::{Error, Result};
-use crate::tokenizer::Tokenizer;
 
-const WEIGHTS: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
-/// Most shards of a model.
-const MAX_SHARDS: usize = 4096;
-
-/// An open Hugging Face directory; all headers have been read and checked.
+/// Open weights with their documents; all headers have been read and checked.
 #[derive(Debug)]
 pub struct HuggingFaceModel {
-    directory: PathBuf,
+    path: PathBuf,
+    documents: Documents,
     config: Map<String, Value>,
-    shards: Vec<SafetensorsFile>,
-    /// Name to shard, and the name within it.
-    tensors: BTreeMap<String, (usize, String)>,
+    files: Vec<Box<dyn WeightFile>>,
+    tensors: BTreeMap<String, Located>,
 }
 
-/// Opens a directory and checks configuration, index and the headers of all shards.
+/// Where a tensor is.
+#[derive(Debug)]
+struct Located {
+    file: usize,
+    /// Its name there.
+    stored: String,
+    info: TensorInfo,
+}
+
+/// Opens a directory, or a file of weights (safetensors, manifest, `.npz`, `.bin`), and checks configuration, index and
+/// the headers of all shards.
 ///
 /// # Errors
-/// `NotFound` if there is no such directory; `InvalidFile` for a missing or damaged file; `Unsupported` for weights that
-/// are not safetensors in f32, f16 or bf16.
-pub fn open_hugging_face(directory: &Path) -> Result<HuggingFaceModel> {
-    if !directory.is_dir() {
-        return Err(Error::NotFound(format!(
-            "there is no directory {}",
-            directory.display()
-        )));
-    }
-    let config = read_object(&directory.join("config.json"))?.ok_or_else(|| {
-        invalid(
-            directory,
-            "config.json is missing: this is no Hugging Face model directory",
-        )
-    })?;
-    let shards = open_shards(directory)?;
+/// `NotFound` if there is no such path; `InvalidFile` for a missing or damaged file; `Unsupported` for weights that
+/// are not f32, f16 or bf16.
+pub fn open_hugging_face(path: &Path) -> Result<HuggingFaceModel> {
+    let (documents, files) = match path.is_dir() {
+        true => open_folder(path)?,
+        false => {
+            let (documents, file) = open_file(path)?;
+            (documents, vec![file])
+        }
+    };
+    let config = config_of(path, &documents)?;
     let model_type = config.get("model_type").and_then(Value::as_str).unwrap_or_default();
     let mut tensors = BTreeMap::new();
-    for (index, shard) in shards.iter().enumerate() {
-        for (stored, entry) in &shard.entries {
+    for (index, file) in files.iter().enumerate() {
+        for (stored, info) in file.tensors() {
             if is_buffer(stored) {
                 continue;
             }
-            entry.float_dtype(&shard.path, stored)?;
+            info.check_type(file.path(), stored)?;
             let name = transformers_name(model_type, stored);
-            if tensors.insert(name.clone(), (index, stored.clone())).is_some() {
+            let located = Located {
+                file: index,
+                stored: stored.to_owned(),
+                info,
+            };
+            if tensors.insert(name.clone(), located).is_some() {
                 return Err(invalid(
-                    &shard.path,
+                    file.path(),
                     format!("tensor {name} is there twice, here and in another shard or name"),
                 ));
             }
         }
     }
     Ok(HuggingFaceModel {
-        directory: directory.to_owned(),
+        path: path.to_owned(),
+        documents,
         config,
-        shards,
+        files,
         tensors,
     })
 }
 
-fn read_object(path: &Path) -> Result<Option<Map<String, Value>>> {
-    match read_json(path)? {
-        None => Ok(None),
-        Some(Value::Object(object)) => Ok(Some(object)),
-        Some(_) => Err(invalid(path, "it is not a JSON object")),
+/// The weights of a folder; without a configuration, whatever they are, they are no model.
+fn open_folder(path: &Path) -> Result<(Documents, Vec<Box<dyn WeightFile>>)> {
+    let documents = Documents::in_folder(path);
+    match (config_of(path, &documents), carrier(path)) {
+        (Err(Error::InvalidFile { .. }), Some(carrier)) if !path.join("config.json").exists() => {
+            let (documents, file) = open_file(&carrier)?;
+            Ok((documents, vec![file]))
+        }
+        (config, _) => {
+            config?;
+            let files = open_directory(path, &documents)?;
+            Ok((documents, files))
+        }
     }
 }
 
-fn open_shards(directory: &Path) -> Result<Vec<SafetensorsFile>> {
-    let single = directory.join(WEIGHTS);
-    if single.exists() {
-        return Ok(vec![SafetensorsFile::open(&single)?]);
-    }
-    let index_path = directory.join(INDEX);
-    let Some(index) = read_object(&index_path)? else {
-        if directory.join("pytorch_model.bin").exists() || directory.join("pytorch_model.bin.index.json").exists() {
-            let directory = directory.display();
-            return Err(Error::Unsupported(format!(
-                "{directory} has its weights in pytorch_model.bin; save them as safetensors"
-            )));
-        }
-        return Err(invalid(directory, format!("neither {WEIGHTS} nor {INDEX} is there")));
-    };
-    let Some(Value::Object(weight_map)) = index.get("weight_map") else {
-        return Err(invalid(&index_path, "weight_map is missing or no object"));
-    };
-    let mut files = BTreeSet::new();
-    for (tensor, file) in weight_map {
-        let file = file
-            .as_str()
-            .ok_or_else(|| invalid(&index_path, format!("the shard of {tensor} is no text")))?;
-        check_shard_name(&index_path, tensor, file)?;
-        files.insert(file);
-    }
-    if files.len() > MAX_SHARDS {
-        return Err(invalid(
-            &index_path,
-            format!("it names {} shards; at most {MAX_SHARDS} are read", files.len()),
-        ));
-    }
-    let shards: BTreeMap<&str, SafetensorsFile> = files
-        .into_iter()
-        .map(|file| match SafetensorsFile::open(&directory.join(file)) {
-            Err(Error::NotFound(_)) => Err(invalid(&index_path, format!("shard {file} is missing"))),
-            opened => Ok((file, opened?)),
-        })
-        .collect::<Result<_>>()?;
-    for (tensor, file) in weight_map {
-        let shard = file.as_str().and_then(|file| shards.get(file));
-        if !shard.is_some_and(|shard| shard.entries.contains_key(tensor)) {
-            return Err(invalid(
-                &index_path,
-                format!("tensor {tensor} is not in its shard {file}"),
-            ));
-        }
-    }
-    Ok(shards.into_values().collect())
-}
-
-/// A shard is a file of the directory itself: no path leads out of it.
-fn check_shard_name(index_path: &Path, tensor: &str, file: &str) -> Result<()> {
-    let mut components = Path::new(file).components();
-    let plain = matches!(
-        (components.next(), components.next()),
-        (Some(Component::Normal(_)), None)
-    );
-    if plain && !file.contains(['\\', '\0']) && !file.ends_with('/') {
-        return Ok(());
-    }
-    let shown: String = file.chars().take(200).collect();
-    Err(invalid(
-        index_path,
-        format!("the shard of {tensor} is {shown:?}, which is not the name of a file in this directory"),
-    ))
+fn config_of(path: &Path, documents: &Documents) -> Result<Map<String, Value>> {
+    documents.object("config.json")?.ok_or_else(|| {
+        invalid(
+            path,
+            "config.json is missing: this is no Hugging Face model directory, nor are these weights in one",
+        )
+    })
 }
 
 /// Tables that old exports carry along: GPT-2's causal masks and rotary frequencies. They are no weights.
@@ -188,9 +146,12 @@ impl HuggingFaceModel {
         &self.config
     }
 
-    /// The directory.
-    pub fn directory(&self) -> &Path {
-        &self.directory
+    /// A document that belongs to the weights, such as `tokenizer_config.json`; `None` if it is absent.
+    ///
+    /// # Errors
+    /// `InvalidFile` if it is too long or not UTF-8.
+    pub fn document(&self, name: &str) -> Result<Option<String>> {
+        self.documents.text(name)
     }
 
     /// Tokenizer, chat template and end tokens.
@@ -198,9 +159,9 @@ impl HuggingFaceModel {
     /// # Errors
     /// `InvalidFile` or `Unsupported` for a tokenizer or template that cannot be used.
     pub fn text_assets(&self) -> Result<TextAssets> {
-        let tokenizer = Tokenizer::from_files(&self.directory)?.map(Arc::new);
-        let tokenizer_config = read_object(&self.directory.join("tokenizer_config.json"))?.unwrap_or_default();
-        let template = match read_text(&self.directory.join("chat_template.jinja"))? {
+        let tokenizer = self.documents.tokenizer()?.map(Arc::new);
+        let tokenizer_config = self.documents.object("tokenizer_config.json")?.unwrap_or_default();
+        let template = match self.documents.text("chat_template.jinja")? {
             Some(source) => Some(source),
             None => self.template_of(&tokenizer_config)?,
         };
@@ -236,7 +197,7 @@ impl HuggingFaceModel {
                 Ok(default.and_then(|template| text(template, "template")))
             }
             Some(_) => {
-                let path = self.directory.join("tokenizer_config.json");
+                let path = self.documents.path("tokenizer_config.json");
                 Err(invalid(
                     &path,
                     "chat_template is neither a text nor a list of named ones",
@@ -247,8 +208,8 @@ impl HuggingFaceModel {
 
     /// `eos_token_id`, a number or a list, of generation_config.json, else of config.json.
     fn end_tokens(&self) -> Result<Vec<u32>> {
-        let path = self.directory.join("generation_config.json");
-        let generation = read_object(&path)?.unwrap_or_default();
+        let path = self.documents.path("generation_config.json");
+        let generation = self.documents.object("generation_config.json")?.unwrap_or_default();
         let of = |config: &Map<String, Value>, path: &Path| -> Result<Vec<u32>> {
             let values = match config.get("eos_token_id") {
                 None | Some(Value::Null) => return Ok(Vec::new()),
@@ -264,7 +225,7 @@ impl HuggingFaceModel {
         };
         let ids = of(&generation, &path)?;
         if ids.is_empty() {
-            of(&self.config, &self.directory.join("config.json"))
+            of(&self.config, &self.documents.path("config.json"))
         } else {
             Ok(ids)
         }
@@ -279,7 +240,7 @@ fn special_token<'a>(tokenizer_config: &'a Map<String, Value>, key: &str) -> Opt
 
 impl TensorSource for HuggingFaceModel {
     fn path(&self) -> &Path {
-        &self.directory
+        &self.path
     }
 
     fn names(&self) -> Vec<&str> {
@@ -287,12 +248,7 @@ impl TensorSource for HuggingFaceModel {
     }
 
     fn shape(&self, name: &str) -> Option<&[usize]> {
-        let (shard, stored) = self.tensors.get(name)?;
-        self.shards
-            .get(*shard)?
-            .entries
-            .get(stored)
-            .map(|entry| entry.shape.as_slice())
+        self.tensors.get(name).map(|located| located.info.shape.as_slice())
     }
 
     fn orientation(&self) -> Orientation {
@@ -300,17 +256,26 @@ impl TensorSource for HuggingFaceModel {
     }
 
     fn bytes(&self, name: &str) -> u64 {
-        let entry = self
-            .tensors
-            .get(name)
-            .and_then(|(shard, stored)| self.shards.get(*shard)?.entries.get(stored));
-        entry.map_or(0, super::safetensors::Entry::bytes)
+        self.tensors.get(name).map_or(0, |located| located.info.bytes)
+    }
+
+    fn stored_type(&self, name: &str) -> Option<WeightType> {
+        match self.tensors.get(name)?.info.dtype {
+            StoredType::Float(FloatType::F16) => Some(WeightType::F16),
+            StoredType::Float(FloatType::Bf16) => Some(WeightType::Bf16),
+            StoredType::Float(FloatType::F32 | FloatType::F64) => Some(WeightType::F32),
+            StoredType::Other(_) => None,
+        }
     }
 
     fn load(&self, name: &str) -> Result<StoredTensor> {
-        let missing = || Error::NotFound(format!("there is no tensor {name} in {}", self.directory.display()));
-        let (shard, stored) = self.tensors.get(name).ok_or_else(missing)?;
-        let tensor = self.shards.get(*shard).ok_or_else(missing)?.load(stored)?;
+        let missing = || Error::NotFound(format!("there is no tensor {name} in {}", self.path.display()));
+        let located = self.tensors.get(name).ok_or_else(missing)?;
+        let tensor = self
+            .files
+            .get(located.file)
+            .ok_or_else(missing)?
+            .load(&located.stored)?;
         Ok(StoredTensor {
             data: TensorData::Dense(tensor),
             orientation: Orientation::AsTransformers,

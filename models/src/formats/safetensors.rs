@@ -10,7 +10,8 @@ use serde::de::{Error as _, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use super::files::{invalid, io_error, open};
-use super::values::{ByteRange, read_dense};
+use super::values::{ByteRange, FloatType, read_dense};
+use super::weight_file::{StoredType, TensorInfo, WeightFile};
 use crate::error::{Error, Result};
 
 /// Longest header read, in bytes; the reference implementation has the same limit.
@@ -27,12 +28,22 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
-    pub(super) fn bytes(&self) -> u64 {
-        self.range.length as u64
+    fn info(&self) -> TensorInfo {
+        let dtype = match self.dtype.as_str() {
+            "F32" => StoredType::Float(FloatType::F32),
+            "F16" => StoredType::Float(FloatType::F16),
+            "BF16" => StoredType::Float(FloatType::Bf16),
+            other => StoredType::Other(other.to_owned()),
+        };
+        TensorInfo {
+            dtype,
+            shape: self.shape.clone(),
+            bytes: self.range.length as u64,
+        }
     }
 
     /// The dtype, if weights may have it.
-    pub(super) fn float_dtype(&self, path: &Path, name: &str) -> Result<DType> {
+    fn float_dtype(&self, path: &Path, name: &str) -> Result<DType> {
         match self.dtype.as_str() {
             "F32" => Ok(DType::F32),
             "F16" => Ok(DType::F16),
@@ -48,7 +59,7 @@ impl Entry {
 /// An open safetensors file.
 #[derive(Debug)]
 pub(crate) struct SafetensorsFile {
-    pub(super) path: PathBuf,
+    path: PathBuf,
     file: File,
     pub(crate) entries: BTreeMap<String, Entry>,
 }
@@ -96,6 +107,23 @@ impl SafetensorsFile {
         let entry = self.entries.get(name).ok_or_else(missing)?;
         let dtype = entry.float_dtype(&self.path, name)?;
         read_dense(&self.file, &self.path, name, dtype, &entry.shape, entry.range)
+    }
+}
+
+impl WeightFile for SafetensorsFile {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn tensors(&self) -> Vec<(&str, TensorInfo)> {
+        self.entries
+            .iter()
+            .map(|(name, entry)| (name.as_str(), entry.info()))
+            .collect()
+    }
+
+    fn load(&self, name: &str) -> Result<Tensor> {
+        SafetensorsFile::load(self, name)
     }
 }
 

@@ -7,6 +7,7 @@ use candle_core::Tensor;
 use candle_core::quantized::QTensor;
 
 use crate::chat_template::ChatTemplate;
+use crate::decoder::WeightType;
 use crate::error::Result;
 use crate::tokenizer::Tokenizer;
 
@@ -64,6 +65,9 @@ pub trait TensorSource: std::fmt::Debug + Send + Sync {
 
     /// Bytes of a tensor in the file; 0 if there is no such tensor.
     fn bytes(&self, name: &str) -> u64;
+
+    /// How a tensor's elements are held once it is read; `None` if there is no such tensor.
+    fn stored_type(&self, name: &str) -> Option<WeightType>;
 
     /// Reads a tensor.
     ///

@@ -18,6 +18,35 @@ pub(super) struct ByteRange {
     pub(super) length: usize,
 }
 
+/// A floating-point type of stored weights, little-endian.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum FloatType {
+    F16,
+    Bf16,
+    F32,
+    /// Becomes f32 when it is read.
+    F64,
+}
+
+impl FloatType {
+    /// Bytes of an element.
+    pub(super) fn size(self) -> usize {
+        match self {
+            Self::F16 | Self::Bf16 => 2,
+            Self::F32 => 4,
+            Self::F64 => 8,
+        }
+    }
+}
+
+/// Bytes of the elements of a shape; `None` if there are impossibly many.
+pub(super) fn byte_length(shape: &[usize], element_bytes: usize) -> Option<u64> {
+    let bytes = shape
+        .iter()
+        .try_fold(element_bytes as u64, |product, &size| product.checked_mul(size as u64))?;
+    (bytes < 1 << 48).then_some(bytes)
+}
+
 /// Reads a dense tensor and refuses values that are not finite.
 pub(super) fn read_dense(
     file: &File,
@@ -27,29 +56,43 @@ pub(super) fn read_dense(
     shape: &[usize],
     range: ByteRange,
 ) -> Result<Tensor> {
-    match dtype {
-        DType::F16 => dense(
-            read_values::<f16>(file, path, range)?,
-            f16::is_finite,
-            path,
-            name,
-            shape,
-        ),
-        DType::BF16 => dense(
-            read_values::<bf16>(file, path, range)?,
-            bf16::is_finite,
-            path,
-            name,
-            shape,
-        ),
-        _ => dense(
-            read_values::<f32>(file, path, range)?,
-            f32::is_finite,
-            path,
-            name,
-            shape,
-        ),
+    let kind = match dtype {
+        DType::F16 => FloatType::F16,
+        DType::BF16 => FloatType::Bf16,
+        _ => FloatType::F32,
+    };
+    read_floats(kind, shape, path, name, |buffer| {
+        file.read_exact_at(buffer, range.start)
+            .map_err(|error| io_error(path, error))
+    })
+}
+
+/// A tensor whose bytes, little-endian and row-major, `fill` provides; refuses values that are not finite as f32, or as
+/// the half type that they are stored in.
+pub(super) fn read_floats(
+    kind: FloatType,
+    shape: &[usize],
+    path: &Path,
+    name: &str,
+    fill: impl FnOnce(&mut [u8]) -> Result<()>,
+) -> Result<Tensor> {
+    let elements = shape.iter().product();
+    match kind {
+        FloatType::F16 => dense(filled::<f16>(elements, fill)?, f16::is_finite, path, name, shape),
+        FloatType::Bf16 => dense(filled::<bf16>(elements, fill)?, bf16::is_finite, path, name, shape),
+        FloatType::F32 => dense(filled::<f32>(elements, fill)?, f32::is_finite, path, name, shape),
+        FloatType::F64 => {
+            let values = filled::<f64>(elements, fill)?.into_iter().map(|value| value as f32);
+            dense(values.collect(), f32::is_finite, path, name, shape)
+        }
     }
+}
+
+/// Numbers in their own memory. Files are little-endian, and so is every machine candle runs on.
+fn filled<T: Pod>(elements: usize, fill: impl FnOnce(&mut [u8]) -> Result<()>) -> Result<Vec<T>> {
+    let mut values = vec![T::zeroed(); elements];
+    fill(bytemuck::cast_slice_mut(&mut values))?;
+    Ok(values)
 }
 
 fn dense<T: WithDType>(

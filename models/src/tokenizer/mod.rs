@@ -11,5 +11,7 @@ mod train;
 mod wrapper;
 
 pub use document::{Document, DocumentText, Documents};
+pub(crate) use pre_tokenizer::byte_level_family;
+pub(crate) use token_bytes::fallback_byte as byte_of_token;
 pub use train::END_OF_TEXT;
 pub use wrapper::Tokenizer;

@@ -1,5 +1,6 @@
 //! How the byte-level tokenizer families split a text into words before merging.
 
+use serde_json::Value;
 use tokenizers::normalizers::NFC;
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -83,6 +84,40 @@ impl Family {
     /// Whether a whole word of the vocabulary is taken without looking at merges.
     pub(super) fn ignores_merges(self) -> bool {
         self == Self::Llama3
+    }
+}
+
+/// The name in GGUF of the rules of a byte-level `tokenizer.json`, given its `normalizer`, `pre_tokenizer` and `model`;
+/// `None` if no family has them.
+pub(crate) fn byte_level_family(normalizer: &Value, pre_tokenizer: &Value, model: &Value) -> Option<&'static str> {
+    // One name of each family that llama.cpp knows; a family has several.
+    const NAMES: [(&str, Family); 4] = [
+        ("gpt-2", Family::Gpt2),
+        ("smollm", Family::SingleDigits),
+        ("llama-bpe", Family::Llama3),
+        ("qwen2", Family::Qwen2),
+    ];
+    let ignores_merges = model["ignore_merges"].as_bool() == Some(true);
+    let matches = |family: Family| {
+        let rules = serde_json::to_value(family.pre_tokenizer().ok()?).ok()?;
+        let before = serde_json::to_value(family.normalizer()).ok()?;
+        let same = comparable(&rules) == comparable(pre_tokenizer) && before == *normalizer;
+        (same && family.ignores_merges() == ignores_merges).then_some(())
+    };
+    NAMES
+        .into_iter()
+        .find_map(|(name, family)| matches(family).map(|()| name))
+}
+
+/// Rules without what does not change the tokens.
+fn comparable(rules: &Value) -> Value {
+    match rules {
+        Value::Object(fields) => {
+            let kept = fields.iter().filter(|(name, _)| name.as_str() != "trim_offsets");
+            Value::Object(kept.map(|(name, value)| (name.clone(), comparable(value))).collect())
+        }
+        Value::Array(rules) => Value::Array(rules.iter().map(comparable).collect()),
+        other => other.clone(),
     }
 }
 

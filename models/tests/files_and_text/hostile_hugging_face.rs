@@ -152,11 +152,8 @@ fn bad_directories_are_refused() {
         (vec![("config.json", b"[]".to_vec()), weights()], "not a JSON object"),
         (vec![("config.json", b"{".to_vec()), weights()], "not JSON"),
         (vec![("config.json", vec![0xff, 0xfe]), weights()], "not UTF-8"),
-        (vec![config()], "neither model.safetensors nor"),
-        (
-            vec![config(), ("pytorch_model.bin", vec![])],
-            "save them as safetensors",
-        ),
+        (vec![config()], "there are no weights: none of model.safetensors"),
+        (vec![config(), ("pytorch_model.bin", vec![])], "shorter than 4 bytes"),
         (vec![config(), index("[]")], "weight_map"),
         (vec![config(), index(r#"{"t":1}"#)], "no text"),
         (

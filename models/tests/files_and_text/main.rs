@@ -5,11 +5,15 @@
 mod chat_templates;
 mod completions;
 mod constraints;
+mod conversions;
+mod hostile_archives;
 mod hostile_gguf;
 mod hostile_hugging_face;
+mod hostile_manifests;
 mod quantized;
 mod sampling;
 mod tokenizers;
+mod weight_formats;
 
 use std::path::PathBuf;
 

@@ -16,5 +16,6 @@ mod soak;
 mod sql;
 mod train;
 mod transactions;
+mod weight_formats;
 mod workers;
 mod writes;

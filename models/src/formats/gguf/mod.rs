@@ -10,6 +10,6 @@ mod reader;
 mod rows;
 
 pub use metadata::GgufMetadata;
-#[cfg(test)]
 pub(crate) use metadata::MetadataValue;
 pub use model::{GgufModel, open_gguf};
+pub(crate) use names::gguf_name;

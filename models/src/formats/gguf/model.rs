@@ -15,6 +15,7 @@ use super::names::transformers_name;
 use super::reader::{GgufEntry, read_header};
 use super::rows::Reordered;
 use crate::chat_template::ChatTemplate;
+use crate::decoder::WeightType;
 use crate::error::{Error, Result};
 use crate::formats::files::{invalid, open};
 use crate::formats::source::{Orientation, StoredTensor, TensorData, TensorSource, TextAssets};
@@ -182,6 +183,15 @@ impl TensorSource for GgufModel {
 
     fn bytes(&self, name: &str) -> u64 {
         self.entries.get(name).map_or(0, |entry| entry.range.length as u64)
+    }
+
+    fn stored_type(&self, name: &str) -> Option<WeightType> {
+        Some(match self.entries.get(name)?.element_type {
+            ElementType::Dense(DType::F16) => WeightType::F16,
+            ElementType::Dense(DType::BF16) => WeightType::Bf16,
+            ElementType::Dense(_) => WeightType::F32,
+            ElementType::Quantized(dtype) => WeightType::Quantized(dtype),
+        })
     }
 
     fn load(&self, name: &str) -> Result<StoredTensor> {

@@ -1,4 +1,4 @@
-//! GGUF's tensor names to those of transformers.
+//! GGUF's tensor names to those of transformers, and back.
 
 /// The transformers name of a GGUF tensor; a name that the architecture's table does not hold stays as it is, and the
 /// model then reports it as unexpected.
@@ -22,6 +22,27 @@ fn with_suffix(table: &[(&str, &str)], name: &str) -> Option<String> {
     let (stem, suffix) = name.rsplit_once('.')?;
     let (_, renamed) = table.iter().find(|&&(known, _)| known == stem)?;
     matches!(suffix, "weight" | "bias").then(|| format!("{renamed}.{suffix}"))
+}
+
+/// The GGUF name of a tensor of transformers; `None` if the architecture's table does not hold it.
+pub(crate) fn gguf_name(architecture: &str, name: &str) -> Option<String> {
+    let (whole, layer_prefix, parts) = match architecture {
+        "gpt2" => (GPT2_WHOLE, "transformer.h.", GPT2_LAYER),
+        "gptneox" => (NEOX_WHOLE, "gpt_neox.layers.", NEOX_LAYER),
+        _ => (LLAMA_WHOLE, "model.layers.", LLAMA_LAYER),
+    };
+    let (stem, suffix) = name.rsplit_once('.')?;
+    let find = |table: &[(&'static str, &str)], stem: &str| {
+        let found = table.iter().find(|&&(_, renamed)| renamed == stem);
+        found.map(|&(known, _)| known)
+    };
+    match stem.strip_prefix(layer_prefix) {
+        Some(rest) => {
+            let (layer, part) = rest.split_once('.')?;
+            Some(format!("blk.{layer}.{}.{suffix}", find(parts, part)?))
+        }
+        None => Some(format!("{}.{suffix}", find(whole, stem)?)),
+    }
 }
 
 const GPT2_WHOLE: &[(&str, &str)] = &[
@@ -77,7 +98,7 @@ const LLAMA_LAYER: &[(&str, &str)] = &[
 
 #[cfg(test)]
 mod tests {
-    use super::transformers_name;
+    use super::{gguf_name, transformers_name};
 
     #[test]
     fn names_of_the_families() {
@@ -101,6 +122,8 @@ mod tests {
             ("llama", "", ""),
         ] {
             assert_eq!(transformers_name(architecture, name), expected);
+            let renamed = expected != name;
+            assert_eq!(gguf_name(architecture, expected), renamed.then(|| name.to_owned()));
         }
     }
 }

@@ -2,11 +2,43 @@
 
 use serde_json::{Map, Value, json};
 
+use crate::chat_template::ChatTemplate;
 use crate::config::{Architecture, DecoderConfig, Position, RotaryScaling};
+use crate::error::Result;
+use crate::tokenizer::Tokenizer;
+
+/// What transformers needs beside the weights of a model: each document's name and text.
+///
+/// Fails as [`Tokenizer::to_json`].
+pub(crate) fn documents(
+    config: &DecoderConfig,
+    end_tokens: &[u32],
+    tokenizer: Option<&Tokenizer>,
+    template: Option<&ChatTemplate>,
+) -> Result<Vec<(String, String)>> {
+    let json = |name: &str, value: Value| (name.to_owned(), format!("{value:#}"));
+    let mut documents = vec![
+        json("config.json", config_json(config, end_tokens)),
+        json("generation_config.json", generation_config_json(end_tokens)),
+    ];
+    if let Some(tokenizer) = tokenizer {
+        documents.push(("tokenizer.json".to_owned(), tokenizer.to_json()?));
+    }
+    if let Some(template) = template {
+        let mut tokenizer_config = json!({"chat_template": template.source()});
+        for (name, token) in [("bos_token", template.bos()), ("eos_token", template.eos())] {
+            if let Some(token) = token {
+                tokenizer_config[name] = json!(token);
+            }
+        }
+        documents.push(json("tokenizer_config.json", tokenizer_config));
+    }
+    Ok(documents)
+}
 
 /// transformers' description of a decoder. A combination that transformers has no words for (biases on some projections
 /// only, rotary factors from a GGUF file) is described as nearly as it can be: the manifest is what a restore reads.
-pub(super) fn config_json(config: &DecoderConfig, end_tokens: &[u32]) -> Value {
+fn config_json(config: &DecoderConfig, end_tokens: &[u32]) -> Value {
     let mut fields = match config.architecture {
         Architecture::Gpt2 => gpt2(config),
         Architecture::Llama => llama(config, "LlamaForCausalLM"),
@@ -26,7 +58,7 @@ pub(super) fn config_json(config: &DecoderConfig, end_tokens: &[u32]) -> Value {
 }
 
 /// transformers' defaults for generation.
-pub(super) fn generation_config_json(end_tokens: &[u32]) -> Value {
+fn generation_config_json(end_tokens: &[u32]) -> Value {
     json!({"eos_token_id": end_token_ids(end_tokens)})
 }
 

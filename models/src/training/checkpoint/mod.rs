@@ -23,6 +23,7 @@ mod load;
 mod manifest;
 mod save;
 
+pub(crate) use hugging_face::documents;
 pub use library::Library;
 pub use load::{Restored, load, load_adapter, read_manifest, verify};
 pub use manifest::{FileEntry, Manifest, TensorEntry};

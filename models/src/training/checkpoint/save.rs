@@ -178,28 +178,14 @@ fn write_all(
 
 /// Writes what transformers needs beside the weights of a model.
 fn write_descriptions(partial: &Path, model: &Model, manifest: &mut Manifest) -> Result<()> {
-    let end_tokens = &model.end_tokens;
-    let config = hugging_face::config_json(model.decoder.config(), end_tokens);
-    manifest.files.push(write_json(partial, "config.json", &config)?);
-    let generation = hugging_face::generation_config_json(end_tokens);
-    manifest
-        .files
-        .push(write_json(partial, "generation_config.json", &generation)?);
-    if let Some(tokenizer) = &model.tokenizer {
-        manifest
-            .files
-            .push(write_bytes(partial, "tokenizer.json", tokenizer.to_json()?.as_bytes())?);
-    }
-    if let Some(template) = &model.chat_template {
-        let mut tokenizer_config = json!({"chat_template": template.source()});
-        for (name, token) in [("bos_token", template.bos()), ("eos_token", template.eos())] {
-            if let Some(token) = token {
-                tokenizer_config[name] = json!(token);
-            }
-        }
-        manifest
-            .files
-            .push(write_json(partial, "tokenizer_config.json", &tokenizer_config)?);
+    let documents = hugging_face::documents(
+        model.decoder.config(),
+        &model.end_tokens,
+        model.tokenizer.as_deref(),
+        model.chat_template.as_deref(),
+    )?;
+    for (name, text) in documents {
+        manifest.files.push(write_bytes(partial, &name, text.as_bytes())?);
     }
     Ok(())
 }

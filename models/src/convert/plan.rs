@@ -1,0 +1,196 @@
+//! What a conversion will write, before it writes anything.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::quantized::GgmlDType;
+
+use super::gguf;
+use crate::decoder::{ParameterInfo, WeightType, check_source, stored_name};
+use crate::error::{Error, Result};
+use crate::formats::Orientation;
+use crate::opened::OpenedModel;
+
+/// A format that is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// A Hugging Face directory with safetensors, in shards with an index where there are several.
+    Safetensors,
+    /// A directory with a manifest `model.jsonl` and its shards.
+    Jsonl,
+    /// One `.npz` archive, with configuration and tokenizer within.
+    Npz,
+    /// One GGUF file, as llama.cpp reads it.
+    Gguf,
+}
+
+impl Format {
+    /// All formats.
+    pub const ALL: [Self; 4] = [Self::Safetensors, Self::Jsonl, Self::Npz, Self::Gguf];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Safetensors => "safetensors",
+            Self::Jsonl => "jsonl",
+            Self::Npz => "npz",
+            Self::Gguf => "gguf",
+        }
+    }
+
+    /// The format that a target's name asks for: `.gguf` and `.npz` are files, everything else is a Hugging Face directory.
+    pub fn of_target(target: &Path) -> Self {
+        match target.extension().and_then(|extension| extension.to_str()) {
+            Some("gguf") => Self::Gguf,
+            Some("npz") => Self::Npz,
+            _ => Self::Safetensors,
+        }
+    }
+
+    /// Whether a target is a folder.
+    pub(super) fn is_folder(self) -> bool {
+        matches!(self, Self::Safetensors | Self::Jsonl)
+    }
+}
+
+/// How a model is converted.
+#[derive(Debug, Clone)]
+pub struct ConversionOptions {
+    /// The format to write.
+    pub format: Format,
+    /// Type of the weights: f32, f16 or bf16, for GGUF also q8_0. Default: as stored, quantised ones as f32; for GGUF f16.
+    pub dtype: Option<WeightType>,
+    /// Most bytes of tensors in one shard of safetensors or of a manifest; a larger tensor has a shard to itself.
+    pub shard_bytes: u64,
+}
+
+/// A tensor to be written.
+#[derive(Debug, Clone)]
+pub struct PlannedTensor {
+    /// Its name in the target.
+    pub name: String,
+    /// Its shape in the target.
+    pub shape: Vec<usize>,
+    /// The type of its elements there.
+    pub dtype: WeightType,
+    /// Its bytes there.
+    pub bytes: u64,
+    pub(super) info: ParameterInfo,
+}
+
+/// A checked plan.
+#[derive(Debug)]
+pub struct Conversion {
+    pub(super) model: OpenedModel,
+    pub(super) source: PathBuf,
+    pub(super) options: ConversionOptions,
+    pub(super) tensors: Vec<PlannedTensor>,
+}
+
+impl Conversion {
+    /// Opens `source` and plans its conversion. All headers are read and checked, no weights.
+    ///
+    /// # Errors
+    /// As opening the model; `InvalidFile` for tensors that do not fit the configuration; `Unsupported` for a type or an
+    /// architecture that the format does not have.
+    pub fn plan(source: &Path, options: ConversionOptions) -> Result<Self> {
+        let model = OpenedModel::open(source)?;
+        let parameters = check_source(&model.config, model.files.source())?;
+        if options.format == Format::Gguf {
+            gguf::check_architecture(&model.config)?;
+        }
+        let mut conversion = Self {
+            model,
+            source: source.to_owned(),
+            options,
+            tensors: Vec::new(),
+        };
+        conversion.tensors = parameters
+            .into_iter()
+            .map(|info| conversion.plan_tensor(info))
+            .collect::<Result<_>>()?;
+        Ok(conversion)
+    }
+
+    /// The tensors in the order in which they are written.
+    pub fn tensors(&self) -> &[PlannedTensor] {
+        &self.tensors
+    }
+
+    /// Bytes of all tensors in the target.
+    pub fn bytes(&self) -> u64 {
+        self.tensors.iter().map(|tensor| tensor.bytes).sum()
+    }
+
+    /// The format that is written.
+    pub fn format(&self) -> Format {
+        self.options.format
+    }
+
+    fn plan_tensor(&self, info: ParameterInfo) -> Result<PlannedTensor> {
+        let dtype = match self.options.format {
+            Format::Gguf => self.gguf_type(&info)?,
+            _ => self.dense_type(&info)?,
+        };
+        let (name, shape) = match self.options.format {
+            Format::Gguf => (gguf::tensor_name(&self.model.config, &info.name)?, info.held_shape()),
+            _ => (
+                stored_name(self.model.config.architecture, &info.name),
+                info.shape.clone(),
+            ),
+        };
+        let elements = info.elements() as u64;
+        let bytes = match dtype {
+            WeightType::F32 => 4 * elements,
+            WeightType::F16 | WeightType::Bf16 => 2 * elements,
+            WeightType::Quantized(kind) => elements / kind.block_size() as u64 * kind.type_size() as u64,
+        };
+        Ok(PlannedTensor {
+            name,
+            shape,
+            dtype,
+            bytes,
+            info,
+        })
+    }
+
+    /// The type of a tensor in the formats that hold dense ones.
+    fn dense_type(&self, info: &ParameterInfo) -> Result<WeightType> {
+        match self.options.dtype {
+            None => Ok(match self.model.files.source().stored_type(&info.name) {
+                Some(WeightType::Quantized(_)) | None => WeightType::F32,
+                Some(dense) => dense,
+            }),
+            Some(dense @ (WeightType::F32 | WeightType::F16 | WeightType::Bf16)) => Ok(dense),
+            Some(WeightType::Quantized(_)) => {
+                let (format, asked) = (self.options.format.name(), name_of(self.options.dtype));
+                Err(Error::Unsupported(format!(
+                    "{format} is written in f32, f16 or bf16, not in {asked}; for quantised weights write gguf"
+                )))
+            }
+        }
+    }
+
+    /// llama.cpp wants everything but matrices in f32. Rows that blocks of 32 do not divide stay f16.
+    fn gguf_type(&self, info: &ParameterInfo) -> Result<WeightType> {
+        const Q8_0: WeightType = WeightType::Quantized(GgmlDType::Q8_0);
+        let row = info.held_shape().last().copied().unwrap_or(1);
+        match self.options.dtype.unwrap_or(WeightType::F16) {
+            WeightType::Quantized(kind) if kind != GgmlDType::Q8_0 => Err(Error::Unsupported(format!(
+                "gguf is written in f32, f16, bf16 or q8_0, not in {}",
+                name_of(self.options.dtype)
+            ))),
+            _ if !info.role.is_matrix() => Ok(WeightType::F32),
+            Q8_0 if !row.is_multiple_of(GgmlDType::Q8_0.block_size()) => Ok(WeightType::F16),
+            dtype => Ok(dtype),
+        }
+    }
+
+    /// Whether matrices lie `[out, in]` in the source.
+    pub(super) fn source_is_out_in(&self) -> bool {
+        self.model.files.source().orientation() == Orientation::OutIn
+    }
+}
+
+fn name_of(dtype: Option<WeightType>) -> &'static str {
+    dtype.map_or("", WeightType::name)
+}

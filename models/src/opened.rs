@@ -1,0 +1,62 @@
+//! The files of a model: its configuration, its tensors and its texts, before any weight is read.
+
+use std::path::Path;
+
+use crate::config::{self, DecoderConfig};
+use crate::error::Result;
+use crate::formats::{
+    GgufModel, HuggingFaceModel, TensorSource, TextAssets, has_documents_beside, open_gguf, open_hugging_face,
+};
+use crate::model::gguf_tensor_facts;
+
+/// Open files of either kind; their headers have been checked.
+#[derive(Debug)]
+pub(crate) enum ModelFiles {
+    /// Weights with `config.json` and its companions.
+    HuggingFace(HuggingFaceModel),
+    /// One file with everything.
+    Gguf(GgufModel),
+}
+
+impl ModelFiles {
+    /// The tensors.
+    pub(crate) fn source(&self) -> &dyn TensorSource {
+        match self {
+            Self::HuggingFace(files) => files,
+            Self::Gguf(files) => files,
+        }
+    }
+}
+
+/// A model's files and what they say.
+#[derive(Debug)]
+pub(crate) struct OpenedModel {
+    pub(crate) config: DecoderConfig,
+    pub(crate) files: ModelFiles,
+    pub(crate) text: TextAssets,
+}
+
+impl OpenedModel {
+    /// Opens a Hugging Face directory, a GGUF file, or another file of weights with its configuration.
+    pub(crate) fn open(path: &Path) -> Result<Self> {
+        if path.is_dir() || has_documents_beside(path) {
+            return Self::from_hugging_face(path);
+        }
+        let files = open_gguf(path)?;
+        Ok(Self {
+            config: config::from_gguf(files.metadata(), &gguf_tensor_facts(&files)?)?,
+            text: files.text_assets()?,
+            files: ModelFiles::Gguf(files),
+        })
+    }
+
+    /// Opens weights that are no GGUF file, whatever their name.
+    pub(crate) fn from_hugging_face(path: &Path) -> Result<Self> {
+        let files = open_hugging_face(path)?;
+        Ok(Self {
+            config: config::from_hugging_face(files.config())?,
+            text: files.text_assets()?,
+            files: ModelFiles::HuggingFace(files),
+        })
+    }
+}

@@ -1,0 +1,322 @@
+//! Models written in every format and read back: bit for bit what they were.
+
+use std::path::Path;
+
+use candle_models::convert::{Conversion, ConversionOptions, Converted, Format};
+use candle_models::formats::{GgufModel, TensorData, TensorSource, open_gguf, open_hugging_face};
+use candle_models::{DType, Error, LoadOptions, Model, Tensor, WeightType};
+
+use crate::golden;
+
+fn options(format: Format) -> ConversionOptions {
+    ConversionOptions {
+        format,
+        dtype: None,
+        shard_bytes: 5 << 30,
+    }
+}
+
+fn convert(source: &Path, target: &Path, options: ConversionOptions) -> Result<Converted, Error> {
+    Conversion::plan(source, options)?.write(target, &mut |_, _| {})
+}
+
+fn dtype(name: &str) -> Option<WeightType> {
+    Some(WeightType::from_name(name).unwrap())
+}
+
+fn dense(source: &dyn TensorSource, name: &str) -> Tensor {
+    match source.load(name).unwrap().data {
+        TensorData::Dense(tensor) => tensor,
+        TensorData::Quantized(_) => panic!("{name} is quantised"),
+    }
+}
+
+fn bits(tensor: &Tensor) -> Vec<u32> {
+    let values = tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap();
+    values.to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
+}
+
+/// Names, types, shapes and bits of all tensors are the same.
+fn assert_same(first: &Path, second: &Path) {
+    let (first, second) = (open_hugging_face(first).unwrap(), open_hugging_face(second).unwrap());
+    assert_eq!(first.names(), second.names());
+    for name in first.names() {
+        let (first, second) = (dense(&first, name), dense(&second, name));
+        assert_eq!((first.dims(), first.dtype()), (second.dims(), second.dtype()), "{name}");
+        assert_eq!(bits(&first), bits(&second), "{name}");
+    }
+}
+
+fn logits(path: &Path) -> Vec<u32> {
+    let model = Model::load(path, &LoadOptions::default()).unwrap();
+    bits(&model.decoder.logits(&[3, 1, 4, 1, 5, 9, 2, 6]).unwrap())
+}
+
+const MODELS: [&str; 6] = ["gpt2", "llama", "qwen2", "qwen2-f16", "qwen2-bf16", "qwen2-sharded"];
+/// Those that are not written as GGUF.
+const OTHERS: [&str; 3] = ["gpt_neox", "gptj", "gptj-tied"];
+
+#[test]
+fn dense_formats_follow_each_other_bit_for_bit() {
+    for model in MODELS.into_iter().chain(OTHERS) {
+        let folder = tempfile::tempdir().unwrap();
+        let steps = [
+            ("jsonl", Format::Jsonl, 3000),
+            ("model.npz", Format::Npz, 1),
+            ("whole", Format::Safetensors, 5 << 30),
+            ("whole.npz", Format::Npz, 1),
+            ("shards", Format::Safetensors, 2000),
+            ("one-file", Format::Jsonl, 5 << 30),
+        ];
+        let mut source = golden(model);
+        for (name, format, shard_bytes) in steps {
+            let target = folder.path().join(name);
+            let step = ConversionOptions {
+                shard_bytes,
+                ..options(format)
+            };
+            let converted = convert(&source, &target, step).unwrap();
+            let length = |path: &Path| std::fs::metadata(path).unwrap().len();
+            let files = match target.is_dir() {
+                true => std::fs::read_dir(&target)
+                    .unwrap()
+                    .map(|entry| length(&entry.unwrap().path()))
+                    .sum(),
+                false => length(&target),
+            };
+            assert_eq!(converted.bytes, files, "{name}");
+            assert_same(&golden(model), &target);
+            assert_eq!(logits(&golden(model)), logits(&target), "{model} as {name}");
+            source = target;
+        }
+        assert!(folder.path().join("shards/model.safetensors.index.json").exists());
+    }
+}
+
+#[test]
+fn gguf_keeps_f32_bit_for_bit_and_comes_back() {
+    for model in MODELS {
+        let folder = tempfile::tempdir().unwrap();
+        let (gguf, back) = (folder.path().join("m.gguf"), folder.path().join("back"));
+        let as_f32 = ConversionOptions {
+            dtype: dtype("f32"),
+            ..options(Format::Gguf)
+        };
+        convert(&golden(model), &gguf, as_f32).unwrap();
+        convert(&gguf, &back, options(Format::Safetensors)).unwrap();
+        let (first, second) = (
+            open_hugging_face(&golden(model)).unwrap(),
+            open_hugging_face(&back).unwrap(),
+        );
+        for name in first.names() {
+            assert_eq!(
+                bits(&dense(&first, name)),
+                bits(&dense(&second, name)),
+                "{model}: {name}"
+            );
+        }
+        // An epsilon is an f32 in GGUF: near, but not the same.
+        let (before, after) = (logits(&golden(model)), logits(&gguf));
+        for (before, after) in before
+            .into_iter()
+            .zip(after)
+            .map(|(b, a)| (f32::from_bits(b), f32::from_bits(a)))
+        {
+            // Half-precision models compute in their own type.
+            let tolerance = if model.contains('-') { 0.2 } else { 1e-3 };
+            assert!((before - after).abs() < tolerance, "{model}: {before} {after}");
+        }
+    }
+}
+
+#[test]
+fn gguf_in_halves_and_eighths() {
+    let stored = |gguf: &GgufModel, name: &str| gguf.stored_type(name).unwrap().name();
+    for (name, matrix) in [("f16", "f16"), ("bf16", "bf16"), ("q8_0", "f16")] {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("m.gguf");
+        let wanted = ConversionOptions {
+            dtype: dtype(name),
+            ..options(Format::Gguf)
+        };
+        convert(&golden("llama"), &target, wanted).unwrap();
+        let gguf = open_gguf(&target).unwrap();
+        // Rows of 20 are no whole blocks, so q8_0 leaves them as f16.
+        assert_eq!(stored(&gguf, "model.layers.0.self_attn.q_proj.weight"), matrix);
+        assert_eq!(stored(&gguf, "model.norm.weight"), "f32");
+        let (gguf, plain) = (Model::load(&target, &LoadOptions::default()), logits(&golden("llama")));
+        let found = bits(&gguf.unwrap().decoder.logits(&[3, 1, 4, 1, 5, 9, 2, 6]).unwrap());
+        for (found, plain) in found
+            .into_iter()
+            .zip(plain)
+            .map(|(f, p)| (f32::from_bits(f), f32::from_bits(p)))
+        {
+            assert!((found - plain).abs() < 0.2, "{name}: {found} {plain}");
+        }
+    }
+}
+
+#[test]
+fn a_quantised_model_becomes_dense_and_eight_bits_are_whole_blocks() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let config = serde_json::json!({"architecture": "llama", "layers": 2, "width": 64, "heads": 4,
+        "key_value_heads": 2, "head_dim": 32, "feed_forward_width": 96, "context_length": 16, "vocabulary": 40});
+    let made = LoadOptions {
+        config: config.as_object().unwrap().clone(),
+        ..Default::default()
+    };
+    let model = Model::create(&made, None).unwrap();
+    let optimizer = candle_models::training::AdamW::default();
+    candle_models::training::checkpoint::save(&at("dense"), &model, &optimizer, Default::default()).unwrap();
+    let eighths = ConversionOptions {
+        dtype: dtype("q8_0"),
+        ..options(Format::Gguf)
+    };
+    convert(&at("dense"), &at("q.gguf"), eighths.clone()).unwrap();
+    let stored = open_gguf(&at("q.gguf")).unwrap();
+    assert_eq!(stored.stored_type("model.layers.1.mlp.down_proj.weight"), dtype("q8_0"));
+    convert(&at("q.gguf"), &at("back"), options(Format::Safetensors)).unwrap();
+    let (first, second) = (
+        open_hugging_face(&at("dense")).unwrap(),
+        open_hugging_face(&at("back")).unwrap(),
+    );
+    for name in first.names() {
+        let (first, second) = (dense(&first, name), dense(&second, name));
+        let largest = first.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        let error = (first - second)
+            .unwrap()
+            .abs()
+            .unwrap()
+            .max_all()
+            .unwrap()
+            .to_scalar::<f32>()
+            .unwrap();
+        assert!(error <= largest / 127.0, "{name}: {error} of {largest}");
+    }
+    // Eight bits once more are the same eight bits.
+    convert(&at("back"), &at("again.gguf"), eighths).unwrap();
+    assert_eq!(
+        std::fs::read(at("q.gguf")).unwrap().len(),
+        std::fs::read(at("again.gguf")).unwrap().len()
+    );
+}
+
+#[test]
+fn tokenizers_and_templates_come_along() {
+    for name in ["gpt2", "llama-bpe", "llama-legacy"] {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let tokenizer = candle_models::Tokenizer::from_files(&golden("text").join(name))
+            .unwrap()
+            .unwrap();
+        let config = serde_json::json!({"architecture": "llama", "layers": 1, "width": 32, "heads": 1,
+            "feed_forward_width": 32, "context_length": 16, "vocabulary": tokenizer.vocabulary_size() + 3});
+        let made = LoadOptions {
+            config: config.as_object().unwrap().clone(),
+            ..Default::default()
+        };
+        let model = Model::create(&made, Some(std::sync::Arc::new(tokenizer.clone()))).unwrap();
+        let optimizer = candle_models::training::AdamW::default();
+        candle_models::training::checkpoint::save(&at("dense"), &model, &optimizer, Default::default()).unwrap();
+        for (target, format) in [
+            ("m.npz", Format::Npz),
+            ("jsonl", Format::Jsonl),
+            ("m.gguf", Format::Gguf),
+        ] {
+            convert(&at("dense"), &at(target), options(format)).unwrap();
+            let read = Model::load(&at(target), &LoadOptions::default()).unwrap();
+            let read = read.tokenizer.unwrap();
+            for text in [
+                "Hello world, it's 2024!",
+                " naïve 漢字 🦀\n\n  x",
+                "<s>a</s> <|endoftext|>",
+            ] {
+                assert_eq!(
+                    read.encode(text).unwrap(),
+                    tokenizer.encode(text).unwrap(),
+                    "{name} in {target}: {text:?}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn nothing_is_overwritten_and_nothing_half_written_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("m.npz");
+    std::fs::write(&target, "mine").unwrap();
+    let refused = convert(&golden("gpt2"), &target, options(Format::Npz)).unwrap_err();
+    assert!(matches!(refused, Error::FailedPrecondition(_)), "{refused:?}");
+    assert_eq!(std::fs::read(&target).unwrap(), b"mine");
+    let missing = folder.path().join("no/where");
+    assert!(matches!(
+        convert(&golden("gpt2"), &missing, options(Format::Jsonl)),
+        Err(Error::NotFound(_))
+    ));
+
+    // A source whose last tensor is damaged: found when it is read, after others have been written.
+    let source = folder.path().join("source");
+    convert(&golden("gpt2"), &source, options(Format::Jsonl)).unwrap();
+    let shard = source.join("weights-00001-of-00001.bin");
+    let mut bytes = std::fs::read(&shard).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&shard, bytes).unwrap();
+    for format in Format::ALL {
+        let target = folder.path().join(format!("target-{}", format.name()));
+        let error = convert(&source, &target, options(format)).unwrap_err().to_string();
+        assert!(error.contains("SHA-256"), "{error}");
+    }
+    let left: Vec<_> = std::fs::read_dir(folder.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    assert_eq!(left.len(), 2, "{left:?}");
+}
+
+#[test]
+fn what_a_format_cannot_hold_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let plan = |format, name| {
+        let wanted = ConversionOptions {
+            dtype: dtype(name),
+            ..options(format)
+        };
+        Conversion::plan(&golden("gpt2"), wanted)
+    };
+    for (format, name, expected) in [
+        (Format::Npz, "q8_0", "for quantised weights write gguf"),
+        (Format::Safetensors, "q4_0", "for quantised weights write gguf"),
+        (Format::Gguf, "q4_k", "f32, f16, bf16 or q8_0"),
+    ] {
+        let error = plan(format, name).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+    for model in OTHERS {
+        let error = Conversion::plan(&golden(model), options(Format::Gguf))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("gguf is written for gpt2, llama, mistral and qwen2"),
+            "{error}"
+        );
+    }
+    // Numbers that f16 does not reach.
+    let source = folder.path().join("source");
+    let mut tensors =
+        candle_core::safetensors::load(golden("gpt2/model.safetensors"), &candle_core::Device::Cpu).unwrap();
+    let norm = tensors.get_mut("transformer.ln_f.bias").unwrap();
+    *norm = (&*norm * 1e9).unwrap();
+    std::fs::create_dir(&source).unwrap();
+    std::fs::copy(golden("gpt2/config.json"), source.join("config.json")).unwrap();
+    candle_core::safetensors::save(&tensors, source.join("model.safetensors")).unwrap();
+    let halves = ConversionOptions {
+        dtype: dtype("f16"),
+        ..options(Format::Safetensors)
+    };
+    let error = convert(&source, &folder.path().join("halves"), halves)
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("tensor transformer.ln_f.bias holds a number"), "{error}");
+}
