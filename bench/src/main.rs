@@ -16,6 +16,7 @@ mod prompts;
 mod report;
 mod scan;
 mod serving;
+mod tensor_operations;
 mod training;
 
 // Pages that were freed stay with the process (`scripts/bench` says so in the environment), as in the server.
@@ -50,6 +51,7 @@ fn main() {
         ("durability", durability::measurements),
         ("scan", scan::measurements),
         ("gradients", scan::gradients),
+        ("tensor-operations", tensor_operations::measurements),
     ];
     // One subject at a time, so that only one holds memory; within it everything is measured in turn.
     for (_, subject) in subjects

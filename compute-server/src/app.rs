@@ -10,6 +10,7 @@ use crate::commit_log::{self, CommitLog, Recovered};
 use crate::config::Config;
 use crate::data_folder::DataFolder;
 use crate::error::{Error, Result};
+use crate::executor::Executor;
 use crate::memory::MemoryBudget;
 use crate::metrics::ServerMetrics;
 use crate::registry::Registry;
@@ -27,6 +28,8 @@ pub(crate) struct App {
     pub(crate) checkpoints: CheckpointStore,
     pub(crate) tokenizers: TokenizerStore,
     pub(crate) requests: Arc<Requests>,
+    /// Tensors and operations of sessions.
+    pub(crate) executor: Arc<Executor>,
     pub(crate) memory: Arc<MemoryBudget>,
     /// What is measured of the server.
     pub(crate) metrics: ServerMetrics,
@@ -65,15 +68,17 @@ impl App {
         };
         checkpoints::finish(&folder, &recovered.files)?;
         folder.clear_staging()?;
+        let (requests, metrics) = (Arc::<Requests>::default(), ServerMetrics::new()?);
         let app = Arc::new(Self {
             tenants,
             registry: Registry::default(),
             transactions: Transactions::new(config.limits.transactions, config.transaction_timeout),
             checkpoints: CheckpointStore::open(Arc::clone(&folder))?,
             tokenizers: TokenizerStore::new(Arc::clone(&folder)),
-            requests: Arc::new(Requests::default()),
+            executor: Executor::new(&config, Arc::clone(&requests), metrics.tensor_operations()),
+            requests,
             memory,
-            metrics: ServerMetrics::new()?,
+            metrics,
             benchmarking: Arc::default(),
             model_count: Arc::default(),
             draining: AtomicBool::new(false),
@@ -108,7 +113,7 @@ impl App {
 
     /// Whether nothing runs and no transaction is open.
     pub(crate) fn is_idle(&self) -> bool {
-        self.requests.is_empty() && self.transactions.count() == 0
+        self.requests.is_empty() && self.transactions.count() == 0 && !self.executor.has_transactions()
     }
 
     /// A place for one more model.

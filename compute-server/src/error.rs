@@ -20,6 +20,8 @@
 //! | a token without the role that the call needs | `PERMISSION_DENIED` | 42501 |
 //! | cancelled | `CANCELLED` | 57014 |
 //! | later than the call's `grpc-timeout` | `DEADLINE_EXCEEDED` | 57014 |
+//! | a tensor whose operation failed | that of the operation's own error | likewise |
+//! | the session of tensors has ended | `DATA_LOSS` | HV00N |
 //! | starting or shutting down | `UNAVAILABLE` | HV00N |
 //! | anything else | `INTERNAL` | HV00L |
 
@@ -142,6 +144,21 @@ pub enum Error {
         /// What was in the way.
         reason: String,
     },
+    /// The operation that makes a tensor failed, or one before it.
+    #[error("{message}")]
+    OperationFailed {
+        /// The tensor, the operation that failed first, and why.
+        message: String,
+        /// The code of the operation's own error.
+        code: Code,
+        /// Its SQLSTATE.
+        sqlstate: &'static str,
+    },
+    /// The session that tensors belong to is not open.
+    #[error(
+        "the session \"{0}\" is not open: it ended with its connection, or with the server, and its tensors with it"
+    )]
+    SessionEnded(String),
     /// The server is making its models again.
     #[error("the server is starting and makes its models again from the commit log")]
     Recovering,
@@ -238,12 +255,14 @@ impl Error {
             Self::Memory { tenant: Some(_), .. } => (
                 Code::ResourceExhausted,
                 "HV001",
-                Some("Unload models of the tenant, or have its quota raised in the server's token file."),
+                Some(
+                    "Unload models or delete tensors of the tenant, or have its quota raised in the server's token file.",
+                ),
             ),
             Self::Memory { .. } => (
                 Code::ResourceExhausted,
                 "HV001",
-                Some("Unload models, or start the server with a larger --memory-limit."),
+                Some("Unload models or delete tensors, or start the server with a larger --memory-limit."),
             ),
             Self::Stale(_) => (Code::Aborted, "40001", Some("Roll back and run the transaction again.")),
             Self::Unloaded(_) => (Code::Aborted, "42704", None),
@@ -263,6 +282,12 @@ impl Error {
                     "Mend what the message names and restart the server; or unload the model, or load another in its place.",
                 ),
             ),
+            Self::OperationFailed { code, sqlstate, .. } => (
+                *code,
+                sqlstate,
+                Some("The table tensor_operations shows every operation of the session with its error."),
+            ),
+            Self::SessionEnded(_) => (Code::DataLoss, "HV00N", Some("Make the tensors again.")),
             Self::Recovering => (Code::Unavailable, "HV00N", Some("Try again in a moment.")),
             Self::Draining => (
                 Code::Unavailable,

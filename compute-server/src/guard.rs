@@ -22,9 +22,15 @@ pub(crate) struct Guard {
 }
 
 /// Services that run while the server drains: transactions can still be ended, and progress be seen.
-const SERVED_WHILE_DRAINING: [&str; 4] = [
+const SERVED_WHILE_DRAINING: [&str; 10] = [
     "/candle.compute.v1.TransactionsService/",
     "/candle.compute.v1.TelemetryService/",
+    "/candle.compute.v1.TensorsService/Publish",
+    "/candle.compute.v1.TensorsService/Rollback",
+    "/candle.compute.v1.TensorsService/Release",
+    "/candle.compute.v1.TensorsService/Read",
+    "/candle.compute.v1.TensorsService/List",
+    "/candle.compute.v1.TensorsService/Wait",
     "/grpc.health.v1.Health/",
     "/grpc.reflection.",
 ];

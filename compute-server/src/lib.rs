@@ -20,6 +20,7 @@ mod cuda_program;
 mod data_folder;
 mod devices;
 mod error;
+mod executor;
 mod guard;
 mod http;
 #[doc(hidden)]

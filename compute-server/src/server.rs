@@ -91,6 +91,7 @@ pub async fn serve(config: Config, ready: impl FnOnce(&Listening)) -> Result<()>
     tokio::spawn(watch_connections(Arc::clone(&app), closings));
     tokio::spawn(watch_transactions(Arc::clone(&app)));
     tokio::spawn(watch_readers(Arc::clone(&app)));
+    tokio::spawn(Arc::clone(&app.executor).watch_cancelled());
     let serve = async {
         recovery::recover(&app, recovered).await;
         app.recovered();
@@ -105,6 +106,7 @@ pub async fn serve(config: Config, ready: impl FnOnce(&Listening)) -> Result<()>
         () = serve => {}
     }
     drain(&app, &reporter).await;
+    app.executor.end_sessions();
     let _ = stop.send(true);
     let closed = async {
         let _ = serving.await;

@@ -3,11 +3,13 @@
 
 mod channel;
 mod runtime;
+mod tensor_session;
 
 pub(crate) use channel::{connect, option_map};
 pub(crate) use runtime::{dropped_work, flush, pump, spawn, wait, wait_settled};
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use candle_compute_proto::MAX_MESSAGE_BYTES;
@@ -16,6 +18,7 @@ use candle_compute_proto::v1::checkpoints_service_client::CheckpointsServiceClie
 use candle_compute_proto::v1::inference_service_client::InferenceServiceClient;
 use candle_compute_proto::v1::models_service_client::ModelsServiceClient;
 use candle_compute_proto::v1::telemetry_service_client::TelemetryServiceClient;
+use candle_compute_proto::v1::tensors_service_client::TensorsServiceClient;
 use candle_compute_proto::v1::training_service_client::TrainingServiceClient;
 use candle_compute_proto::v1::transactions_service_client::TransactionsServiceClient;
 use pgrx::{PgSqlErrorCode, pg_sys};
@@ -24,6 +27,7 @@ use tonic::transport::Channel;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::error::{Error, Result, is_transport};
+use tensor_session::TensorSession;
 
 /// Whose connection to which server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -43,6 +47,7 @@ pub(crate) struct Client {
     pub(crate) fetch_size: usize,
     /// Rows of one INSERT that travel together.
     pub(crate) batch_size: i32,
+    tensor_session: Arc<TensorSession>,
 }
 
 macro_rules! services {
@@ -63,7 +68,8 @@ services!(
     training: TrainingServiceClient,
     checkpoints: CheckpointsServiceClient,
     transactions: TransactionsServiceClient,
-    telemetry: TelemetryServiceClient
+    telemetry: TelemetryServiceClient,
+    tensors: TensorsServiceClient
 );
 
 /// Calls a method that may be repeated: `read!(client, service.method(message))` answers `Result<response>`.

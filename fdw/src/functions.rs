@@ -8,6 +8,7 @@ mod generate;
 mod gradients;
 mod server;
 mod statistics;
+mod tensor_data;
 mod tokens;
 mod train;
 mod train_tokenizer;

@@ -33,6 +33,8 @@ pub(crate) const RELATIONS: &[&dyn Relation] = &[
     &relations::Requests,
     &relations::Metrics,
     &relations::KernelBenchmarks,
+    &relations::Tensors,
+    &relations::TensorOperations,
 ];
 
 /// The relation of that name.
@@ -134,6 +136,16 @@ pub(crate) struct Estimate {
     pub(crate) cost: f64,
 }
 
+/// Which of the server's services stages what a statement writes, and publishes it: they do so independently.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) enum Participant {
+    /// Models and everything that belongs to them, by `TransactionsService`.
+    #[default]
+    Models,
+    /// Tensors of the session, by `TensorsService` itself.
+    Tensors,
+}
+
 /// Statements that change a relation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Writes {
@@ -150,6 +162,8 @@ pub(crate) struct Writes {
     pub(crate) update: &'static [&'static str],
     /// Changes take effect at once rather than with the transaction.
     pub(crate) immediate: bool,
+    /// Likewise, deletions alone, of rows that are handed over together.
+    pub(crate) deleted_at_once: bool,
 }
 
 /// The values that a statement gives, by column; absent and NULL are the same.
@@ -385,6 +399,11 @@ pub(crate) trait Relation: Sync {
 
     /// Sends the rows of one set of inputs.
     fn select(&self, call: Call, rows: Rows) -> Work<()>;
+
+    /// Whose transactions its changes belong to.
+    fn participant(&self) -> Participant {
+        Participant::default()
+    }
 
     /// Statements that may change it.
     fn writes(&self) -> Writes {

@@ -8,13 +8,15 @@ use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 
 use candle_compute_proto::v1::{
-    GetServerInfoRequest, PublishRequest, ReleaseRequest, RollbackRequest, TransactionContext,
+    DescribeExecutorRequest, GetServerInfoRequest, PublishRequest, PublishTensorsRequest, ReleaseRequest,
+    ReleaseTensorsRequest, RollbackRequest, RollbackTensorsRequest, TransactionContext,
 };
 use pgrx::prelude::*;
 use tokio::task::JoinHandle;
 
 use crate::client::{Client, Session, flush, pump, read, spawn, wait, wait_settled, write};
 use crate::error::{Error, OrReport, Result};
+use crate::relation::Participant;
 use crate::resources;
 
 /// How long an abort waits for the answer to a rollback: a cancel must not take longer. What has been sent by then goes on
@@ -24,10 +26,15 @@ const ROLLBACK_LIMIT: Duration = Duration::from_millis(50);
 /// How long a cancel waits for a publish that is under way: were it cut off, nobody would know whether it happened.
 const PUBLISH_LIMIT: Duration = Duration::from_secs(2);
 
+/// Whose transaction: a server's, over a connection, in one of the two ways.
+type Key = (Participant, Session);
+
 /// A transaction on one server.
 struct Remote {
     id: String,
     client: Client,
+    /// How it is ended there.
+    ends: Ends,
     /// Subtransactions that wrote, or tried to.
     levels: BTreeSet<pg_sys::SubTransactionId>,
     /// Those of them in which a write succeeded: the server holds something that must not get lost.
@@ -38,6 +45,15 @@ struct Remote {
     broken: bool,
 }
 
+/// How a transaction is ended.
+#[derive(Clone)]
+enum Ends {
+    /// By `TransactionsService`.
+    Models,
+    /// By `TensorsService`, in the session of this id.
+    Tensors(String),
+}
+
 /// What became of a rollback.
 enum Delivery {
     Done,
@@ -46,7 +62,10 @@ enum Delivery {
 }
 
 thread_local! {
-    static REMOTES: RefCell<HashMap<Session, Remote>> = RefCell::new(HashMap::new());
+    static REMOTES: RefCell<HashMap<Key, Remote>> = RefCell::new(HashMap::new());
+    /// Rollbacks of transactions of tensors that the server has not answered yet: what the session reads next is to come
+    /// after them.
+    static ABORTED: RefCell<Vec<(Session, JoinHandle<bool>)>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Registers the callbacks, once per backend.
@@ -60,22 +79,34 @@ pub(crate) fn register() {
 
 /// The context for a read: set when this transaction has staged something on the server.
 pub(crate) fn reading(session: Session) -> Result<Option<TransactionContext>> {
-    settle(session)?;
-    Ok(REMOTES
-        .with_borrow(|remotes| remotes.get(&session).map(|remote| remote.id.clone()))
-        .map(context))
+    settle((Participant::Models, session))?;
+    Ok(known((Participant::Models, session)))
+}
+
+/// As [`reading`], for the relations of `participant`.
+pub(crate) fn reading_of(participant: Participant, client: &Client) -> Result<Option<TransactionContext>> {
+    if participant == Participant::Tensors {
+        settle_aborted(client.session)?;
+    }
+    settle((participant, client.session))?;
+    Ok(known((participant, client.session)))
+}
+
+fn known(key: Key) -> Option<TransactionContext> {
+    let id = REMOTES.with_borrow(|remotes| remotes.get(&key).map(|remote| remote.id.clone()));
+    id.map(context)
 }
 
 /// Waits until the server has answered the rollbacks of subtransactions, so that what follows does not overtake them.
-fn settle(session: Session) -> Result<()> {
+fn settle(key: Key) -> Result<()> {
     while let Some((mut task, broken)) = REMOTES.with_borrow_mut(|remotes| {
-        let remote = remotes.get_mut(&session)?;
+        let remote = remotes.get_mut(&key)?;
         // Broken until the answer is here: a cancel may end the wait.
         Some((remote.pending.pop()?, std::mem::replace(&mut remote.broken, true)))
     }) {
         let done = wait(async { Ok((&mut task).await) })?;
         REMOTES.with_borrow_mut(|remotes| {
-            if let Some(remote) = remotes.get_mut(&session) {
+            if let Some(remote) = remotes.get_mut(&key) {
                 remote.broken = broken || !matches!(done, Ok(true));
             }
         });
@@ -83,20 +114,42 @@ fn settle(session: Session) -> Result<()> {
     Ok(())
 }
 
+/// Waits until the server has answered the rollbacks of the session's earlier transactions of tensors. One that failed is
+/// made up for by the next transaction: the server undoes what another one left open.
+fn settle_aborted(session: Session) -> Result<()> {
+    let take = || {
+        ABORTED.with_borrow_mut(|aborted| {
+            let index = aborted.iter().position(|(of, _)| *of == session)?;
+            Some(aborted.swap_remove(index).1)
+        })
+    };
+    while let Some(task) = take() {
+        let _ = wait(async { Ok(task.await) })?;
+    }
+    Ok(())
+}
+
 /// The context for a write; the first one begins the transaction.
 pub(crate) fn writing(client: &Client) -> Result<TransactionContext> {
-    let known = REMOTES.with_borrow(|remotes| remotes.contains_key(&client.session));
-    if !known {
-        // A write is never repeated, so a connection that died unnoticed is replaced before it.
-        wait(read!(client, telemetry.get_server_info(GetServerInfoRequest {})))?;
-    }
-    settle(client.session)?;
+    writing_of(Participant::Models, client)
+}
+
+/// As [`writing`], for the relations of `participant`.
+pub(crate) fn writing_of(participant: Participant, client: &Client) -> Result<TransactionContext> {
+    let key = (participant, client.session);
+    let known = REMOTES.with_borrow(|remotes| remotes.contains_key(&key));
+    let ends = match known {
+        true => None,
+        false => Some(begin(participant, client)?),
+    };
+    settle(key)?;
     // SAFETY: reads a variable of the backend.
     let level = unsafe { pg_sys::GetCurrentSubTransactionId() };
     let id = REMOTES.with_borrow_mut(|remotes| {
-        let remote = remotes.entry(client.session).or_insert_with(|| Remote {
+        let remote = remotes.entry(key).or_insert_with(|| Remote {
             id: random_id(),
             client: client.clone(),
+            ends: ends.unwrap_or(Ends::Models),
             levels: BTreeSet::new(),
             staged: BTreeSet::new(),
             pending: Vec::new(),
@@ -108,12 +161,33 @@ pub(crate) fn writing(client: &Client) -> Result<TransactionContext> {
     Ok(context(id))
 }
 
+/// Prepares for the first write of a transaction. A write is never repeated, so a connection that died unnoticed is
+/// replaced before it.
+fn begin(participant: Participant, client: &Client) -> Result<Ends> {
+    match participant {
+        Participant::Models => {
+            wait(read!(client, telemetry.get_server_info(GetServerInfoRequest {})))?;
+            Ok(Ends::Models)
+        }
+        Participant::Tensors => {
+            settle_aborted(client.session)?;
+            wait(read!(client, tensors.describe_executor(DescribeExecutorRequest {})))?;
+            Ok(Ends::Tensors(wait(client.tensor_session())?))
+        }
+    }
+}
+
 /// Notes that a write of the current subtransaction succeeded.
 pub(crate) fn wrote(session: Session) {
+    wrote_of(Participant::Models, session);
+}
+
+/// As [`wrote`], for the relations of `participant`.
+pub(crate) fn wrote_of(participant: Participant, session: Session) {
     // SAFETY: reads a variable of the backend.
     let level = unsafe { pg_sys::GetCurrentSubTransactionId() };
     REMOTES.with_borrow_mut(|remotes| {
-        if let Some(remote) = remotes.get_mut(&session) {
+        if let Some(remote) = remotes.get_mut(&(participant, session)) {
             remote.staged.insert(level);
         }
     });
@@ -129,7 +203,7 @@ fn context(transaction_id: String) -> TransactionContext {
 }
 
 /// A random UUID (version 4).
-fn random_id() -> String {
+pub(crate) fn random_id() -> String {
     let mut bytes = [0_u8; 16];
     // SAFETY: fills the 16 bytes.
     if !unsafe { pg_sys::pg_strong_random(bytes.as_mut_ptr().cast(), bytes.len()) } {
@@ -171,9 +245,12 @@ unsafe extern "C-unwind" fn on_transaction(event: pg_sys::XactEvent::Type, _argu
                 let remotes: Vec<Remote> =
                     REMOTES.with_borrow_mut(|remotes| remotes.drain().map(|(_, one)| one).collect());
                 if event == pg_sys::XactEvent::XACT_EVENT_ABORT {
-                    remotes.iter().for_each(|remote| {
-                        roll_back(remote, 0);
-                    });
+                    for remote in &remotes {
+                        if let (Delivery::Pending(task), Ends::Tensors(_)) = (roll_back(remote, 0), &remote.ends) {
+                            let session = remote.client.session;
+                            ABORTED.with_borrow_mut(|aborted| aborted.push((session, task)));
+                        }
+                    }
                 }
                 flush();
             }));
@@ -215,8 +292,10 @@ unsafe extern "C-unwind" fn on_subtransaction(
 
 /// Publishes what was staged. With several servers one after the other: each by itself is all or nothing.
 fn publish() -> Result<()> {
-    let sessions: Vec<Session> = REMOTES.with_borrow(|remotes| remotes.keys().copied().collect());
-    sessions.into_iter().try_for_each(settle)?;
+    let mut keys: Vec<Key> = REMOTES.with_borrow(|remotes| remotes.keys().copied().collect());
+    // What lives in memory alone comes first: when a later publish fails, nothing lasting has happened.
+    keys.sort_by_key(|(participant, _)| *participant != Participant::Tensors);
+    keys.iter().copied().try_for_each(settle)?;
     let broken = REMOTES.with_borrow(|remotes| remotes.values().any(|remote| remote.broken));
     if broken {
         let code = PgSqlErrorCode::ERRCODE_TRANSACTION_ROLLBACK;
@@ -226,45 +305,97 @@ fn publish() -> Result<()> {
         )
         .hint("The transaction is rolled back as a whole; repeat it."));
     }
-    let staged: Vec<(Session, Client, PublishRequest)> = REMOTES.with_borrow(|remotes| {
-        let request = |remote: &Remote| PublishRequest {
-            transaction_id: remote.id.clone(),
-            expects_writes: !remote.staged.is_empty(),
-        };
-        remotes
-            .iter()
-            .map(|(session, remote)| (*session, remote.client.clone(), request(remote)))
-            .collect()
+    let clients: Vec<(Participant, Client)> = REMOTES.with_borrow(|remotes| {
+        let client = |key: &Key| Some((key.0, remotes.get(key)?.client.clone()));
+        keys.iter().filter_map(client).collect()
     });
-    if staged.len() > 1 {
+    if clients.len() > 1 {
         // A server that is gone is found before the others have published anything.
-        for (_, client, _) in &staged {
-            wait(read!(client, telemetry.get_server_info(GetServerInfoRequest {})))?;
+        for (participant, client) in &clients {
+            match participant {
+                Participant::Models => drop(wait(read!(client, telemetry.get_server_info(GetServerInfoRequest {})))?),
+                Participant::Tensors => drop(wait(read!(
+                    client,
+                    tensors.describe_executor(DescribeExecutorRequest {})
+                ))?),
+            }
         }
     }
-    for (session, client, request) in staged {
-        // Repeating a publish answers as the first did, so a lost answer is asked for again.
-        wait_settled(PUBLISH_LIMIT, read!(client, transactions.publish(request)))?;
-        REMOTES.with_borrow_mut(|remotes| remotes.remove(&session));
+    for key in keys {
+        publish_one(key)?;
+        REMOTES.with_borrow_mut(|remotes| remotes.remove(&key));
+    }
+    Ok(())
+}
+
+/// Publishes what was staged in one place. Repeating a publish answers as the first did, so a lost answer is asked for
+/// again.
+fn publish_one(key: Key) -> Result<()> {
+    let staged = REMOTES.with_borrow(|remotes| {
+        let remote = remotes.get(&key)?;
+        let expects_writes = !remote.staged.is_empty();
+        Some((
+            remote.client.clone(),
+            remote.id.clone(),
+            remote.ends.clone(),
+            expects_writes,
+        ))
+    });
+    let Some((client, transaction_id, ends, expects_writes)) = staged else {
+        return Ok(());
+    };
+    match ends {
+        Ends::Models => {
+            let request = PublishRequest {
+                transaction_id,
+                expects_writes,
+            };
+            wait_settled(PUBLISH_LIMIT, read!(client, transactions.publish(request)))?;
+        }
+        Ends::Tensors(session_id) => {
+            let request = PublishTensorsRequest {
+                session_id,
+                transaction_id,
+                expects_writes,
+            };
+            let published = async {
+                let answer = read!(client, tensors.publish_tensors(request)).await;
+                client.in_tensor_session(answer).await
+            };
+            wait_settled(PUBLISH_LIMIT, published)?;
+        }
     }
     Ok(())
 }
 
 /// Gives what a subtransaction staged to its parent.
 fn release(level: pg_sys::SubTransactionId, parent: pg_sys::SubTransactionId) -> Result<()> {
-    let staged: Vec<(Client, String)> = REMOTES.with_borrow(|remotes| {
+    let staged: Vec<(Client, String, Ends)> = REMOTES.with_borrow(|remotes| {
         let touched = remotes.values().filter(|remote| remote.levels.contains(&level));
         touched
-            .map(|remote| (remote.client.clone(), remote.id.clone()))
+            .map(|remote| (remote.client.clone(), remote.id.clone(), remote.ends.clone()))
             .collect()
     });
-    for (client, transaction_id) in staged {
-        let request = ReleaseRequest {
-            transaction_id,
-            subtransaction_id: level,
-            parent_subtransaction_id: parent,
-        };
-        wait(write!(client, transactions.release(request)))?;
+    for (client, transaction_id, ends) in staged {
+        match ends {
+            Ends::Models => {
+                let request = ReleaseRequest {
+                    transaction_id,
+                    subtransaction_id: level,
+                    parent_subtransaction_id: parent,
+                };
+                wait(write!(client, transactions.release(request)))?;
+            }
+            Ends::Tensors(session_id) => {
+                let request = ReleaseTensorsRequest {
+                    session_id,
+                    transaction_id,
+                    subtransaction_id: level,
+                    parent_subtransaction_id: parent,
+                };
+                wait(write!(client, tensors.release_tensors(request)))?;
+            }
+        }
     }
     REMOTES.with_borrow_mut(|remotes| {
         for remote in remotes.values_mut() {
@@ -280,12 +411,27 @@ fn release(level: pg_sys::SubTransactionId, parent: pg_sys::SubTransactionId) ->
 
 /// Discards what a subtransaction staged, or everything for level 0.
 fn roll_back(remote: &Remote, level: pg_sys::SubTransactionId) -> Delivery {
-    let request = RollbackRequest {
-        transaction_id: remote.id.clone(),
-        subtransaction_id: level,
+    let (client, transaction_id) = (remote.client.clone(), remote.id.clone());
+    let sent = match remote.ends.clone() {
+        Ends::Models => {
+            let request = RollbackRequest {
+                transaction_id,
+                subtransaction_id: level,
+            };
+            spawn(async move { read!(client, transactions.rollback(request)).await.is_ok() })
+        }
+        Ends::Tensors(session_id) => {
+            let request = RollbackTensorsRequest {
+                session_id,
+                transaction_id,
+                subtransaction_id: level,
+            };
+            spawn(async move {
+                let answer = read!(client, tensors.rollback_tensors(request)).await;
+                client.in_tensor_session(answer).await.is_ok()
+            })
+        }
     };
-    let client = remote.client.clone();
-    let sent = spawn(async move { read!(client, transactions.rollback(request)).await.is_ok() });
     let Ok(mut task) = sent else { return Delivery::Failed };
     match pump(ROLLBACK_LIMIT, &mut task) {
         Some(Ok(true)) => Delivery::Done,

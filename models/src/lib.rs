@@ -13,6 +13,7 @@ pub mod convert;
 pub mod decoder;
 mod deep_stack;
 pub mod error;
+pub mod executor;
 pub mod experts;
 pub mod formats;
 pub mod gpu;

@@ -7,7 +7,7 @@ pub(crate) enum Role {
     Read,
     /// Generate text.
     Generate,
-    /// Change models by training: batches, gradients, steps, parameters, adapters, checkpoints.
+    /// Change models by training: batches, gradients, steps, parameters, adapters, checkpoints. Compute with tensors.
     Train,
     /// Load and unload models, make tokenizers, see and cancel the work of others.
     Admin,

@@ -16,7 +16,7 @@ pub(crate) struct Quotas {
     pub(crate) tokens_per_minute: Option<f64>,
     /// Pieces of work at once, running and queued.
     pub(crate) concurrent: Option<u64>,
-    /// Bytes held by the models that the tenant loaded: weights, gradients and optimizer states.
+    /// Bytes held by the models that the tenant loaded (weights, gradients and optimizer states), and by its tensors.
     pub(crate) memory: Option<u64>,
 }
 

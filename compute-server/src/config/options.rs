@@ -74,7 +74,7 @@ pub struct Options {
     #[arg(long, env = "COMPUTE_SERVER_THREADS", value_name = "N")]
     pub threads: Option<usize>,
 
-    /// Bytes that weights, gradients, optimizer states and caches may hold together; suffixes K, M, G, T.
+    /// Bytes that weights, gradients, optimizer states, caches and tensors may hold together; suffixes K, M, G, T.
     /// [default: 90 % of the machine's memory]
     #[arg(long, env = "COMPUTE_SERVER_MEMORY_LIMIT", value_name = "BYTES")]
     pub memory_limit: Option<Bytes>,
@@ -155,7 +155,8 @@ pub struct Options {
     #[arg(long, env = "COMPUTE_SERVER_MAX_GENERATIONS", value_name = "N")]
     pub max_generations: Option<u64>,
 
-    /// Most pieces of work that wait for one model; further ones are refused. [default: 1024]
+    /// Most pieces of work that wait for one model, and operations on tensors of one session; further ones are refused.
+    /// [default: 1024]
     #[arg(long, env = "COMPUTE_SERVER_MAX_QUEUE", value_name = "N")]
     pub max_queue: Option<u64>,
 

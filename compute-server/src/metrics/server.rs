@@ -16,6 +16,7 @@ pub(crate) struct ServerMetrics {
     started: SystemTime,
     grpc: IntCounterVec,
     http: IntCounterVec,
+    tensor_operations: IntCounterVec,
 }
 
 impl ServerMetrics {
@@ -29,11 +30,21 @@ impl ServerMetrics {
             "gRPC calls by service and code; of a stream, the code that it began with",
         );
         let http = Opts::new("candle_http_requests_total", "HTTP requests by route and status");
+        let operations = Opts::new(
+            "candle_tensor_operations_total",
+            "Operations on tensors that have ended, by operation and outcome: done, failed or cancelled",
+        );
         Ok(Self {
             started: SystemTime::now(),
             grpc: IntCounterVec::new(grpc, &["service", "code"]).map_err(defect)?,
             http: IntCounterVec::new(http, &["route", "status"]).map_err(defect)?,
+            tensor_operations: IntCounterVec::new(operations, &["operation", "outcome"]).map_err(defect)?,
         })
+    }
+
+    /// Counts operations on tensors by operation and outcome.
+    pub(crate) fn tensor_operations(&self) -> IntCounterVec {
+        self.tensor_operations.clone()
     }
 
     /// A gRPC call to `path` was answered with `code`.
@@ -58,6 +69,8 @@ impl ServerMetrics {
     pub(super) fn visit(&self, app: &App, mut show: impl FnMut(&dyn Collector)) -> Result<()> {
         show(&self.grpc);
         show(&self.http);
+        show(&self.tensor_operations);
+        let [sessions, tensors] = app.executor.counts();
         let gauges = [
             (
                 "candle_models_loaded",
@@ -70,8 +83,18 @@ impl ServerMetrics {
                 Some(app.transactions.count() as f64),
             ),
             (
+                "candle_tensor_sessions",
+                "Sessions that may have tensors",
+                Some(sessions as f64),
+            ),
+            (
+                "candle_tensors",
+                "Tensors of sessions, and persistent ones",
+                Some(tensors as f64),
+            ),
+            (
                 "candle_memory_used_bytes",
-                "Bytes reserved for weights, gradients, optimizer states and caches",
+                "Bytes reserved for weights, gradients, optimizer states, caches and tensors",
                 Some(app.memory.used() as f64),
             ),
             (

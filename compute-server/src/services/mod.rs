@@ -14,6 +14,8 @@ mod models;
 mod placement;
 mod sharing;
 mod telemetry;
+mod tensor_streams;
+mod tensors;
 mod texts;
 mod tracking;
 mod training;
@@ -27,6 +29,7 @@ use candle_compute_proto::v1::checkpoints_service_server::CheckpointsServiceServ
 use candle_compute_proto::v1::inference_service_server::InferenceServiceServer;
 use candle_compute_proto::v1::models_service_server::ModelsServiceServer;
 use candle_compute_proto::v1::telemetry_service_server::TelemetryServiceServer;
+use candle_compute_proto::v1::tensors_service_server::TensorsServiceServer;
 use candle_compute_proto::v1::training_service_server::TrainingServiceServer;
 use candle_compute_proto::v1::transactions_service_server::TransactionsServiceServer;
 use tokio_stream::Stream;
@@ -48,7 +51,7 @@ pub(crate) struct Service {
 }
 
 /// Names of the services, for health reporting.
-pub(crate) const SERVICES: [&str; 7] = [
+pub(crate) const SERVICES: [&str; 8] = [
     "candle.compute.v1.ModelsService",
     "candle.compute.v1.InferenceService",
     "candle.compute.v1.TrainingService",
@@ -56,6 +59,7 @@ pub(crate) const SERVICES: [&str; 7] = [
     "candle.compute.v1.CheckpointsService",
     "candle.compute.v1.TransactionsService",
     "candle.compute.v1.TelemetryService",
+    "candle.compute.v1.TensorsService",
 ];
 
 /// All services of the protocol.
@@ -68,5 +72,6 @@ pub(crate) fn routes(app: &Arc<App>) -> Routes {
         .add_service(AdaptersServiceServer::new(service.clone()).max_decoding_message_size(limit))
         .add_service(CheckpointsServiceServer::new(service.clone()).max_decoding_message_size(limit))
         .add_service(TransactionsServiceServer::new(service.clone()).max_decoding_message_size(limit))
-        .add_service(TelemetryServiceServer::new(service).max_decoding_message_size(limit))
+        .add_service(TelemetryServiceServer::new(service.clone()).max_decoding_message_size(limit))
+        .add_service(TensorsServiceServer::new(service).max_decoding_message_size(limit))
 }

@@ -10,6 +10,7 @@ use candle_compute_proto::v1::checkpoints_service_client::CheckpointsServiceClie
 use candle_compute_proto::v1::inference_service_client::InferenceServiceClient;
 use candle_compute_proto::v1::models_service_client::ModelsServiceClient;
 use candle_compute_proto::v1::telemetry_service_client::TelemetryServiceClient;
+use candle_compute_proto::v1::tensors_service_client::TensorsServiceClient;
 use candle_compute_proto::v1::training_service_client::TrainingServiceClient;
 use candle_compute_proto::v1::transactions_service_client::TransactionsServiceClient;
 use candle_compute_proto::v1::*;
@@ -153,7 +154,7 @@ impl Interceptor for Bearer {
     }
 }
 
-type Transport = InterceptedService<Channel, Bearer>;
+pub type Transport = InterceptedService<Channel, Bearer>;
 
 /// Clients of all services over one connection.
 #[derive(Clone)]
@@ -166,6 +167,7 @@ pub struct Client {
     pub checkpoints: CheckpointsServiceClient<Transport>,
     pub transactions: TransactionsServiceClient<Transport>,
     pub telemetry: TelemetryServiceClient<Transport>,
+    pub tensors: TensorsServiceClient<Transport>,
 }
 
 impl Client {
@@ -189,6 +191,7 @@ impl Client {
             checkpoints: CheckpointsServiceClient::new(transport()),
             transactions: TransactionsServiceClient::new(transport()),
             telemetry: TelemetryServiceClient::new(transport()),
+            tensors: TensorsServiceClient::new(transport()),
             channel,
         }
     }

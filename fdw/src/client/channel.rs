@@ -4,15 +4,17 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::CStr;
+use std::sync::Arc;
 
 use candle_compute_proto::PROTOCOL;
-use candle_compute_proto::v1::GetServerInfoRequest;
+use candle_compute_proto::v1::{DescribeExecutorRequest, GetServerInfoRequest};
 use pgrx::{PgSqlErrorCode, pg_sys};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
-use super::{Client, Session, read, wait};
+use super::{Client, Session, TensorSession, read, wait};
 use crate::error::{Error, Result, describe};
 use crate::options::{ClientCertificate, ServerOptions, token};
+use crate::transaction::random_id;
 
 /// Where Debian keeps the authorities that the system trusts.
 const SYSTEM_AUTHORITIES: &str = "/etc/ssl/certs/ca-certificates.crt";
@@ -50,6 +52,7 @@ pub(crate) fn connect(session: Session) -> Result<Client> {
         timeout: options.request_timeout,
         fetch_size: options.fetch_size,
         batch_size: options.batch_size,
+        tensor_session: Arc::new(TensorSession::new(random_id())),
     };
     wait(async {
         // A listener that never answers takes connections all the same.
@@ -77,14 +80,19 @@ pub(crate) fn connect(session: Session) -> Result<Client> {
     Ok(client)
 }
 
-/// Checks that the other side is a compute server of this protocol.
+/// Checks that the other side is a compute server of this protocol, or an executor: a server of tensors alone.
 async fn greet(client: &Client) -> Result<()> {
     let info = read!(client, telemetry.get_server_info(GetServerInfoRequest {})).await;
     let found = match info {
         Ok(info) if info.protocol == PROTOCOL => return Ok(()),
         Ok(info) => format!("It speaks {} (version {}).", info.protocol, info.version),
         Err(error) if error.code != PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED => return Err(error),
-        Err(_) => "It does not know the service TelemetryService.".to_string(),
+        Err(_) => match read!(client, tensors.describe_executor(DescribeExecutorRequest {})).await {
+            Ok(executor) if executor.protocol == PROTOCOL => return Ok(()),
+            Ok(executor) => format!("It speaks {} ({}).", executor.protocol, executor.executor),
+            Err(error) if error.code != PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED => return Err(error),
+            Err(_) => "It knows neither the service TelemetryService nor TensorsService.".to_string(),
+        },
     };
     let code = PgSqlErrorCode::ERRCODE_FDW_UNABLE_TO_ESTABLISH_CONNECTION;
     Err(Error::new(

@@ -26,7 +26,10 @@ impl Change {
         let writer = Writer {
             client: self.client.clone(),
             statement: self.statement,
-            transaction: Some(transaction::writing(&self.client)?),
+            transaction: Some(transaction::writing_of(
+                self.table.relation.participant(),
+                &self.client,
+            )?),
         };
         self.settle()?;
         let task = spawn(work(writer))?;
@@ -41,7 +44,7 @@ impl Change {
         };
         let outcome = wait(async { Ok((&mut under_way.0).await) })?;
         outcome.map_err(|_| Error::protocol("answer"))??;
-        transaction::wrote(self.client.session);
+        transaction::wrote_of(self.table.relation.participant(), self.client.session);
         Ok(())
     }
 }

@@ -168,22 +168,28 @@ unsafe fn updated_columns(
 impl Change {
     /// Writes: gives `work` where and in which transaction to write, and waits for it.
     pub(super) fn run<T>(&self, work: impl FnOnce(Writer) -> Work<T>) -> Result<T> {
-        let client = self.client.clone();
         if self.table.relation.writes().immediate {
-            return wait(work(Writer {
-                client,
-                statement: self.statement,
-                transaction: None,
-            }));
+            return self.run_at_once(work);
         }
-        let transaction = Some(transaction::writing(&self.client)?);
+        let client = self.client.clone();
+        let participant = self.table.relation.participant();
+        let transaction = Some(transaction::writing_of(participant, &self.client)?);
         let outcome = wait(work(Writer {
             client,
             statement: self.statement,
             transaction,
         }))?;
-        transaction::wrote(self.client.session);
+        transaction::wrote_of(participant, self.client.session);
         Ok(outcome)
+    }
+
+    /// As [`run`](Self::run), outside of any transaction.
+    fn run_at_once<T>(&self, work: impl FnOnce(Writer) -> Work<T>) -> Result<T> {
+        wait(work(Writer {
+            client: self.client.clone(),
+            statement: self.statement,
+            transaction: None,
+        }))
     }
 
     /// The values that a row gives. Errors: a value for a column that the server computes.
@@ -234,7 +240,11 @@ impl Change {
         if rows.is_empty() {
             return Ok(());
         }
-        self.run(|writer| self.table.relation.delete_together(writer, rows))
+        let work = |writer| self.table.relation.delete_together(writer, rows);
+        match self.table.relation.writes().deleted_at_once {
+            true => self.run_at_once(work),
+            false => self.run(work),
+        }
     }
 
     /// What UPDATE sets, from the new row.

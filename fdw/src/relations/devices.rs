@@ -1,6 +1,7 @@
 //! `devices`: what models can be placed on.
 
-use candle_compute_proto::v1::ListDevicesRequest;
+use candle_compute_proto::v1::{DescribeExecutorRequest, ListDevicesRequest};
+use pgrx::PgSqlErrorCode;
 
 use crate::client::read;
 use crate::relation::{Call, Column, Relation, Rows, Work, output};
@@ -32,10 +33,15 @@ impl Relation for Devices {
 
     fn select(&self, call: Call, rows: Rows) -> Work<()> {
         Box::pin(async move {
-            for device in read!(call.client, telemetry.list_devices(ListDevicesRequest {}))
-                .await?
-                .devices
-            {
+            let devices = match read!(call.client, telemetry.list_devices(ListDevicesRequest {})).await {
+                // A server of tensors alone.
+                Err(error) if error.code == PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED => {
+                    let request = DescribeExecutorRequest {};
+                    read!(call.client, tensors.describe_executor(request)).await?.devices
+                }
+                listed => listed?.devices,
+            };
+            for device in devices {
                 let row = vec![
                     device.name.into(),
                     device.kind.into(),

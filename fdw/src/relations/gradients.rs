@@ -12,14 +12,14 @@ use crate::error::{Error, Result};
 use crate::relation::{
     Call, Column, Estimate, Inputs, Relation, Row, Rows, Work, Writer, Writes, choice, concat, missing, stored,
 };
-use crate::relations::{adapters, tensors};
+use crate::relations::{adapters, chunks};
 use crate::values::{Kind, Value};
 
 /// One row per chunk of a parameter's gradient.
 pub(crate) struct Gradients;
 
 const COLUMNS: &[Column] = &concat::<_, _, 12>(
-    tensors::COLUMNS,
+    chunks::COLUMNS,
     [
         stored("tokens", Kind::BigInt),
         stored("micro_batches", Kind::BigInt),
@@ -51,9 +51,9 @@ impl Relation for Gradients {
 
     fn select(&self, call: Call, rows: Rows) -> Work<()> {
         Box::pin(async move {
-            let selection = tensors::selection(&call);
+            let selection = chunks::selection(&call);
             let adapter = adapters::named(&call.inputs)?;
-            for model in tensors::models(&call).await? {
+            for model in chunks::models(&call).await? {
                 let request = ReadGradientsRequest {
                     transaction: call.transaction.clone(),
                     model: model.clone(),
@@ -63,7 +63,7 @@ impl Relation for Gradients {
                 let mut stream = read!(call.client, training.read_gradients(request)).await?;
                 while let Some(message) = call.client.next(&mut stream).await? {
                     let chunk = message.chunk.ok_or_else(|| Error::protocol("chunk"))?;
-                    let mut row = tensors::row(&model, chunk, selection.without_data);
+                    let mut row = chunks::row(&model, chunk, selection.without_data);
                     row.extend([
                         Value::count(message.tokens),
                         Value::count(message.micro_batches),
@@ -92,7 +92,7 @@ impl Relation for Gradients {
     }
 
     fn identity(&self) -> &'static [&'static str] {
-        tensors::IDENTITY
+        chunks::IDENTITY
     }
 
     fn insert(&self, writer: Writer, inputs: Vec<Inputs>) -> Work<Vec<Row>> {
@@ -110,7 +110,7 @@ impl Relation for Gradients {
                 }
                 write!(writer.client, training.merge_gradients(tokio_stream::iter(messages))).await?;
             }
-            Ok(vec![tensors::echo(COLUMNS); count])
+            Ok(vec![chunks::echo(COLUMNS); count])
         })
     }
 
@@ -118,7 +118,7 @@ impl Relation for Gradients {
         Box::pin(async move {
             let mut models: BTreeMap<[String; 2], BTreeSet<(String, u32)>> = BTreeMap::new();
             for row in &rows {
-                let chunk = tensors::named_chunk(row)?;
+                let chunk = chunks::named_chunk(row)?;
                 let chunks = models
                     .entry([row.required("model")?, adapters::named(row)?])
                     .or_default();
@@ -153,7 +153,7 @@ fn merge(writer: &Writer, [model, adapter]: &[String; 2], row: &Inputs) -> Resul
         transaction: writer.transaction.clone(),
         model: model.clone(),
         set_id: writer.statement,
-        chunk: Some(tensors::chunk(row)?),
+        chunk: Some(chunks::chunk(row)?),
         tokens: count("tokens", row.integer("tokens").ok_or_else(|| missing("tokens"))?)?,
         micro_batches: count("micro_batches", row.integer("micro_batches").unwrap_or(1))?,
         loss: row.number("loss"),

@@ -8,7 +8,7 @@ use crate::client::read;
 use crate::error::{Error, Result};
 use crate::functions::sql_kernel_baseline;
 use crate::relation::{Call, Column, Estimate, Relation, Row, Rows, Work, key, output};
-use crate::relations::tensors;
+use crate::relations::chunks;
 use crate::values::{Kind, Value};
 
 /// One row per kernel, shape, type and variant, measured while the query runs.
@@ -93,7 +93,7 @@ fn row(measurement: KernelMeasurement, baselines: &HashMap<&'static str, f64>) -
     let ratio = baseline.map(|rate| measurement.value / rate);
     vec![
         measurement.kernel.into(),
-        tensors::shape(&measurement.shape),
+        chunks::shape(&measurement.shape),
         measurement.dtype.into(),
         measurement.variant.into(),
         measurement.value.into(),

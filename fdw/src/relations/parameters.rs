@@ -8,14 +8,14 @@ use crate::error::Error;
 use crate::relation::{
     Assignments, Call, Column, Estimate, Inputs, Relation, Rows, Work, Writer, Writes, choice, concat, missing, output,
 };
-use crate::relations::{adapters, tensors};
+use crate::relations::{adapters, chunks};
 use crate::values::{Kind, Value};
 
 /// One row per chunk of a parameter.
 pub(crate) struct Parameters;
 
 const COLUMNS: &[Column] = &concat::<_, _, 10>(
-    tensors::COLUMNS,
+    chunks::COLUMNS,
     [output("trainable", Kind::Boolean), choice("adapter", Kind::Text)],
 );
 
@@ -42,9 +42,9 @@ impl Relation for Parameters {
 
     fn select(&self, call: Call, rows: Rows) -> Work<()> {
         Box::pin(async move {
-            let selection = tensors::selection(&call);
+            let selection = chunks::selection(&call);
             let adapter = adapters::named(&call.inputs)?;
-            for model in tensors::models(&call).await? {
+            for model in chunks::models(&call).await? {
                 let request = ReadParametersRequest {
                     transaction: call.transaction.clone(),
                     model: model.clone(),
@@ -55,7 +55,7 @@ impl Relation for Parameters {
                 while let Some(message) = call.client.next(&mut stream).await? {
                     let chunk = message.chunk.ok_or_else(|| Error::protocol("chunk"))?;
                     let trainable = chunk.trainable;
-                    let mut row = tensors::row(&model, chunk, selection.without_data);
+                    let mut row = chunks::row(&model, chunk, selection.without_data);
                     row.extend([trainable.into(), Value::Echo]);
                     if !rows.row(row).await {
                         return Ok(());
@@ -74,12 +74,12 @@ impl Relation for Parameters {
     }
 
     fn identity(&self) -> &'static [&'static str] {
-        tensors::IDENTITY
+        chunks::IDENTITY
     }
 
     fn update(&self, writer: Writer, row: Inputs, new: Assignments) -> Work<()> {
         Box::pin(async move {
-            let mut chunk = tensors::named_chunk(&row)?;
+            let mut chunk = chunks::named_chunk(&row)?;
             if new.sets("data") {
                 chunk.data = new.values.bytes("data").ok_or_else(|| missing("data"))?;
                 if chunk.data.is_empty() {

@@ -4,7 +4,7 @@ use candle_compute_proto::v1::{ActivationStorage, ListTapeRequest, TapeEntry};
 
 use crate::client::read;
 use crate::relation::{Call, Column, Relation, Row, Rows, Work, key, output};
-use crate::relations::tensors;
+use crate::relations::chunks;
 use crate::values::{Kind, Value};
 
 /// One row per operation of the last forward pass of each model.
@@ -55,8 +55,8 @@ fn row(entry: TapeEntry) -> Row {
         entry.segment.into(),
         entry.operation.into(),
         Value::Ints(entry.inputs.into_iter().map(i64::from).collect()),
-        tensors::shape(&entry.shape),
-        tensors::dtype(dtype),
+        chunks::shape(&entry.shape),
+        chunks::dtype(dtype),
         Value::count(entry.bytes),
         match storage {
             ActivationStorage::Unspecified => Value::Null,

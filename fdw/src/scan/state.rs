@@ -210,7 +210,7 @@ impl<T: Clone> Calls<T> {
         let kept = self.answers.as_mut().map(|answers| answers.begin(&inputs));
         let call = Call {
             client: self.client.clone(),
-            transaction: transaction::reading(self.client.session)?,
+            transaction: transaction::reading_of(self.relation.participant(), &self.client)?,
             inputs,
             needed: Arc::clone(&self.needed),
         };

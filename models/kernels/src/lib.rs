@@ -34,6 +34,7 @@ mod reduce;
 mod rotary;
 mod rounding;
 pub mod simd;
+mod softmax;
 pub mod threads;
 mod tiles;
 
@@ -63,3 +64,4 @@ pub use quantized::dequantize;
 pub use reduce::{all_finite, sum_of_squares, sum_rows};
 pub use rotary::{RotaryLayout, RotaryTable, rotary};
 pub use rounding::{HalfType, OutOfRange, out_of_range};
+pub use softmax::{log_softmax, softmax};

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod datasets;
+mod executor;
 mod faults;
 mod files;
 mod gradients;
@@ -14,6 +15,7 @@ mod security;
 mod sessions;
 mod soak;
 mod sql;
+mod tiny_executor;
 mod train;
 mod transactions;
 mod weight_formats;
