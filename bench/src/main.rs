@@ -7,6 +7,7 @@
 
 mod direct;
 mod durability;
+mod experts;
 mod generation;
 mod overhead;
 mod parts;
@@ -45,6 +46,7 @@ fn main() {
         ("training", training::measurements),
         ("growth", training::growth),
         ("parts", parts::measurements),
+        ("experts", experts::measurements),
         ("durability", durability::measurements),
         ("scan", scan::measurements),
         ("gradients", scan::gradients),

@@ -19,6 +19,7 @@ mod cuda_program;
 mod data_folder;
 mod devices;
 mod error;
+mod expert_servers;
 mod guard;
 mod http;
 #[doc(hidden)]

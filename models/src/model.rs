@@ -66,6 +66,7 @@ const OVERRIDABLE: &[&str] = &[
     "attention_output_bias",
     "feed_forward_bias",
     "rotary_pct",
+    "expert_servers",
 ];
 
 impl Model {
@@ -75,10 +76,14 @@ impl Model {
     /// weights that contradict the configuration, [`Error::InvalidConfig`] for impossible configurations and overrides,
     /// [`Error::Unsupported`] for unknown architectures, [`Error::ResourceExhausted`] when the memory is too small.
     pub fn load(path: &Path, options: &LoadOptions) -> Result<Self> {
+        let mut balance_loss = None;
         let (stored, source, text): (DecoderConfig, Box<dyn TensorSource>, TextAssets) = match path.is_dir() {
             true => {
                 let source = open_hugging_face(path)?;
                 let stored = config::from_hugging_face(source.config())?;
+                if stored.experts.is_some() {
+                    balance_loss = config::stored_balance_loss(source.config())?;
+                }
                 let text = source.text_assets()?;
                 (stored, Box::new(source), text)
             }
@@ -89,7 +94,10 @@ impl Model {
                 (stored, Box::new(source), text)
             }
         };
-        let (decoder_config, settings) = override_settings(&stored, &options.config)?;
+        let (decoder_config, mut settings) = override_settings(&stored, &options.config)?;
+        if let Some(balance_loss) = balance_loss {
+            settings.entry("router_aux_loss_coef").or_insert(balance_loss.into());
+        }
         if let Some(tokenizer) = &text.tokenizer {
             check_tokenizer(&decoder_config, tokenizer)?;
         }

@@ -3,7 +3,9 @@
 mod adapted;
 mod build;
 mod cache;
+mod experts;
 mod forward;
+mod fused_experts;
 mod initialize;
 mod layout;
 mod load;
@@ -11,6 +13,7 @@ mod memory;
 mod names;
 mod parameters;
 mod regroup;
+mod remote;
 mod score;
 mod structure;
 mod weight;
@@ -20,13 +23,14 @@ pub(crate) use adapted::Factors;
 pub use cache::{CacheUsage, KeyValueCache, PAGE_POSITIONS, PageMemory, PagePool, Place, Scope};
 pub use forward::SequenceStep;
 pub use layout::{
-    FeedForward, Layer, Layout, LowRank, NormParameters, ParameterId, ParameterInfo, ParameterRole, Projection,
-    QueryKeyValue,
+    ExpertLayer, FeedForward, Layer, Layout, LowRank, NormParameters, ParameterId, ParameterInfo, ParameterRole,
+    Projection, QueryKeyValue,
 };
 pub use load::load_decoder;
 pub use memory::check_memory;
 pub use names::ignored_tensor;
 pub(crate) use names::{name_of_stored, stored_name};
 pub use parameters::ParameterData;
+pub use remote::{ExpertRows, PendingExperts, RemoteExperts};
 pub use structure::Decoder;
 pub use weight::{Weight, WeightType};
