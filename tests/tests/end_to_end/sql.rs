@@ -31,6 +31,7 @@ sql_tests!(
     adapters,
     datasets,
     definitions,
+    experts,
     gradients,
     inference,
     input_forms,
