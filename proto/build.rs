@@ -13,6 +13,7 @@ const PROTOS: [&str; 9] = [
     "candle/compute/v1/training.proto",
     "candle/compute/v1/adapters.proto",
     "candle/compute/v1/checkpoints.proto",
+    "candle/compute/v1/experts.proto",
     "candle/compute/v1/telemetry.proto",
     "candle/compute/v1/tensors.proto",
 ];

@@ -8,6 +8,7 @@
 mod conversion;
 mod direct;
 mod durability;
+mod experts;
 mod generation;
 mod overhead;
 mod parts;
@@ -48,6 +49,7 @@ fn main() {
         ("growth", training::growth),
         ("parts", parts::measurements),
         ("conversion", conversion::measurements),
+        ("experts", experts::measurements),
         ("durability", durability::measurements),
         ("scan", scan::measurements),
         ("gradients", scan::gradients),

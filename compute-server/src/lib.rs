@@ -21,6 +21,7 @@ mod data_folder;
 mod devices;
 mod error;
 mod executor;
+mod expert_servers;
 mod guard;
 mod http;
 #[doc(hidden)]

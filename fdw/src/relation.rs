@@ -29,6 +29,9 @@ pub(crate) const RELATIONS: &[&dyn Relation] = &[
     &relations::OptimizerSteps,
     &relations::Tape,
     &relations::Checkpoints,
+    &relations::Experts,
+    &relations::Routes,
+    &relations::Routers,
     &relations::Devices,
     &relations::Requests,
     &relations::Metrics,
@@ -229,6 +232,14 @@ impl Inputs {
     pub(crate) fn integers(&self, name: &str) -> Option<Vec<i64>> {
         match self.get(name)? {
             Value::Ints(values) => Some(values.clone()),
+            _ => None,
+        }
+    }
+
+    /// Little-endian f32.
+    pub(crate) fn reals(&self, name: &str) -> Option<Bytes> {
+        match self.get(name)? {
+            Value::Reals(values) => Some(values.clone()),
             _ => None,
         }
     }

@@ -32,8 +32,8 @@ pub use completion::{CompletionText, Progress};
 pub use config::DecoderConfig;
 pub use constraint::{Constraint, ResponseFormat};
 pub use decoder::{
-    CacheUsage, Decoder, KeyValueCache, PAGE_POSITIONS, PageMemory, PagePool, ParameterId, ParameterInfo, Place, Scope,
-    SequenceStep, Weight, WeightType,
+    CacheUsage, Decoder, ExpertLayer, ExpertRows, KeyValueCache, PAGE_POSITIONS, PageMemory, PagePool, ParameterId,
+    ParameterInfo, PendingExperts, Place, RemoteExperts, Scope, SequenceStep, Weight, WeightType,
 };
 pub use error::{Error, Result};
 pub use model::{LoadOptions, Model};

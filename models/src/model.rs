@@ -67,6 +67,7 @@ const OVERRIDABLE: &[&str] = &[
     "attention_output_bias",
     "feed_forward_bias",
     "rotary_pct",
+    "expert_servers",
 ];
 
 impl Model {
@@ -81,7 +82,12 @@ impl Model {
             files,
             text,
         } = OpenedModel::open(path)?;
-        let (decoder_config, settings) = override_settings(&stored, &options.config)?;
+        let (decoder_config, mut settings) = override_settings(&stored, &options.config)?;
+        if stored.experts.is_some()
+            && let Some(balance_loss) = files.balance_loss()?
+        {
+            settings.entry("router_aux_loss_coef").or_insert(balance_loss.into());
+        }
         if let Some(tokenizer) = &text.tokenizer {
             check_tokenizer(&decoder_config, tokenizer)?;
         }

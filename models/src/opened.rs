@@ -26,6 +26,14 @@ impl ModelFiles {
             Self::Gguf(files) => files,
         }
     }
+
+    /// The weight of the routers' load-balancing loss that the files say the model was trained with.
+    pub(crate) fn balance_loss(&self) -> Result<Option<f64>> {
+        match self {
+            Self::HuggingFace(files) => config::stored_balance_loss(files.config()),
+            Self::Gguf(_) => Ok(None),
+        }
+    }
 }
 
 /// A model's files and what they say.

@@ -74,6 +74,71 @@ fn every_stored_form_gives_pytorchs_logits() {
     }
 }
 
+/// Mixtral's published files and transformers 5 in memory name the experts differently.
+#[test]
+fn experts_are_read_one_by_one_and_together() {
+    let merged = |tensors: &HashMap<String, Tensor>, layer: usize, matrices: &[&str]| {
+        let matrices = (0..5).flat_map(|expert| matrices.iter().map(move |matrix| (expert, matrix)));
+        let parts: Vec<_> = matrices
+            .map(|(expert, matrix)| {
+                tensors[&format!("model.layers.{layer}.block_sparse_moe.experts.{expert}.{matrix}.weight")].clone()
+            })
+            .collect();
+        let rows = parts[0].dims()[0];
+        let merged = Tensor::cat(&parts, 0).unwrap();
+        merged.reshape((5, parts.len() / 5 * rows, ())).unwrap()
+    };
+    let fused = changed("mixtral", |tensors, _| {
+        for layer in 0..2 {
+            let prefix = format!("model.layers.{layer}");
+            let gate_up = merged(tensors, layer, &["w1", "w3"]);
+            let down = merged(tensors, layer, &["w2"]);
+            let router = tensors[&format!("{prefix}.block_sparse_moe.gate.weight")].clone();
+            tensors.retain(|name, _| !name.starts_with(&format!("{prefix}.block_sparse_moe")));
+            tensors.insert(format!("{prefix}.mlp.gate.weight"), router);
+            tensors.insert(format!("{prefix}.mlp.experts.gate_up_proj"), gate_up);
+            tensors.insert(format!("{prefix}.mlp.experts.down_proj"), down);
+        }
+    });
+    for folder in [fused.path(), &golden("mixtral")] {
+        let difference = difference(&load(folder).unwrap(), "mixtral");
+        assert!(difference < 2e-4, "{difference}");
+    }
+}
+
+#[test]
+fn experts_that_contradict_the_configuration_are_refused_by_name() {
+    let expert =
+        |expert: usize, matrix: &str| format!("model.layers.1.block_sparse_moe.experts.{expert}.{matrix}.weight");
+    let refused = |change: &dyn Fn(&mut HashMap<String, Tensor>, &mut Map<String, Value>), expected: &str| {
+        let folder = changed("mixtral", |tensors, config| change(tensors, config));
+        let error = load(folder.path()).unwrap_err().to_string();
+        assert!(error.contains(expected), "{expected}: {error}");
+    };
+    refused(&|tensors, _| drop(tensors.remove(&expert(3, "w3"))), "experts.3.w3");
+    refused(&|_, config| config["num_local_experts"] = json!(4), "gate.weight");
+    refused(&|_, config| config["num_local_experts"] = json!(6), "experts.5.w1");
+    refused(&|_, config| config["num_local_experts"] = json!(0), "num_experts");
+    refused(
+        &|_, config| config["num_experts_per_tok"] = json!(6),
+        "num_experts_per_tok",
+    );
+    let zeros = |shape: (usize, usize)| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+    refused(
+        &|tensors, _| drop(tensors.insert(expert(2, "w2"), zeros((14, 8)))),
+        "experts.2.w2",
+    );
+    let switches = "model.layers.0.mlp.gate.switches";
+    refused(
+        &|tensors, _| drop(tensors.insert(switches.into(), zeros((2, 5)))),
+        "enables 0 experts",
+    );
+    refused(
+        &|tensors, _| drop(tensors.insert(switches.into(), zeros((2, 4)))),
+        switches,
+    );
+}
+
 #[test]
 fn pooled_states_are_transformers() {
     let values = candle_core::safetensors::load(golden("embeddings.golden.safetensors"), &Device::Cpu).unwrap();

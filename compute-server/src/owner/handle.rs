@@ -10,7 +10,7 @@ use candle_compute_proto::v1;
 use candle_models::adapters::LoraConfig;
 use candle_models::config::TRAINING_FIELDS;
 use candle_models::training::{AdamW, LossScale, Retention};
-use candle_models::{CacheType, ChatTemplate, DecoderConfig, Model, PagePool, ParameterInfo, Tokenizer};
+use candle_models::{CacheType, ChatTemplate, DecoderConfig, Model, PagePool, ParameterInfo, RemoteExperts, Tokenizer};
 use serde_json::{Map, Value};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
@@ -26,6 +26,7 @@ use crate::commit_log::LogBase;
 use crate::config::Limits;
 use crate::data_folder::Staged;
 use crate::error::{Error, Result};
+use crate::expert_servers::ExpertServers;
 use crate::memory::{MemoryBudget, Reservation};
 use crate::metrics::ModelMetrics;
 use crate::names::ModelKey;
@@ -243,8 +244,15 @@ impl ModelHandle {
     /// # Errors
     /// `Io` when the system gives no thread.
     pub(crate) fn start(new: NewModel, limits: Limits) -> Result<Self> {
-        let model = new.model;
+        let mut model = new.model;
         let mut config = model.config.as_object().cloned().unwrap_or_default();
+        if new.adapter.is_none() {
+            let servers = candle_models::config::expert_servers(&config, model.decoder.config())?;
+            let servers = ExpertServers::new(&new.name, servers)?;
+            model
+                .decoder
+                .set_remote_experts(servers.map(|servers| -> Arc<dyn RemoteExperts> { servers }));
+        }
         TRAINING_FIELDS.iter().for_each(|&field| drop(config.remove(field)));
         let adapter = new.adapter;
         let base_wake = adapter.as_ref().map(|(_, model)| Arc::clone(&model.shared.wake));

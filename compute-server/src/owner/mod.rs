@@ -23,6 +23,7 @@ mod reading;
 mod recording;
 mod replaying;
 mod round;
+mod routers;
 mod run;
 mod saving;
 mod scoring;

@@ -40,7 +40,7 @@ impl Selection {
     /// The next wanted parameter and chunk from `next` on, which is moved behind them.
     pub(crate) fn next(&self, parameters: &[ParameterInfo], next: &mut (usize, usize)) -> Option<(usize, usize)> {
         while let Some(parameter) = parameters.get(next.0) {
-            if self.names.as_ref().is_none_or(|names| names.contains(&parameter.name)) {
+            if parameter.is_listed() && self.names.as_ref().is_none_or(|names| names.contains(&parameter.name)) {
                 while next.1 < chunks::count(parameter) {
                     let found = *next;
                     next.1 += 1;

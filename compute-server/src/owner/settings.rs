@@ -78,6 +78,7 @@ impl TrainingSettings {
             loss_scale,
             dropout: self.read.dropout,
             dropout_key,
+            router: self.read.router,
         }
     }
 

@@ -60,7 +60,7 @@ impl Owner {
             let own = self.model.decoder.own_parameters();
             let parameter = infos[own.clone()]
                 .iter()
-                .position(|info| info.name == chunk.name)
+                .position(|info| info.is_listed() && info.name == chunk.name)
                 .map(|index| own.start + index)
                 .ok_or_else(|| unknown_parameter(&self.shared.name, &chunk.name))?;
             if !chunk.data.is_empty() || write.trainable.is_none() {

@@ -228,11 +228,18 @@ fn weight_bytes(config: &DecoderConfig) -> u64 {
     let size = |number: usize| number as u128;
     let (width, head_dim) = (size(config.width), size(config.head_dim));
     let attention = 2 * width * head_dim * (size(config.heads) + size(config.key_value_heads));
-    let feed_forward = if config.gated { 3 } else { 2 } * width * size(config.feed_forward_width);
+    let network = if config.gated { 3 } else { 2 } * width * size(config.feed_forward_width);
+    let feed_forward = match &config.experts {
+        None => network,
+        Some(experts) => size(experts.experts) * (network + width) + 3 * width * size(experts.shared_width),
+    };
     let embeddings = size(config.vocabulary) * width * if config.tied_head { 1 } else { 2 };
     let parameters = size(config.groups) * (attention + feed_forward) + embeddings;
     u64::try_from(4 * parameters).unwrap_or(u64::MAX)
 }
+
+/// Field of a configuration that says which experts live on other servers.
+const EXPERT_SERVERS: &str = "expert_servers";
 
 fn restore(
     app: &App,
@@ -259,8 +266,10 @@ fn restore(
         set_share(&mut fields, decoder.config());
         restored.model.decoder = decoder;
     }
+    // Where experts live belongs to the loaded model, not to its weights.
+    fields.remove(EXPERT_SERVERS);
     for (field, value) in given.into_iter().filter(|(field, _)| field != "share") {
-        if !TRAINING_FIELDS.contains(&field.as_str()) && fields.get(&field) != Some(&value) {
+        if field != EXPERT_SERVERS && !TRAINING_FIELDS.contains(&field.as_str()) && fields.get(&field) != Some(&value) {
             return Err(Error::invalid(format!(
                 "the configuration's \"{field}\" contradicts the checkpoint; only \"share\" and training settings may differ"
             )));

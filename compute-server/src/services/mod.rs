@@ -5,6 +5,7 @@ mod benchmarks;
 mod checkpoints;
 mod constraints;
 pub(crate) mod embed;
+mod experts;
 pub(crate) mod generate;
 mod inference;
 mod inputs;
@@ -26,6 +27,7 @@ use std::sync::Arc;
 
 use candle_compute_proto::v1::adapters_service_server::AdaptersServiceServer;
 use candle_compute_proto::v1::checkpoints_service_server::CheckpointsServiceServer;
+use candle_compute_proto::v1::experts_service_server::ExpertsServiceServer;
 use candle_compute_proto::v1::inference_service_server::InferenceServiceServer;
 use candle_compute_proto::v1::models_service_server::ModelsServiceServer;
 use candle_compute_proto::v1::telemetry_service_server::TelemetryServiceServer;
@@ -57,6 +59,7 @@ pub(crate) const SERVICES: [&str; 8] = [
     "candle.compute.v1.TrainingService",
     "candle.compute.v1.AdaptersService",
     "candle.compute.v1.CheckpointsService",
+    "candle.compute.v1.ExpertsService",
     "candle.compute.v1.TransactionsService",
     "candle.compute.v1.TelemetryService",
     "candle.compute.v1.TensorsService",
@@ -71,6 +74,7 @@ pub(crate) fn routes(app: &Arc<App>) -> Routes {
         .add_service(TrainingServiceServer::new(service.clone()).max_decoding_message_size(limit))
         .add_service(AdaptersServiceServer::new(service.clone()).max_decoding_message_size(limit))
         .add_service(CheckpointsServiceServer::new(service.clone()).max_decoding_message_size(limit))
+        .add_service(ExpertsServiceServer::new(service.clone()).max_decoding_message_size(limit))
         .add_service(TransactionsServiceServer::new(service.clone()).max_decoding_message_size(limit))
         .add_service(TelemetryServiceServer::new(service.clone()).max_decoding_message_size(limit))
         .add_service(TensorsServiceServer::new(service).max_decoding_message_size(limit))

@@ -250,5 +250,6 @@ fn new_settings(model: &ModelHandle, given: &Map<String, Value>) -> Result<(Trai
             )));
         }
     }
+    config::check_router_settings(&fields, shape)?;
     Ok((TrainingSettings::take(&mut fields)?, groups))
 }

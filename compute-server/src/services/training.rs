@@ -319,7 +319,7 @@ fn gradient_chunk(model: &ModelHandle, message: &v1::MergeGradientsRequest) -> R
     let parameters = &model.facts().parameters;
     let parameter = parameters
         .iter()
-        .position(|parameter| parameter.name == chunk.name)
+        .position(|parameter| parameter.is_listed() && parameter.name == chunk.name)
         .ok_or_else(|| unknown_parameter(model.name(), &chunk.name))?;
     let (tokens, micro_batches) = (message.tokens, message.micro_batches);
     if tokens > MOST_WEIGHT {
@@ -373,7 +373,7 @@ fn gradient_chunk(model: &ModelHandle, message: &v1::MergeGradientsRequest) -> R
 }
 
 /// The models of a request: those named, or all; or of those the adapters called `adapter`, unless that is empty.
-fn models(reader: &Reader, names: &[String], adapter: &str) -> Vec<ModelHandle> {
+pub(super) fn models(reader: &Reader, names: &[String], adapter: &str) -> Vec<ModelHandle> {
     let all = match adapter {
         "" => reader.models(),
         _ => reader.adapters(),

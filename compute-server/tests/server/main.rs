@@ -19,6 +19,7 @@ mod embeddings;
 mod executor;
 mod executor_sessions;
 mod executor_support;
+mod experts;
 mod full_disk;
 mod generation;
 mod gradients;

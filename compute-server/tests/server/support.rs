@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use candle_compute_proto::v1::adapters_service_client::AdaptersServiceClient;
 use candle_compute_proto::v1::checkpoints_service_client::CheckpointsServiceClient;
+use candle_compute_proto::v1::experts_service_client::ExpertsServiceClient;
 use candle_compute_proto::v1::inference_service_client::InferenceServiceClient;
 use candle_compute_proto::v1::models_service_client::ModelsServiceClient;
 use candle_compute_proto::v1::telemetry_service_client::TelemetryServiceClient;
@@ -165,6 +166,7 @@ pub struct Client {
     pub inference: InferenceServiceClient<Transport>,
     pub training: TrainingServiceClient<Transport>,
     pub checkpoints: CheckpointsServiceClient<Transport>,
+    pub experts: ExpertsServiceClient<Transport>,
     pub transactions: TransactionsServiceClient<Transport>,
     pub telemetry: TelemetryServiceClient<Transport>,
     pub tensors: TensorsServiceClient<Transport>,
@@ -189,6 +191,7 @@ impl Client {
             inference: InferenceServiceClient::new(transport()),
             training: TrainingServiceClient::new(transport()),
             checkpoints: CheckpointsServiceClient::new(transport()),
+            experts: ExpertsServiceClient::new(transport()),
             transactions: TransactionsServiceClient::new(transport()),
             telemetry: TelemetryServiceClient::new(transport()),
             tensors: TensorsServiceClient::new(transport()),

@@ -37,7 +37,14 @@ pub(crate) fn read(name: &str, kind: Kind, datum: Datum, source: SqlType) -> Res
             ))
         }
         Kind::Bytea => Ok(Value::Bytes(bytes(datum))),
-        Kind::RealArray | Kind::Timestamp => Err(Error::bad_value(format!("{name} is not an input"))),
+        Kind::RealArray => {
+            let mut reals = Vec::new();
+            for (datum, element) in elements(name, datum, source, true)? {
+                reals.extend_from_slice(&(float(name, datum, element)? as f32).to_le_bytes());
+            }
+            Ok(Value::Reals(reals.into()))
+        }
+        Kind::Timestamp => Err(Error::bad_value(format!("{name} is not an input"))),
     }
 }
 

@@ -105,7 +105,7 @@ fn axpy_with(level: Level, a: f32, x: &[f32], y: &mut [f32]) {
 }
 
 #[inline(always)]
-fn axpy_body<S: Simd>(s: S, a: f32, x: &[f32], y: &mut [f32]) {
+pub(crate) fn axpy_body<S: Simd>(s: S, a: f32, x: &[f32], y: &mut [f32]) {
     let a = s.splat(a);
     update_lanes(
         s,
@@ -123,7 +123,7 @@ pub fn scale(factor: f32, x: &mut [f32]) {
 }
 
 #[inline(always)]
-fn scale_body<S: Simd>(s: S, factor: f32, x: &mut [f32]) {
+pub(crate) fn scale_body<S: Simd>(s: S, factor: f32, x: &mut [f32]) {
     let (lanes, rest) = x.as_chunks_mut::<LANES>();
     let factor = s.splat(factor);
     for x in lanes {

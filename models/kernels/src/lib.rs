@@ -24,6 +24,7 @@ mod cross_entropy;
 mod dropout;
 mod elementwise;
 mod embedding;
+mod experts;
 mod format;
 mod frozen;
 mod linear;
@@ -55,10 +56,14 @@ pub use cross_entropy::{HeadGradients, HeadMatrix, cross_entropy_head, log_proba
 pub use dropout::{Dropout, dropout};
 pub use elementwise::{add, add_assign, axpy, scale};
 pub use embedding::{embedding_gather, embedding_scatter_add};
+pub use experts::{
+    Choice, ExpertGroups, Router, RouterLosses, combine_experts, expert_gate_gradients, route, route_backward,
+    scale_expert_rows,
+};
 pub use format::{WeightFormat, Weights};
 pub use frozen::{cross_entropy_frozen_head, linear_input_gradient};
-pub use linear::{LinearLayer, linear, linear_each};
-pub use matmul::{MatrixRef, matmul};
+pub use linear::{LinearGroup, LinearLayer, linear, linear_each, linear_groups};
+pub use matmul::{MatmulGroup, MatrixRef, matmul, matmul_groups};
 pub use norm::{NormStatistics, layer_norm, layer_norm_backward, rms_norm, rms_norm_backward};
 pub use quantized::dequantize;
 pub use reduce::{all_finite, sum_of_squares, sum_rows};

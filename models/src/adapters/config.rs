@@ -124,7 +124,13 @@ fn default_names(architecture: Architecture) -> &'static [&'static str] {
     match architecture {
         Architecture::Gpt2 => &["c_attn"],
         Architecture::GptNeox => &["query_key_value"],
-        Architecture::Llama | Architecture::Mistral | Architecture::Qwen2 | Architecture::GptJ => &["q_proj", "v_proj"],
+        Architecture::Llama
+        | Architecture::Mistral
+        | Architecture::Qwen2
+        | Architecture::GptJ
+        | Architecture::Mixtral
+        | Architecture::Olmoe
+        | Architecture::Qwen2Moe => &["q_proj", "v_proj"],
     }
 }
 

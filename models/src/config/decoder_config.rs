@@ -1,6 +1,6 @@
 //! The validated description of a decoder.
 
-use super::{RotaryConfig, RotaryScaling};
+use super::{ExpertsConfig, RotaryConfig, RotaryScaling};
 use crate::error::{Error, Result};
 use candle_kernels_cpu::RotaryLayout;
 
@@ -21,6 +21,12 @@ pub enum Architecture {
     /// GPT-J (Wang and Komatsuzaki 2021): as GPT-NeoX with one norm for both, pairs of neighbouring elements, biases only
     /// in the feed-forward network and the head.
     GptJ,
+    /// Mixtral (arXiv:2401.04088): Mistral's layout with a mixture of experts in each layer.
+    Mixtral,
+    /// OLMoE (arXiv:2409.02060): a mixture of many small experts, and norms on queries and keys.
+    Olmoe,
+    /// Qwen 2 MoE (arXiv:2407.10671): Qwen 2's layout with a mixture of experts, one of which every token goes to.
+    Qwen2Moe,
 }
 
 impl Architecture {
@@ -32,6 +38,9 @@ impl Architecture {
         Self::Qwen2,
         Self::GptNeox,
         Self::GptJ,
+        Self::Mixtral,
+        Self::Olmoe,
+        Self::Qwen2Moe,
     ];
 
     /// transformers' `model_type`.
@@ -43,6 +52,9 @@ impl Architecture {
             Self::Qwen2 => "qwen2",
             Self::GptNeox => "gpt_neox",
             Self::GptJ => "gptj",
+            Self::Mixtral => "mixtral",
+            Self::Olmoe => "olmoe",
+            Self::Qwen2Moe => "qwen2_moe",
         }
     }
 
@@ -147,7 +159,7 @@ pub struct DecoderConfig {
     pub key_value_heads: usize,
     /// Width of one head.
     pub head_dim: usize,
-    /// Width of the feed-forward network's inner layer.
+    /// Width of the inner layer of the feed-forward network, or of each expert.
     pub feed_forward_width: usize,
     /// Longest sequence, in tokens.
     pub context_length: usize,
@@ -165,6 +177,10 @@ pub struct DecoderConfig {
     pub residual: Residual,
     /// Kind of positions.
     pub position: Position,
+    /// Whether queries and keys are normalised, each over the width of all heads, before they are rotated.
+    pub query_key_norm: bool,
+    /// The mixture of experts in the place of each layer's feed-forward network; none where that is dense.
+    pub experts: Option<ExpertsConfig>,
     /// Whether the query, key and value projections have biases.
     pub attention_bias: bool,
     /// Whether the attention's output projection has a bias.
@@ -218,8 +234,11 @@ impl DecoderConfig {
             + query * width
             + bias(self.attention_output_bias, width);
         let projections_in = if self.gated { 2 } else { 1 };
-        let feed_forward =
-            width * inner * (projections_in + 1) + bias(self.feed_forward_bias, inner * projections_in + width);
+        let feed_forward = match &self.experts {
+            Some(experts) => experts.parameter_count(width, inner),
+            None => width * inner * (projections_in + 1) + bias(self.feed_forward_bias, inner * projections_in + width),
+        };
+        let attention = attention + bias(self.query_key_norm, query + key_value);
         let embedding = self.vocabulary as u64 * width;
         let positions = bias(self.position == Position::Learned, self.context_length as u64 * width);
         let head = bias(!self.tied_head, embedding) + bias(self.head_bias, self.vocabulary as u64);
@@ -271,6 +290,10 @@ impl DecoderConfig {
             ));
         }
         self.validate_position()?;
+        self.experts.as_ref().map_or(Ok(()), ExpertsConfig::validate)?;
+        if self.experts.is_some() && self.feed_forward_bias {
+            return Err(Error::invalid_config("feed_forward_bias", "experts have no biases"));
+        }
         if self.parameter_count() > MAX_PARAMETERS {
             return Err(Error::invalid_config(
                 "layers",

@@ -2,7 +2,9 @@
 
 use super::fields::Fields;
 use super::known_fields::refuse_unknown;
-use super::{Activation, Architecture, DecoderConfig, Norm, Position, Residual, RotaryConfig, RotaryScaling};
+use super::{
+    Activation, Architecture, DecoderConfig, ExpertsConfig, Norm, Position, Residual, RotaryConfig, RotaryScaling,
+};
 use super::{gpt_neox, gptj};
 use crate::error::{Error, Result};
 use candle_kernels_cpu::RotaryLayout;
@@ -31,6 +33,9 @@ pub fn from_hugging_face(config: &Map<String, Value>) -> Result<DecoderConfig> {
         Architecture::GptNeox => gpt_neox::from_hugging_face(&fields)?,
         Architecture::GptJ => gptj::from_hugging_face(&fields)?,
         Architecture::Llama | Architecture::Mistral | Architecture::Qwen2 => llama(architecture, &fields)?,
+        Architecture::Mixtral | Architecture::Olmoe | Architecture::Qwen2Moe => {
+            with_experts(llama(architecture, &fields)?, &fields)?
+        }
     };
     config.validate()?;
     Ok(config)
@@ -72,6 +77,8 @@ fn gpt2(fields: &Fields<'_>) -> Result<DecoderConfig> {
         gated: false,
         residual: Residual::Sequential,
         position: Position::Learned,
+        query_key_norm: false,
+        experts: None,
         attention_bias: true,
         attention_output_bias: true,
         feed_forward_bias: true,
@@ -99,7 +106,8 @@ fn llama(architecture: Architecture, fields: &Fields<'_>) -> Result<DecoderConfi
     };
     let biases = match architecture {
         Architecture::Qwen2 => (true, false),
-        Architecture::Mistral => (false, false),
+        Architecture::Qwen2Moe => (fields.flag("qkv_bias")?.unwrap_or(true), false),
+        Architecture::Mistral | Architecture::Mixtral => (false, false),
         _ => {
             let bias = fields.flag("attention_bias")?.unwrap_or(false);
             (bias, bias)
@@ -122,6 +130,8 @@ fn llama(architecture: Architecture, fields: &Fields<'_>) -> Result<DecoderConfi
         gated: true,
         residual: Residual::Sequential,
         position: Position::Rotary(rotary(fields, head_dim)?),
+        query_key_norm: false,
+        experts: None,
         attention_bias: biases.0,
         attention_output_bias: biases.1,
         feed_forward_bias: architecture == Architecture::Llama && fields.flag("mlp_bias")?.unwrap_or(false),
@@ -131,12 +141,43 @@ fn llama(architecture: Architecture, fields: &Fields<'_>) -> Result<DecoderConfi
     })
 }
 
+/// `config`, read of the dense part, with what the fields say of experts and of norms in the attention.
+fn with_experts(config: DecoderConfig, fields: &Fields<'_>) -> Result<DecoderConfig> {
+    if fields.get("clip_qkv").is_some() {
+        return Err(Error::Unsupported(
+            "configuration `clip_qkv` is not supported unless null".into(),
+        ));
+    }
+    let dense_layers = fields
+        .get("mlp_only_layers")
+        .is_some_and(|layers| *layers != Value::Array(vec![]));
+    if dense_layers || fields.size("decoder_sparse_step")?.is_some_and(|step| step != 1) {
+        let message = "configuration `mlp_only_layers` and `decoder_sparse_step`: every layer must have experts";
+        return Err(Error::Unsupported(message.into()));
+    }
+    let mut experts = ExpertsConfig::read(config.architecture, fields)?;
+    let mut inner = config.feed_forward_width;
+    if config.architecture == Architecture::Qwen2Moe {
+        inner = fields.required_size("moe_intermediate_size")?;
+        if let Some(experts) = &mut experts {
+            experts.shared_width = fields.required_size("shared_expert_intermediate_size")?;
+            experts.shared_gate = experts.shared_width > 0;
+        }
+    }
+    Ok(DecoderConfig {
+        feed_forward_width: inner,
+        query_key_norm: config.architecture == Architecture::Olmoe,
+        experts,
+        ..config
+    })
+}
+
 /// Within the sliding window, sliding-window attention is full attention: the context is cut to the window.
 fn context_length(architecture: Architecture, fields: &Fields<'_>) -> Result<usize> {
     let context_length = fields.required_size("max_position_embeddings")?;
     let slides = match architecture {
-        Architecture::Mistral => true,
-        Architecture::Qwen2 => fields.flag("use_sliding_window")?.unwrap_or(false),
+        Architecture::Mistral | Architecture::Mixtral => true,
+        Architecture::Qwen2 | Architecture::Qwen2Moe => fields.flag("use_sliding_window")?.unwrap_or(false),
         _ => false,
     };
     match fields.size("sliding_window")? {

@@ -93,6 +93,7 @@ const FIXED: &[(&str, fn() -> Value)] = &[
     ("is_encoder_decoder", || json!(false)),
     ("pruned_heads", || json!({})),
     ("rope_interleaved", || json!(false)),
+    ("router_jitter_noise", || json!(0.0)),
 ];
 
 /// What the families read.
@@ -161,6 +162,22 @@ const LLAMA: &[&str] = &[
     "use_sliding_window",
 ];
 
+/// What families with experts read beside what [`LLAMA`] lists.
+const EXPERTS: &[&str] = &[
+    "clip_qkv",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_local_experts",
+    "output_router_logits",
+    "qkv_bias",
+    "router_aux_loss_coef",
+    "shared_expert_intermediate_size",
+];
+
 /// Refuses fields that the family is not known to have, but for nulls.
 ///
 /// Fails with [`Error::Unsupported`] that names the field.
@@ -170,7 +187,12 @@ pub(super) fn refuse_unknown(architecture: Architecture, fields: &Fields<'_>) ->
         Architecture::GptJ => GPTJ,
         Architecture::GptNeox => GPT_NEOX,
         Architecture::Llama | Architecture::Mistral | Architecture::Qwen2 => LLAMA,
+        Architecture::Mixtral | Architecture::Olmoe | Architecture::Qwen2Moe => EXPERTS,
     };
+    let with_experts = matches!(
+        architecture,
+        Architecture::Mixtral | Architecture::Olmoe | Architecture::Qwen2Moe
+    );
     for (field, value) in fields.0.iter().filter(|(_, value)| !value.is_null()) {
         if let Some((_, known)) = FIXED.iter().find(|(name, _)| name == field) {
             if *value != known() {
@@ -182,7 +204,8 @@ pub(super) fn refuse_unknown(architecture: Architecture, fields: &Fields<'_>) ->
         }
         let harmless = HARMLESS.contains(&field.as_str())
             || HARMLESS_BEGINNINGS.iter().any(|beginning| field.starts_with(beginning));
-        if !harmless && !own.contains(&field.as_str()) {
+        let shared = with_experts && LLAMA.contains(&field.as_str());
+        if !harmless && !shared && !own.contains(&field.as_str()) {
             let field: String = field.chars().take(80).collect();
             let name = architecture.name();
             return Err(Error::Unsupported(format!(

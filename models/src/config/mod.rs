@@ -1,6 +1,8 @@
 //! What a decoder looks like: one validated description, read from three kinds of source.
 
 mod decoder_config;
+mod expert_servers;
+mod experts;
 mod fields;
 mod gguf;
 mod gpt_neox;
@@ -13,6 +15,9 @@ mod rotary_fields;
 mod settings;
 
 pub use decoder_config::{Activation, Architecture, DecoderConfig, Norm, Position, Residual};
+pub use expert_servers::{ExpertServer, expert_servers};
+pub(crate) use experts::stored_balance_loss;
+pub use experts::{ExpertsConfig, check_router_settings};
 pub(crate) use fields::{Fields, shortened};
 pub use gguf::{GgufTensorFacts, from_gguf};
 pub use hugging_face::from_hugging_face;

@@ -3,7 +3,9 @@
 use super::fields::{Fields, shortened};
 use super::hugging_face::rotary_scaling;
 use super::rotary_fields::expect_whole;
-use super::{Activation, Architecture, DecoderConfig, Norm, Position, Residual, RotaryConfig, RotaryScaling};
+use super::{
+    Activation, Architecture, DecoderConfig, ExpertsConfig, Norm, Position, Residual, RotaryConfig, RotaryScaling,
+};
 use super::{gpt_neox, gptj, presets};
 use crate::error::{Error, Result};
 use crate::training::TrainingSettings;
@@ -19,7 +21,10 @@ const SHAPE_FIELDS: &[(&str, &[&str])] = &[
     ("heads", &["n_head", "num_attention_heads"]),
     ("key_value_heads", &["num_key_value_heads"]),
     ("head_dim", &[]),
-    ("feed_forward_width", &["n_inner", "intermediate_size"]),
+    (
+        "feed_forward_width",
+        &["n_inner", "intermediate_size", "moe_intermediate_size"],
+    ),
     ("context_length", &["n_positions", "n_ctx", "max_position_embeddings"]),
     ("vocabulary", &["vocab_size"]),
     (
@@ -35,6 +40,13 @@ const SHAPE_FIELDS: &[(&str, &[&str])] = &[
     ("attention_bias", &[]),
     ("attention_output_bias", &[]),
     ("feed_forward_bias", &["mlp_bias"]),
+    ("query_key_norm", &[]),
+    ("num_experts", &["num_local_experts"]),
+    ("num_experts_per_tok", &[]),
+    ("norm_topk_prob", &[]),
+    ("shared_expert_intermediate_size", &[]),
+    ("shared_expert_gate", &[]),
+    ("expert_servers", &[]),
     ("tied_head", &["tie_word_embeddings"]),
     ("head_bias", &[]),
     ("share", &[]),
@@ -68,6 +80,9 @@ pub const TRAINING_FIELDS: &[&str] = &[
     "embd_pdrop",
     "resid_pdrop",
     "attn_pdrop",
+    "router_aux_loss_coef",
+    "router_z_loss_coef",
+    "expert_capacity_factor",
 ];
 
 /// Gives every field its own name in place of transformers', and drops nulls.
@@ -135,6 +150,14 @@ pub fn from_settings(settings: &Map<String, Value>, tokenizer_size: Option<usize
         architecture => llama(architecture, &fields, tokenizer_size)?,
     };
     config.groups = groups(&fields, config.layers)?;
+    config.experts = ExpertsConfig::read(architecture, &fields)?;
+    super::expert_servers(&normalized, &config)?;
+    let norm = fields.flag("query_key_norm")?;
+    config.query_key_norm = norm.unwrap_or(architecture == Architecture::Olmoe);
+    if config.query_key_norm && config.norm == Norm::Layer {
+        let reason = format!("{} has no norms on queries and keys", architecture.name());
+        return Err(Error::invalid_config("query_key_norm", reason));
+    }
     config.validate()?;
     if let Some(size) = tokenizer_size.filter(|size| *size > config.vocabulary) {
         let reason = format!("{} is less than the tokenizer's {size} tokens", config.vocabulary);
@@ -174,13 +197,18 @@ fn llama(architecture: Architecture, fields: &Fields<'_>, tokenizer_size: Option
     };
     expect_sequential(fields, architecture)?;
     expect_whole(fields, shape.head_dim, architecture.name())?;
-    let theta = fields.number("rope_theta")?.unwrap_or(10_000.0);
-    let qwen = architecture == Architecture::Qwen2;
+    let (default_theta, default_epsilon) = match architecture {
+        Architecture::Mixtral => (1e6, 1e-5),
+        Architecture::Olmoe => (1e4, 1e-5),
+        _ => (1e4, 1e-6),
+    };
+    let theta = fields.number("rope_theta")?.unwrap_or(default_theta);
+    let qwen = matches!(architecture, Architecture::Qwen2 | Architecture::Qwen2Moe);
     let mut config = shape.config(architecture);
     let inner = shape.width.saturating_mul(8).div_ceil(3).next_multiple_of(32);
     config.feed_forward_width = fields.size("feed_forward_width")?.unwrap_or(inner);
     config.norm = Norm::Rms;
-    config.norm_epsilon = fields.number("norm_epsilon")?.unwrap_or(1e-6);
+    config.norm_epsilon = fields.number("norm_epsilon")?.unwrap_or(default_epsilon);
     config.activation = Activation::from_name("activation", fields.text("activation")?.unwrap_or("silu"))?;
     config.gated = true;
     config.position = Position::Rotary(RotaryConfig {
@@ -304,6 +332,8 @@ impl Shape {
             feed_forward_bias: true,
             tied_head: true,
             head_bias: false,
+            query_key_norm: false,
+            experts: None,
             groups: self.layers,
         }
     }
@@ -355,6 +385,18 @@ pub fn to_settings(config: &DecoderConfig) -> Map<String, Value> {
     set("attention_bias", json!(config.attention_bias));
     set("attention_output_bias", json!(config.attention_output_bias));
     set("feed_forward_bias", json!(config.feed_forward_bias));
+    if config.query_key_norm {
+        set("query_key_norm", json!(true));
+    }
+    if let Some(experts) = &config.experts {
+        set("num_experts", json!(experts.experts));
+        set("num_experts_per_tok", json!(experts.per_token));
+        set("norm_topk_prob", json!(experts.normalize));
+        if experts.shared_width > 0 {
+            set("shared_expert_intermediate_size", json!(experts.shared_width));
+            set("shared_expert_gate", json!(experts.shared_gate));
+        }
+    }
     set("tied_head", json!(config.tied_head));
     if config.groups < config.layers {
         set("share", json!(config.groups));

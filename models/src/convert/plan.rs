@@ -94,6 +94,11 @@ impl Conversion {
     /// architecture that the format does not have.
     pub fn plan(source: &Path, options: ConversionOptions) -> Result<Self> {
         let model = OpenedModel::open(source)?;
+        if model.config.experts.is_some() {
+            return Err(Error::Unsupported(
+                "models with experts are not converted; save a checkpoint of the loaded model instead".to_owned(),
+            ));
+        }
         let parameters = check_source(&model.config, model.files.source())?;
         if options.format == Format::Gguf {
             gguf::check_architecture(&model.config)?;

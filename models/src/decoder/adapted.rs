@@ -45,6 +45,7 @@ impl Decoder {
             layout: self.layout.clone(),
             inverse_frequencies: self.inverse_frequencies.clone(),
             adapted: self.adapted.clone(),
+            remote: self.remote.clone(),
         }
     }
 

@@ -44,6 +44,7 @@ impl Decoder {
             layout,
             inverse_frequencies,
             adapted: None,
+            remote: None,
         })
     }
 

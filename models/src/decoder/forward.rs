@@ -1,15 +1,17 @@
 //! The forward pass of inference: several cached sequences at once.
 
-use super::{Decoder, KeyValueCache, Layer, LowRank, NormParameters, Projection, QueryKeyValue};
+use super::{Decoder, FeedForward, KeyValueCache, Layer, LowRank, NormParameters, Projection, QueryKeyValue};
 use crate::adapters::{AdapterRows, AdapterWeights};
 use crate::config::Position;
 use crate::error::{Error, Result};
+use crate::experts::Routing;
 use crate::ops::attention::{self, AttentionShape};
 use crate::ops::backward::add_in_place;
 use crate::ops::rotary::RotaryAngles;
 use crate::ops::storage::{CpuSlice, is_cpu};
 use crate::ops::{activation, embedding, heads, linear, low_rank, norm, rotary};
 use candle_core::Tensor;
+use std::cell::RefCell;
 
 /// What one sequence contributes to a forward pass.
 #[derive(Debug)]
@@ -18,6 +20,14 @@ pub struct SequenceStep<'a> {
     pub tokens: &'a [u32],
     /// The sequence's past; extended by the new tokens when the pass succeeds.
     pub cache: &'a mut KeyValueCache,
+}
+
+/// What goes beside the layers' own computation.
+pub(super) struct Beside<'a> {
+    /// What adapters add.
+    pub(super) adapters: &'a AdapterRows<'a>,
+    /// Where the routers' decisions are collected, if anywhere.
+    pub(super) routings: Option<&'a RefCell<Vec<Routing>>>,
 }
 
 impl Decoder {
@@ -104,7 +114,23 @@ impl Decoder {
         self.hidden_adapted(batch, &AdapterRows::none())
     }
 
+    /// What the router of each layer with experts decides of the next tokens of a sequence; extends the cache.
+    pub(super) fn routings(&self, tokens: &[u32], cache: &mut KeyValueCache) -> Result<Vec<Routing>> {
+        let routings = RefCell::new(Vec::new());
+        let beside = Beside {
+            adapters: &AdapterRows::none(),
+            routings: Some(&routings),
+        };
+        self.hidden_beside(&mut [SequenceStep { tokens, cache }], &beside)?;
+        Ok(routings.into_inner())
+    }
+
     fn hidden_adapted(&self, batch: &mut [SequenceStep<'_>], adapters: &AdapterRows<'_>) -> Result<Tensor> {
+        let routings = None;
+        self.hidden_beside(batch, &Beside { adapters, routings })
+    }
+
+    fn hidden_beside(&self, batch: &mut [SequenceStep<'_>], beside: &Beside<'_>) -> Result<Tensor> {
         if batch.is_empty() {
             return Err(Error::InvalidArgument("there are no sequences to run".into()));
         }
@@ -134,7 +160,7 @@ impl Decoder {
         let mut hidden = self.embed(&tokens, &positions)?;
         let angles = self.rotary_angles(&positions)?;
         for (index, layer) in self.layout.layers.iter().enumerate() {
-            hidden = self.layer(index, layer, &hidden, angles.as_ref(), batch, adapters)?;
+            hidden = self.layer(index, layer, &hidden, angles.as_ref(), batch, beside)?;
         }
         for step in batch.iter_mut() {
             step.cache.advance(step.tokens.len());
@@ -164,8 +190,9 @@ impl Decoder {
         hidden: &Tensor,
         angles: Option<&RotaryAngles>,
         batch: &mut [SequenceStep<'_>],
-        adapters: &AdapterRows<'_>,
+        beside: &Beside<'_>,
     ) -> Result<Tensor> {
+        let adapters = beside.adapters;
         let normalized = self.normalize(hidden, &layer.attention_norm)?;
         let [mut queries, mut keys, values] = match &layer.query_key_value {
             QueryKeyValue::Separate(each) => self.project_adapted(&normalized, each.each_ref(), adapters)?,
@@ -174,6 +201,10 @@ impl Decoder {
                 heads::split(&all, self.config.head_dim)?
             }
         };
+        if let Some([query_norm, key_norm]) = &layer.query_key_norm {
+            queries = self.normalize(&queries, query_norm)?;
+            keys = self.normalize(&keys, key_norm)?;
+        }
         if let Some(angles) = angles {
             queries = rotary::rotate(queries, angles, self.config.head_dim)?;
             keys = rotary::rotate(keys, angles, self.config.head_dim)?;
@@ -183,19 +214,33 @@ impl Decoder {
         add_in_place(&middle, hidden)?;
         let feed_forward_input = self.feed_forward_input(hidden, &middle);
         let normalized = self.normalize(feed_forward_input, &layer.feed_forward_norm)?;
-        let feed_forward = &layer.feed_forward;
+        let output = match &layer.experts {
+            Some(experts) => self.mix_experts(index, layer, experts, &normalized, beside)?,
+            None => self.network(&layer.feed_forward, &normalized, beside)?,
+        };
+        add_in_place(&output, &middle)?;
+        Ok(output)
+    }
+
+    /// A feed-forward network: `[rows, width]` to `[rows, width]`.
+    pub(super) fn network(
+        &self,
+        feed_forward: &FeedForward,
+        normalized: &Tensor,
+        beside: &Beside<'_>,
+    ) -> Result<Tensor> {
+        let adapters = beside.adapters;
         let inner = match &feed_forward.gate {
             None => {
-                let [up] = self.project_adapted(&normalized, [&feed_forward.up], adapters)?;
+                let [up] = self.project_adapted(normalized, [&feed_forward.up], adapters)?;
                 activation::activate(&up, self.config.activation)?
             }
             Some(gate) => {
-                let [gate, up] = self.project_adapted(&normalized, [gate, &feed_forward.up], adapters)?;
+                let [gate, up] = self.project_adapted(normalized, [gate, &feed_forward.up], adapters)?;
                 activation::gate(&gate, &up, self.config.activation)?
             }
         };
         let [output] = self.project_adapted(&inner, [&feed_forward.down], adapters)?;
-        add_in_place(&output, &middle)?;
         Ok(output)
     }
 

@@ -32,12 +32,21 @@ impl Decoder {
             let values = match info.role {
                 ParameterRole::NormWeight => vec![1.0; info.elements()],
                 ParameterRole::Bias => vec![0.0; info.elements()],
+                ParameterRole::Switches => default_switches(info),
                 ParameterRole::ResidualMatrix => normal(info, residual_deviation, seed, index),
                 _ => normal(info, STANDARD_DEVIATION, seed, index),
             };
             dense(values, info.held_shape())
         })
     }
+}
+
+/// No biases, every expert enabled.
+pub(super) fn default_switches(info: &ParameterInfo) -> Vec<f32> {
+    let experts = info.elements() / 2;
+    let mut values = vec![0.0; experts];
+    values.resize(2 * experts, 1.0);
+    values
 }
 
 /// Normal values; block `b` of parameter `index` is drawn from stream `index * 2^32 + b` of ChaCha8 on `seed`.

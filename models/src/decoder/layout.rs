@@ -1,7 +1,7 @@
 //! Which parameters a configuration has, in order, and which of them each part of the decoder uses.
 
 use super::names::{Names, QueryKeyValueNames, names};
-use crate::config::{DecoderConfig, Norm, Position, Residual};
+use crate::config::{DecoderConfig, ExpertsConfig, Norm, Position, Residual};
 use std::ops::Range;
 
 /// Number of a parameter in [`Decoder::parameters`](super::Decoder::parameters); the index of all that is kept per
@@ -24,6 +24,11 @@ pub enum ParameterRole {
     Bias,
     /// Weight of a norm, always f32.
     NormWeight,
+    /// A matrix of a router, always f32: near ties are decided by its last bits.
+    Router,
+    /// The switches of a router: a bias and whether it is enabled for each expert. `[2, experts]`, always f32. They are no
+    /// parameter of transformers, no optimizer step changes them, and nothing lists them.
+    Switches,
     /// A factor of an adapter's low-rank matrix, always f32.
     LowRank,
 }
@@ -53,12 +58,19 @@ pub struct ParameterInfo {
 }
 
 impl ParameterInfo {
-    /// Dimensions as held: `[out, in]` for matrices.
+    /// Dimensions as held: `[out, in]` for matrices. The matrices of all experts of a layer, in transformers
+    /// `[experts, out, in]`, are held as one with the rows of one after another.
     pub fn held_shape(&self) -> Vec<usize> {
-        match self.transposed {
-            true => self.shape.iter().rev().copied().collect(),
-            false => self.shape.clone(),
+        match (self.transposed, &self.shape[..]) {
+            (true, shape) => shape.iter().rev().copied().collect(),
+            (false, &[experts, rows, columns]) => vec![experts * rows, columns],
+            (false, shape) => shape.to_vec(),
         }
+    }
+
+    /// Whether it is one that transformers has too, which is listed, counted, read and written under its name.
+    pub fn is_listed(&self) -> bool {
+        self.role != ParameterRole::Switches
     }
 
     /// Number of elements.
@@ -140,6 +152,20 @@ impl QueryKeyValue {
     }
 }
 
+/// The router and the further networks of a layer with experts. The experts' own matrices are the [`FeedForward`]: `gate`
+/// and `up` are one parameter with the rows of each expert's gate before those of its up projection.
+#[derive(Debug, Clone)]
+pub struct ExpertLayer {
+    /// `[experts, width]`: the scores of the experts.
+    pub router: Projection,
+    /// `[2, experts]`: biases, and 1 for the experts that are enabled.
+    pub switches: ParameterId,
+    /// The network of every token.
+    pub shared: Option<FeedForward>,
+    /// `[1, width]`: the sigmoid of this map is the factor of the shared network's output.
+    pub shared_gate: Option<Projection>,
+}
+
 /// One layer.
 #[derive(Debug, Clone)]
 pub struct Layer {
@@ -151,17 +177,22 @@ pub struct Layer {
     pub attention_output: Projection,
     /// Norm before the feed-forward network; the same as that before attention where they share it.
     pub feed_forward_norm: NormParameters,
-    /// The feed-forward network.
+    /// Norms of queries and keys before their rotation.
+    pub query_key_norm: Option<[NormParameters; 2]>,
+    /// The feed-forward network, or the experts' networks together.
     pub feed_forward: FeedForward,
+    /// What routes to the experts, where there are some.
+    pub experts: Option<ExpertLayer>,
 }
 
 impl Layer {
     /// All projections of the layer, to be changed.
     pub(super) fn projections_mut(&mut self) -> impl Iterator<Item = &mut Projection> {
-        let FeedForward { gate, up, down } = &mut self.feed_forward;
+        let shared = self.experts.as_mut().and_then(|experts| experts.shared.as_mut());
+        let networks = [&mut self.feed_forward].into_iter().chain(shared);
+        let of_networks = networks.flat_map(|FeedForward { gate, up, down }| gate.iter_mut().chain([up, down]));
         let attention = self.query_key_value.projections_mut().iter_mut();
-        let attention = attention.chain([&mut self.attention_output]);
-        attention.chain(gate.iter_mut()).chain([up, down])
+        attention.chain([&mut self.attention_output]).chain(of_networks)
     }
 }
 
@@ -273,7 +304,11 @@ impl ParameterList<'_> {
     }
 
     fn push_norm(&mut self, name: &str) -> NormParameters {
-        let shape = vec![self.config.width];
+        self.push_norm_of(name, self.config.width)
+    }
+
+    fn push_norm_of(&mut self, name: &str, width: usize) -> NormParameters {
+        let shape = vec![width];
         let weight = self.push(format!("{name}.weight"), shape.clone(), ParameterRole::NormWeight);
         let bias = self.config.norm == Norm::Layer;
         let bias = bias.then(|| self.push(format!("{name}.bias"), shape, ParameterRole::Bias));
@@ -333,6 +368,10 @@ impl ParameterList<'_> {
         let name = format!("{prefix}.{}", names.attention_output);
         let sizes = [width, config.query_width()];
         let attention_output = self.push_matrix(&name, sizes, residual, config.attention_output_bias);
+        let query_key_norm = config.query_key_norm.then(|| {
+            let widths = [("q_norm", config.query_width()), ("k_norm", config.key_value_width())];
+            widths.map(|(name, width)| self.push_norm_of(&format!("{prefix}.self_attn.{name}"), width))
+        });
         let feed_forward_norm = match config.residual {
             Residual::ParallelSharedNorm => attention_norm.clone(),
             Residual::Sequential | Residual::Parallel => {
@@ -342,17 +381,81 @@ impl ParameterList<'_> {
         let mut push = |name: &str, sizes: [usize; 2], role: ParameterRole| {
             self.push_matrix(&format!("{prefix}.{name}"), sizes, role, config.feed_forward_bias)
         };
-        let gate = config.gated.then(|| push(names.gate, [inner, width], into));
-        let up = push(names.up, [inner, width], into);
-        let down = push(names.down, [width, inner], residual);
-        let feed_forward = FeedForward { gate, up, down };
+        let (feed_forward, experts) = match &config.experts {
+            Some(experts) => {
+                let (feed_forward, experts) = self.push_experts(&format!("{prefix}.mlp"), experts);
+                (feed_forward, Some(experts))
+            }
+            None => {
+                let gate = config.gated.then(|| push(names.gate, [inner, width], into));
+                let up = push(names.up, [inner, width], into);
+                let down = push(names.down, [width, inner], residual);
+                (FeedForward { gate, up, down }, None)
+            }
+        };
         Layer {
             attention_norm,
             query_key_value,
             attention_output,
             feed_forward_norm,
+            query_key_norm,
             feed_forward,
+            experts,
         }
+    }
+
+    /// The experts of a layer, as transformers names and orders their parameters.
+    fn push_experts(&mut self, prefix: &str, experts: &ExpertsConfig) -> (FeedForward, ExpertLayer) {
+        let (width, inner) = (self.config.width, self.config.feed_forward_width);
+        let router = self.push_matrix(
+            &format!("{prefix}.gate"),
+            [experts.experts, width],
+            ParameterRole::Router,
+            false,
+        );
+        let switches = self.push(
+            format!("{prefix}.gate.switches"),
+            vec![2, experts.experts],
+            ParameterRole::Switches,
+        );
+        self.parameters[switches.0].trainable = false;
+        let mut push = |name: &str, [rows, columns]: [usize; 2], role| Projection {
+            weight: self.push(
+                format!("{prefix}.experts.{name}"),
+                vec![experts.experts, rows, columns],
+                role,
+            ),
+            bias: None,
+            rows: 0..experts.experts * rows,
+            low_rank: None,
+        };
+        let up = push("gate_up_proj", [2 * inner, width], ParameterRole::Matrix);
+        let down = push("down_proj", [width, inner], ParameterRole::ResidualMatrix);
+        let feed_forward = FeedForward {
+            gate: Some(up.clone()),
+            up,
+            down,
+        };
+        let prefix = format!("{prefix}.shared_expert");
+        let shared = (experts.shared_width > 0).then(|| {
+            let inner = experts.shared_width;
+            let (into, residual) = (ParameterRole::Matrix, ParameterRole::ResidualMatrix);
+            FeedForward {
+                gate: Some(self.push_matrix(&format!("{prefix}.gate_proj"), [inner, width], into, false)),
+                up: self.push_matrix(&format!("{prefix}.up_proj"), [inner, width], into, false),
+                down: self.push_matrix(&format!("{prefix}.down_proj"), [width, inner], residual, false),
+            }
+        });
+        let shared_gate = experts
+            .shared_gate
+            .then(|| self.push_matrix(&format!("{prefix}_gate"), [1, width], ParameterRole::Router, false));
+        let experts = ExpertLayer {
+            router,
+            switches,
+            shared,
+            shared_gate,
+        };
+        (feed_forward, experts)
     }
 }
 
@@ -383,11 +486,16 @@ mod tests {
                 "vocabulary": 33, "rotary_dim": 4}),
             json!({"architecture": "gptj", "layers": 3, "width": 18, "heads": 3, "context_length": 10,
                 "vocabulary": 33, "tied_head": false, "share": "all"}),
+            json!({"architecture": "olmoe", "layers": 2, "width": 24, "heads": 6, "key_value_heads": 2,
+                "context_length": 10, "vocabulary": 33, "num_experts": 3, "num_experts_per_tok": 2}),
+            json!({"architecture": "qwen2_moe", "layers": 2, "width": 24, "heads": 6, "context_length": 10,
+                "vocabulary": 33, "num_experts": 5, "shared_expert_intermediate_size": 7}),
             json!({"architecture": "llama", "layers": 5, "width": 24, "heads": 6, "context_length": 10,
                 "vocabulary": 33, "share": 2}),
         ] {
             let (config, parameters) = parameters(settings);
-            let elements: usize = parameters.iter().map(ParameterInfo::elements).sum();
+            let listed = parameters.iter().filter(|info| info.is_listed());
+            let elements: usize = listed.map(ParameterInfo::elements).sum();
             assert_eq!(elements as u64, config.parameter_count());
         }
     }

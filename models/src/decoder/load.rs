@@ -1,12 +1,15 @@
 //! A decoder from the tensors of a file. Names and shapes are checked before any tensor is read.
 
+use super::build::dense;
+use super::fused_experts::FusedExperts;
+use super::initialize::default_switches;
 use super::layout::shared_names;
 use super::names::ignored_tensor;
 use super::{Decoder, ParameterInfo, Weight, WeightType, check_memory};
 use crate::config::DecoderConfig;
 use crate::error::{Error, Result};
 use crate::formats::{Orientation, StoredTensor, TensorData, TensorSource};
-use candle_core::Device;
+use candle_core::{DType, Device};
 use std::collections::HashSet;
 
 /// Tensors that may be there although no parameter is called so: a copy of the tied head, and the rotary factors of a
@@ -24,12 +27,57 @@ pub fn load_decoder(
     device: &Device,
     kind: Option<WeightType>,
 ) -> Result<Decoder> {
+    let fused;
+    let source: &dyn TensorSource = match &config.experts {
+        None => source,
+        Some(experts) => {
+            fused = FusedExperts::new(source, experts.experts)?;
+            &fused
+        }
+    };
+    let per_token = config.experts.as_ref().map_or(0, |experts| experts.per_token);
     let parameters = check_source(&config, source)?;
     check_memory(
         "the model",
         parameters.iter().map(|info| held_bytes(info, source, kind)).sum(),
     )?;
-    Decoder::build(config, device, kind, |info| as_held(info, source.load(&info.name)?))
+    Decoder::build(config, device, kind, |info| {
+        if is_optional(info, source) {
+            return dense(default_switches(info), info.held_shape());
+        }
+        let stored = source.load(&info.name)?;
+        if !info.is_listed() {
+            check_switches(info, per_token, &stored, source)?;
+        }
+        as_held(info, stored)
+    })
+}
+
+/// Refuses switches of a router that leave fewer experts enabled than a token goes to.
+fn check_switches(
+    info: &ParameterInfo,
+    per_token: usize,
+    stored: &StoredTensor,
+    source: &dyn TensorSource,
+) -> Result<()> {
+    let TensorData::Dense(values) = &stored.data else {
+        return Err(Error::invalid_file(
+            source.path(),
+            format!("tensor `{}` is quantised", info.name),
+        ));
+    };
+    let values: Vec<f32> = values.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+    let enabled = values[values.len() / 2..].iter().filter(|enabled| **enabled != 0.0);
+    match enabled.count() {
+        enabled if enabled >= per_token => Ok(()),
+        enabled => {
+            let reason = format!(
+                "tensor `{}` enables {enabled} experts where a token goes to {per_token}",
+                info.name
+            );
+            Err(Error::invalid_file(source.path(), reason))
+        }
+    }
 }
 
 /// The parameters of a configuration, once `source` is known to have each in its shape, and no others.
@@ -38,11 +86,16 @@ pub fn load_decoder(
 pub(crate) fn check_source(config: &DecoderConfig, source: &dyn TensorSource) -> Result<Vec<ParameterInfo>> {
     config.validate()?;
     let parameters = Decoder::parameters_of(config);
-    for info in &parameters {
+    for info in parameters.iter().filter(|info| !is_optional(info, source)) {
         check_stored(info, source)?;
     }
     refuse_unknown(config, &parameters, source)?;
     Ok(parameters)
+}
+
+/// Whether a parameter is the switches of a router, which only our own files have.
+fn is_optional(info: &ParameterInfo, source: &dyn TensorSource) -> bool {
+    !info.is_listed() && source.shape(&info.name).is_none()
 }
 
 fn check_stored(info: &ParameterInfo, source: &dyn TensorSource) -> Result<()> {
@@ -105,7 +158,7 @@ fn held_bytes(info: &ParameterInfo, source: &dyn TensorSource, kind: Option<Weig
 fn as_held(info: &ParameterInfo, stored: StoredTensor) -> Result<Weight> {
     match (stored.data, stored.orientation, info.transposed) {
         (TensorData::Dense(tensor), Orientation::AsTransformers, true) => Weight::dense(&tensor.t()?),
-        (TensorData::Dense(tensor), _, _) => Weight::dense(&tensor),
+        (TensorData::Dense(tensor), _, _) => Weight::dense(&tensor.reshape(info.held_shape())?),
         (TensorData::Quantized(tensor), Orientation::OutIn, _) => Weight::quantized(tensor),
         (TensorData::Quantized(tensor), Orientation::AsTransformers, false) => Weight::quantized(tensor),
         (TensorData::Quantized(_), Orientation::AsTransformers, true) => Err(Error::Unsupported(format!(

@@ -3,7 +3,9 @@
 mod adapted;
 mod build;
 mod cache;
+mod experts;
 mod forward;
+mod fused_experts;
 mod initialize;
 mod layout;
 mod load;
@@ -11,6 +13,7 @@ mod memory;
 mod names;
 mod parameters;
 mod regroup;
+mod remote;
 mod score;
 mod structure;
 mod weight;
@@ -20,8 +23,8 @@ pub(crate) use adapted::Factors;
 pub use cache::{CacheUsage, KeyValueCache, PAGE_POSITIONS, PageMemory, PagePool, Place, Scope};
 pub use forward::SequenceStep;
 pub use layout::{
-    FeedForward, Layer, Layout, LowRank, NormParameters, ParameterId, ParameterInfo, ParameterRole, Projection,
-    QueryKeyValue,
+    ExpertLayer, FeedForward, Layer, Layout, LowRank, NormParameters, ParameterId, ParameterInfo, ParameterRole,
+    Projection, QueryKeyValue,
 };
 pub(crate) use load::check_source;
 pub use load::load_decoder;
@@ -30,5 +33,6 @@ pub use names::ignored_tensor;
 pub(crate) use names::{name_of_stored, stored_name};
 pub use parameters::ParameterData;
 pub use score::{LossPass, as_scores, next_tokens};
+pub use remote::{ExpertRows, PendingExperts, RemoteExperts};
 pub use structure::Decoder;
 pub use weight::{Weight, WeightType};

@@ -95,7 +95,12 @@ const GPTJ: Names = Names {
 pub(super) fn names(architecture: Architecture) -> &'static Names {
     match architecture {
         Architecture::Gpt2 => &GPT2,
-        Architecture::Llama | Architecture::Mistral | Architecture::Qwen2 => &LLAMA,
+        Architecture::Llama
+        | Architecture::Mistral
+        | Architecture::Qwen2
+        | Architecture::Mixtral
+        | Architecture::Olmoe
+        | Architecture::Qwen2Moe => &LLAMA,
         Architecture::GptNeox => &GPT_NEOX,
         Architecture::GptJ => &GPTJ,
     }

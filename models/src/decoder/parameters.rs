@@ -85,7 +85,7 @@ impl Decoder {
             return Ok(flat.narrow(0, range.start, range.len())?.to_device(&Device::Cpu)?);
         }
         // Whole rows of transformers' shape that cover the range, then the range of them.
-        let columns = info.shape[1];
+        let columns = info.shape.last().copied().unwrap_or(1);
         let rows = range.start / columns..range.end.div_ceil(columns);
         let covering = match (self.weight(id), info.transposed) {
             (Weight::Dense(tensor), false) => tensor.narrow(0, rows.start, rows.len())?,

@@ -50,6 +50,7 @@ impl Decoder {
             layout,
             inverse_frequencies: self.inverse_frequencies.clone(),
             adapted: None,
+            remote: None,
         };
         Ok((decoder, sources))
     }

@@ -1,10 +1,11 @@
 //! The decoder's state: its configuration, its weights, and what is known of each.
 
 use super::layout::shared_names;
-use super::{Adapted, KeyValueCache, Layout, ParameterId, ParameterInfo, Weight, WeightType};
+use super::{Adapted, KeyValueCache, Layout, ParameterId, ParameterInfo, RemoteExperts, Weight, WeightType};
 use crate::config::{DecoderConfig, Position};
 use crate::error::{Error, Result};
 use candle_core::Device;
+use std::sync::Arc;
 
 /// A decoder-only transformer. Immutable while it is run; training changes the weights through
 /// [`weight_mut`](Self::weight_mut).
@@ -22,6 +23,8 @@ pub struct Decoder {
     pub(super) inverse_frequencies: Vec<f32>,
     /// Set where low-rank matrices of an adapter were put over another decoder's weights.
     pub(super) adapted: Option<Adapted>,
+    /// Other servers that compute some of the experts.
+    pub(super) remote: Option<Arc<dyn RemoteExperts>>,
 }
 
 impl Decoder {
@@ -60,6 +63,17 @@ impl Decoder {
         &self.weights[id.0]
     }
 
+    /// Whether a parameter is no part of transformers' model and has the value that it has when a file lacks it, so that
+    /// files need not hold it.
+    pub fn is_default(&self, id: ParameterId) -> Result<bool> {
+        let info = &self.parameters[id.0];
+        if info.is_listed() {
+            return Ok(false);
+        }
+        let values: Vec<f32> = self.weights[id.0].to_f32()?.flatten_all()?.to_vec1()?;
+        Ok(values == super::initialize::default_switches(info))
+    }
+
     /// The values of a parameter, to be replaced or changed in place. The shape must stay.
     pub fn weight_mut(&mut self, id: ParameterId) -> &mut Weight {
         &mut self.weights[id.0]
@@ -83,7 +97,8 @@ impl Decoder {
     /// Number of elements of its own parameters, tied ones counted once.
     pub fn parameter_count(&self) -> u64 {
         let own = &self.parameters[self.own_parameters()];
-        own.iter().map(|info| info.elements() as u64).sum()
+        let listed = own.iter().filter(|info| info.is_listed());
+        listed.map(|info| info.elements() as u64).sum()
     }
 
     /// Bytes of its own weights.
@@ -124,6 +139,7 @@ impl Decoder {
             layout: self.layout.clone(),
             inverse_frequencies: self.inverse_frequencies.clone(),
             adapted: self.adapted.clone(),
+            remote: self.remote.clone(),
         })
     }
 

@@ -5,6 +5,7 @@ pub mod activation;
 pub mod attention;
 pub(crate) mod backward;
 pub mod embedding;
+pub(crate) mod experts;
 pub(crate) mod half;
 pub mod heads;
 pub mod linear;

@@ -1,10 +1,18 @@
 //! Forward and backward over the sequences of a statement.
 
+use std::cell::RefCell;
+use std::sync::Arc;
+
 use super::dropout::PassDropout;
 use super::packed::Packed;
-use super::{ActivationSettings, DropoutKey, DropoutSettings, Gradient, HalfWeights, TapeEntry, TrainingSequence};
+use super::router::{RouterLossSums, load_of};
+use super::{
+    ActivationSettings, DropoutKey, DropoutSettings, ExpertLoad, Gradient, HalfWeights, RouterSettings, TapeEntry,
+    TrainingSequence,
+};
 use crate::decoder::{Decoder, Layout};
 use crate::error::{Error, Result};
+use crate::experts::Routing;
 use crate::ops::attention::AttentionShape;
 use crate::ops::half::RoundingLosses;
 use crate::ops::rotary::RotaryAngles;
@@ -12,7 +20,8 @@ use crate::ops::rotary::RotaryAngles;
 /// What one sequence contributed.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SequenceLoss {
-    /// Mean cross-entropy (natural logarithm) over its targets, whatever its loss weight. NaN when it has none.
+    /// Mean cross-entropy (natural logarithm) over its targets, whatever its loss weight, with the losses of its routers if
+    /// there are any ([`RouterSettings`]). NaN when it has no targets.
     pub loss: f64,
     /// Number of its targets that are not ignored.
     pub token_count: u32,
@@ -32,6 +41,8 @@ pub struct PassOptions<'a> {
     pub dropout: DropoutSettings,
     /// What the masks of dropout depend on.
     pub dropout_key: DropoutKey,
+    /// Losses and capacity of routers.
+    pub router: RouterSettings,
 }
 
 impl Default for PassOptions<'_> {
@@ -42,17 +53,19 @@ impl Default for PassOptions<'_> {
             loss_scale: 1.0,
             dropout: DropoutSettings::default(),
             dropout_key: DropoutKey::default(),
+            router: RouterSettings::default(),
         }
     }
 }
 
 impl PassOptions<'_> {
     /// Whether sequences share the activations of what they have in common: not with dropout, of the model or of an
-    /// adapter, whose masks differ.
+    /// adapter, whose masks differ, and not with experts of limited capacity, which sequences fill differently.
     #[must_use]
     pub fn reuses(&self, decoder: &Decoder) -> bool {
         let mut matrices = decoder.adapted_modules().iter();
-        self.activations.reuse && !self.dropout.is_on() && !matrices.any(|(_, matrix)| matrix.dropout > 0.0)
+        let dropless = self.router.capacity_factor.is_none() || decoder.config().experts.is_none();
+        self.activations.reuse && dropless && !self.dropout.is_on() && !matrices.any(|(_, matrix)| matrix.dropout > 0.0)
     }
 }
 
@@ -84,6 +97,11 @@ pub(super) struct Pass<'a> {
     /// Factor of each row's loss in the scaled gradient, `[targets]`.
     pub(super) factors: Vec<f32>,
     pub(super) dropout: PassDropout,
+    pub(super) router: RouterSettings,
+    /// Where the tokens go in each layer with experts, once it has been run: the same when it is run again.
+    pub(super) routings: RefCell<Vec<Option<Arc<Routing>>>>,
+    /// The losses of the routers, once all layers have been run.
+    pub(super) router_losses: RefCell<Option<RouterLossSums>>,
     pub(super) cancelled: &'a dyn Fn() -> bool,
 }
 
@@ -137,13 +155,18 @@ pub fn accumulate_in_place(
     let mut losses: Vec<_> = counts
         .map(|token_count| SequenceLoss { loss: 0.0, token_count })
         .collect();
-    let (mut tape, mut lost) = (vec![], (0, 0));
+    let (mut tape, mut lost, mut load) = (vec![], (0, 0), vec![]);
     gradient.rescale(options.loss_scale)?;
     for batch in Packed::split(sequences, options.reuses(decoder)) {
         gradient.allocate()?;
         let pass = Pass::new(decoder, &batch, gradient, options, cancelled)?;
         let recorded = pass.forward()?;
         tape = pass.list(&recorded);
+        pass.sum_router_losses(sequences, options.loss_scale)?;
+        for (member, loss) in batch.members.iter().zip(pass.mean_router_losses()) {
+            losses[*member].loss += loss * f64::from(losses[*member].token_count);
+        }
+        super::expert_load::add(&mut load, &pass.expert_load()?);
         let rows = pass.backward(recorded)?;
         lost.0 += pass.losses.overflows.get();
         lost.1 += pass.losses.underflows.get();
@@ -159,6 +182,7 @@ pub fn accumulate_in_place(
     let tokens = losses.iter().map(|loss| u64::from(loss.token_count)).sum();
     gradient.count(tokens, sequences.len() as u64, weighted);
     gradient.count_rounding_losses(lost.0, lost.1);
+    gradient.count_load(&load);
     Ok(PassReport { losses, tape })
 }
 
@@ -180,6 +204,9 @@ impl<'a> Pass<'a> {
             angles,
             factors: batch.factors.iter().map(|factor| factor * scale).collect(),
             dropout: PassDropout::new(options.dropout, options.dropout_key, &batch.members),
+            router: options.router,
+            routings: RefCell::new(vec![None; decoder.layout().layers.len()]),
+            router_losses: RefCell::new(None),
             batch,
             gradient,
             activations: options.activations,
@@ -187,6 +214,41 @@ impl<'a> Pass<'a> {
             losses: RoundingLosses::default(),
             cancelled,
         })
+    }
+}
+
+impl Pass<'_> {
+    /// Sums what the losses of the routers depend on, once every layer has been run.
+    fn sum_router_losses(&self, sequences: &[TrainingSequence], scale: f64) -> Result<()> {
+        if self.decoder.config().experts.is_none() || !self.router.has_losses() {
+            return Ok(());
+        }
+        let config = self.decoder.experts_config()?;
+        let routings = self.routings.borrow();
+        let routings: Vec<&Routing> = routings.iter().flatten().map(Arc::as_ref).collect();
+        let sums = RouterLossSums::new(self.router, config, &routings, (self.batch, sequences), scale);
+        *self.router_losses.borrow_mut() = Some(sums);
+        Ok(())
+    }
+
+    /// What the routers add to the mean loss of each sequence of the pass; nothing without such losses.
+    fn mean_router_losses(&self) -> Vec<f64> {
+        let sums = self.router_losses.borrow();
+        sums.as_ref().map(|sums| sums.losses().collect()).unwrap_or_default()
+    }
+
+    /// What each expert of each layer had to do, `[layers, experts]`; empty without experts.
+    fn expert_load(&self) -> Result<Vec<ExpertLoad>> {
+        if self.decoder.config().experts.is_none() {
+            return Ok(vec![]);
+        }
+        let config = self.decoder.experts_config()?;
+        let routings = self.routings.borrow();
+        Ok(routings
+            .iter()
+            .flatten()
+            .flat_map(|routing| load_of(config, routing))
+            .collect())
     }
 }
 

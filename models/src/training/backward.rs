@@ -104,12 +104,19 @@ impl Pass<'_> {
         let norm = self.norm(&layer.attention_norm)?;
         let normed = norm.forward(&input)?;
         let x = self.operand(&normed.output)?;
+        let [query_norm, key_norm] = layer
+            .query_key_norm
+            .as_ref()
+            .map_or([None, None], |[q, k]| [Some(q), Some(k)]);
         let dnormed = match &layer.query_key_value {
             QueryKeyValue::Separate([query, key, value]) => {
+                let dquery = self.backward_head_norm(query_norm, query, &x, dquery)?;
+                let dkey = self.backward_head_norm(key_norm, key, &x, dkey)?;
                 let dnormed = self.backward_linear(query, &x, &dquery, None)?;
                 let dnormed = self.backward_linear(key, &x, &dkey, Some(dnormed))?;
                 self.backward_linear(value, &x, &dvalue, Some(dnormed))?
             }
+            // No family has both: their heads are not normalised.
             QueryKeyValue::PerHead(all) => {
                 let dall = heads::join([&dquery, &dkey, &dvalue], self.heads.head_dim)?;
                 self.backward_linear(all, &x, &dall, None)?
@@ -117,6 +124,23 @@ impl Pass<'_> {
         };
         norm.backward(&normed, &input, &dnormed, &gradient)?;
         Ok(gradient)
+    }
+
+    /// The gradient of a projection's output from `dy`, that of its norm's, if it has one. What was normalised is computed
+    /// again from the projection's input `x`.
+    fn backward_head_norm(
+        &self,
+        norm: Option<&NormParameters>,
+        projection: &Projection,
+        x: &Tensor,
+        dy: Tensor,
+    ) -> Result<Tensor> {
+        let Some(norm) = norm else { return Ok(dy) };
+        let norm = self.norm(norm)?;
+        let output = self.linear(projection, x)?;
+        let dx = output.zeros_like()?;
+        norm.backward(&norm.forward(&output)?, &output, &dy, &dx)?;
+        Ok(dx)
     }
 
     /// The gradients of queries, keys and values from that of the attention's output, all by rows.
@@ -158,6 +182,13 @@ impl Pass<'_> {
     /// The feed-forward half: to `gradient` of the layer's output is added that of what the half reads, in place.
     fn backward_feed_forward(&self, index: usize, layer: &Layer, tape: &LayerTape, gradient: &Tensor) -> Result<()> {
         let network = &layer.feed_forward;
+        if let Some(experts) = &layer.experts {
+            let norm = self.norm(&layer.feed_forward_norm)?;
+            let normed = norm.forward(&tape.middle)?;
+            let dadded = self.dropped(gradient, DropoutSite::FeedForward(index))?;
+            let dnormed = self.backward_experts(index, (layer, experts), tape, &normed.output, &dadded)?;
+            return norm.backward(&normed, &tape.middle, &dnormed, gradient);
+        }
         let inner = self.activate(tape.gate.as_ref(), &tape.up)?;
         let dadded = self.dropped(gradient, DropoutSite::FeedForward(index))?;
         let dinner = self.backward_linear(&network.down, &inner, &dadded, None)?;
@@ -194,7 +225,13 @@ impl Pass<'_> {
     }
 
     /// A projection: adds the gradients of its matrix and bias, and returns that of `x`, added to `dx` if given.
-    fn backward_linear(&self, projection: &Projection, x: &Tensor, dy: &Tensor, dx: Option<Tensor>) -> Result<Tensor> {
+    pub(super) fn backward_linear(
+        &self,
+        projection: &Projection,
+        x: &Tensor,
+        dy: &Tensor,
+        dx: Option<Tensor>,
+    ) -> Result<Tensor> {
         let dx = match self.frozen(projection.weight) {
             Some(weight) => frozen_linear_backward(weight, projection.rows.clone(), dy, dx)?,
             None => self.backward_matrix(projection, x, dy, dx)?,
@@ -308,7 +345,7 @@ impl Pass<'_> {
     }
 
     /// The values of a matrix as products read them: in half precision if there is any.
-    fn operand_weight(&self, parameter: ParameterId) -> Result<&Tensor> {
+    pub(super) fn operand_weight(&self, parameter: ParameterId) -> Result<&Tensor> {
         match self.half.and_then(|half| half.get(parameter)) {
             Some(copy) => Ok(copy),
             None => self.weight_f32(parameter),
@@ -316,7 +353,7 @@ impl Pass<'_> {
     }
 
     /// Where the gradient of a parameter is added up; none for a frozen one.
-    fn gradient_of(&self, parameter: ParameterId) -> Option<&Tensor> {
+    pub(super) fn gradient_of(&self, parameter: ParameterId) -> Option<&Tensor> {
         self.gradient.sum(parameter.0)
     }
 }

@@ -51,7 +51,7 @@ impl Pass<'_> {
     /// anything reads it, so that it makes no difference whether it is kept or computed again.
     fn record_layer(&self, index: usize, layer: &Layer, input: Tensor) -> Result<LayerTape> {
         let normed = self.operand(&self.decoder.normalize(&input, &layer.attention_norm)?)?;
-        let [query, key, value] = self.query_key_value(&layer.query_key_value, &normed)?;
+        let [query, key, value] = self.query_key_value(layer, &normed)?;
         drop(normed);
         let dropout = self.dropout_at(DropoutSite::Attention(index));
         let mut attention = self.attend(query, key, value, dropout.as_ref())?;
@@ -60,7 +60,18 @@ impl Pass<'_> {
         self.drop(&middle, DropoutSite::AttentionOutput(index))?;
         add_in_place(&middle, &input)?;
         let feed_forward_input = self.decoder.feed_forward_input(&input, &middle);
-        let normed = self.operand(&self.decoder.normalize(feed_forward_input, &layer.feed_forward_norm)?)?;
+        let normed = self.decoder.normalize(feed_forward_input, &layer.feed_forward_norm)?;
+        if let Some(experts) = &layer.experts {
+            let [gate, up] = self.record_experts(index, layer, experts, &normed)?;
+            return Ok(LayerTape {
+                input,
+                attention,
+                middle,
+                gate: Some(gate),
+                up,
+            });
+        }
+        let normed = self.operand(&normed)?;
         let gate = layer
             .feed_forward
             .gate
@@ -78,11 +89,12 @@ impl Pass<'_> {
     }
 
     /// Rotated queries, rotated keys and values of `x` `[tokens, width]`, as attention reads them.
-    fn query_key_value(&self, projections: &QueryKeyValue, x: &Tensor) -> Result<[Tensor; 3]> {
-        let (query, key, value) = match projections {
+    fn query_key_value(&self, layer: &Layer, x: &Tensor) -> Result<[Tensor; 3]> {
+        let (query, key, value) = match &layer.query_key_value {
             QueryKeyValue::Separate([query, key, value]) => {
-                let query = self.operand(&self.rotate(self.linear(query, x)?)?)?;
-                let key = self.operand(&self.rotate(self.linear(key, x)?)?)?;
+                let (query, key) = self.normalize_heads(layer, self.linear(query, x)?, self.linear(key, x)?)?;
+                let query = self.operand(&self.rotate(query)?)?;
+                let key = self.operand(&self.rotate(key)?)?;
                 return Ok([query, key, self.operand(&self.linear(value, x)?)?]);
             }
             QueryKeyValue::PerHead(all) => {
@@ -123,11 +135,27 @@ impl Pass<'_> {
 
     /// The rest of layer number `index`: its output, `[tokens, width]`.
     fn layer_output(&self, index: usize, layer: &Layer, tape: &LayerTape) -> Result<Tensor> {
-        let inner = self.activate(tape.gate.as_ref(), &tape.up)?;
-        let output = self.linear(&layer.feed_forward.down, &inner)?;
+        let output = match &layer.experts {
+            Some(experts) => self.mix_experts(index, layer, experts, tape)?,
+            None => {
+                let inner = self.activate(tape.gate.as_ref(), &tape.up)?;
+                self.linear(&layer.feed_forward.down, &inner)?
+            }
+        };
         self.drop(&output, DropoutSite::FeedForward(index))?;
         add_in_place(&output, &tape.middle)?;
         Ok(output)
+    }
+
+    /// Queries and keys normalised, where the layer does that.
+    fn normalize_heads(&self, layer: &Layer, query: Tensor, key: Tensor) -> Result<(Tensor, Tensor)> {
+        match &layer.query_key_norm {
+            None => Ok((query, key)),
+            Some([query_norm, key_norm]) => Ok((
+                self.decoder.normalize(&query, query_norm)?,
+                self.decoder.normalize(&key, key_norm)?,
+            )),
+        }
     }
 
     /// The feed-forward network's activation, gated or not: `[tokens, feed_forward_width]`, as the next product reads it.
@@ -164,7 +192,7 @@ impl Pass<'_> {
     }
 
     /// A projection with its bias and what an adapter adds: `x` `[tokens, in]` to `[tokens, out]`.
-    fn linear(&self, projection: &Projection, x: &Tensor) -> Result<Tensor> {
+    pub(super) fn linear(&self, projection: &Projection, x: &Tensor) -> Result<Tensor> {
         let bias = projection.bias.map(|bias| self.weight_f32(bias)).transpose()?;
         let y = match self.frozen(projection.weight) {
             Some(weight) => linear::linear(&widened(x)?, weight, projection.rows.clone(), bias)?,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
+use super::ExpertLoad;
 use super::layout::{change_range, read_range};
 use crate::decoder::{Decoder, ParameterInfo};
 use crate::error::{Error, Result};
@@ -28,6 +29,8 @@ pub struct Gradient {
     pub(super) scale: f64,
     pub(super) overflows: u64,
     pub(super) underflows: u64,
+    /// What each expert of each layer had to do, `[layers, experts]`; empty until something was accumulated.
+    pub(super) load: Vec<ExpertLoad>,
 }
 
 impl Gradient {
@@ -45,6 +48,7 @@ impl Gradient {
             scale: 1.0,
             overflows: 0,
             underflows: 0,
+            load: vec![],
         }
     }
 
@@ -125,6 +129,7 @@ impl Gradient {
             parameters: Arc::clone(&self.parameters),
             device: self.device.clone(),
             sums: copies.collect::<candle_core::Result<_>>()?,
+            load: self.load.clone(),
             ..*self
         })
     }
@@ -148,6 +153,7 @@ impl Gradient {
             parameters: Arc::clone(&other.parameters),
             device: other.device.clone(),
             sums: other.sums.clone(),
+            load: other.load.clone(),
             ..*other
         };
         for (index, sum) in shared.sums.iter_mut().enumerate() {
@@ -196,6 +202,7 @@ impl Gradient {
         self.weighted_loss += other.weighted_loss;
         self.loss_tokens += other.loss_tokens;
         self.count_rounding_losses(other.overflows, other.underflows);
+        self.count_load(&other.load);
         Ok(())
     }
 
@@ -327,6 +334,18 @@ impl Gradient {
         self.underflows += underflows;
     }
 
+    /// What each expert of each layer had to do in the passes that were accumulated, `[layers, experts]`; empty without
+    /// any.
+    #[must_use]
+    pub fn load(&self) -> &[ExpertLoad] {
+        &self.load
+    }
+
+    /// Adds to what the experts had to do.
+    pub(super) fn count_load(&mut self, load: &[ExpertLoad]) {
+        super::expert_load::add(&mut self.load, load);
+    }
+
     /// Makes the sums, of zeros, if there are none yet.
     pub(super) fn allocate(&mut self) -> Result<()> {
         if self.sums.is_empty() {
@@ -361,6 +380,7 @@ impl Gradient {
     fn forget_counts(&mut self) {
         (self.tokens, self.micro_batches, self.weighted_loss, self.loss_tokens) = (0, 0, 0.0, 0);
         (self.overflows, self.underflows) = (0, 0);
+        self.load.clear();
     }
 }
 

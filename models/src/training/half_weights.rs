@@ -63,9 +63,11 @@ fn matrices(decoder: &Decoder) -> Vec<ParameterId> {
     let layout = decoder.layout();
     let of_layers = layout.layers.iter().flat_map(|layer| {
         let network = &layer.feed_forward;
-        let others = [&layer.attention_output, &network.up, &network.down];
+        let shared = layer.experts.as_ref().and_then(|experts| experts.shared.as_ref());
+        let networks = [network].into_iter().chain(shared);
+        let of_networks = networks.flat_map(|network| network.gate.iter().chain([&network.up, &network.down]));
         let attention = layer.query_key_value.projections().iter();
-        attention.chain(others).chain(network.gate.as_ref())
+        attention.chain([&layer.attention_output]).chain(of_networks)
     });
     let mut ids: Vec<ParameterId> = of_layers
         .chain([&layout.head])

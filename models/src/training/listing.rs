@@ -65,7 +65,10 @@ impl Pass<'_> {
                 Kept::Input(_) | Kept::Nothing => None,
             };
             let middle = self.list_attention(&mut list, input, whole);
-            let inner = self.list_feed_forward(&mut list, middle, whole);
+            let inner = match self.decoder.config().experts.is_some() {
+                true => self.list_experts(index, &mut list, middle, whole),
+                false => self.list_feed_forward(&mut list, middle, whole),
+            };
             input = list.add_as(
                 "down",
                 &[inner, middle],
@@ -121,6 +124,32 @@ impl Pass<'_> {
         }
         factors.push(list.add_operand("up", &[norm], &inner, tape.map(|tape| &tape.up)));
         list.add_operand("activation", &factors, &inner, None)
+    }
+
+    /// The experts of layer number `index` up to the activation; the place of its result.
+    fn list_experts(&self, index: usize, list: &mut Listing, input: usize, tape: Option<&LayerTape<Stored>>) -> usize {
+        let config = self.decoder.config();
+        let tokens = self.batch.tokens.len();
+        let norm = list.add_as("feed_forward_norm", &[input], &[tokens, config.width], None, DType::F32);
+        let routing = self.routings.borrow()[index].clone();
+        let (rows, held) = routing.map_or((0, None), |routing| {
+            let held = Held {
+                bytes: routing.bytes(),
+                ..Held::plain(0, DType::F32)
+            };
+            (routing.groups.rows(), Some(held))
+        });
+        let experts = config.experts.as_ref().map_or(0, |experts| experts.experts);
+        let router = list.add_as("router", &[norm], &[tokens, experts], held, DType::F32);
+        let inner = [rows, config.feed_forward_width];
+        let gate = list.add_operand(
+            "gate",
+            &[norm, router],
+            &inner,
+            tape.and_then(|tape| tape.gate.as_ref()),
+        );
+        let up = list.add_operand("up", &[norm, router], &inner, tape.map(|tape| &tape.up));
+        list.add_operand("activation", &[gate, up], &inner, None)
     }
 
     /// The head, whose backward follows at once; logits exist in blocks only and are not listed.

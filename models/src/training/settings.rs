@@ -5,8 +5,8 @@ use std::num::{NonZeroU64, NonZeroUsize};
 use serde_json::{Map, Value};
 
 use super::{
-    ActivationSettings, AdamWOptions, Compression, DropoutSettings, PrecisionSettings, Recompute, Retention, Schedule,
-    ScheduleKind,
+    ActivationSettings, AdamWOptions, Compression, DropoutSettings, PrecisionSettings, Recompute, Retention,
+    RouterSettings, Schedule, ScheduleKind,
 };
 use crate::config::{Fields, shortened};
 use crate::error::{Error, Result};
@@ -20,6 +20,8 @@ pub struct TrainingSettings {
     pub schedule: Schedule,
     /// What is kept for backward.
     pub activations: ActivationSettings,
+    /// Losses of the routers of experts, and their capacity.
+    pub router: RouterSettings,
     /// Which checkpoints are kept.
     pub retention: Retention,
     /// In what precision products are computed.
@@ -51,6 +53,7 @@ impl TrainingSettings {
             },
             precision: PrecisionSettings::read(&fields)?,
             dropout: DropoutSettings::read(&fields)?,
+            router: RouterSettings::read(&fields)?,
         };
         settings.optimizer.validate()?;
         let (lowest, highest) = (settings.schedule.min_learning_rate, settings.optimizer.learning_rate);

@@ -7,6 +7,7 @@ mod adapters;
 mod batching;
 mod checkpoints;
 mod dropout;
+mod experts;
 
 mod finite_differences;
 mod golden;

@@ -88,6 +88,16 @@ impl Golden {
             .unwrap()
     }
 
+    /// The elements of a tensor in double precision.
+    pub(crate) fn doubles(&self, name: &str) -> Vec<f64> {
+        self.0[name].to_vec1().unwrap()
+    }
+
+    /// The elements of an integer tensor of any shape.
+    pub(crate) fn integers_of(&self, name: &str) -> Vec<i64> {
+        self.0[name].flatten_all().unwrap().to_vec1().unwrap()
+    }
+
     /// Token ids.
     pub(crate) fn ids(&self, name: &str) -> Vec<u32> {
         self.integers(name)

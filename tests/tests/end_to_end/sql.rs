@@ -32,6 +32,7 @@ sql_tests!(
     datasets,
     definitions,
     executor,
+    experts,
     gradients,
     inference,
     input_forms,

@@ -6,8 +6,10 @@
 //! weights are decoded to a scratch buffer that stays in the cache.
 
 mod direct;
+mod groups;
 mod panel;
 
+pub use groups::{LinearGroup, linear_groups};
 pub(crate) use panel::dots;
 
 use std::borrow::Cow;

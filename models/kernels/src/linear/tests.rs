@@ -144,3 +144,33 @@ fn empty_shapes_are_fine() {
 fn a_wrong_input_length_is_named() {
     linear(&[0.0; 5], Weights::from_f32(&[0.0; 12], 4, 3), None, &mut [0.0; 8]);
 }
+
+#[test]
+fn groups_are_the_same_as_each_alone() {
+    let (k, n) = (37, 21);
+    let weights: Vec<Vec<f32>> = (0..3).map(|seed| random(n * k, seed)).collect();
+    for level in available() {
+        let inputs: Vec<Vec<f32>> = [1, 70, 0].iter().map(|m| random(m * k, 9)).collect();
+        let mut outputs: Vec<Vec<f32>> = inputs.iter().map(|x| vec![0.0; x.len() / k * n]).collect();
+        let mut groups: Vec<_> = inputs
+            .iter()
+            .zip(&weights)
+            .zip(&mut outputs)
+            .map(|((x, weights), out)| super::LinearGroup {
+                x,
+                layer: super::LinearLayer {
+                    weights: Weights::from_f32(weights, n, k),
+                    bias: None,
+                    out,
+                },
+            })
+            .collect();
+        super::groups::groups_with(level, &mut groups);
+        drop(groups);
+        for ((x, weights), found) in inputs.iter().zip(&weights).zip(&outputs) {
+            let mut alone = vec![0.0; found.len()];
+            super::linear_with(level, x, Weights::from_f32(weights, n, k), None, &mut alone);
+            assert_eq!(*found, alone);
+        }
+    }
+}

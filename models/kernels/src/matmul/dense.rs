@@ -29,16 +29,57 @@ impl Strided<'_> {
 
 /// `out (+)= a * b`, `out` not empty and row-major.
 pub(super) fn product(a: Strided<'_>, b: Strided<'_>, accumulate: bool, out: &mut [f32]) {
-    a.check();
-    b.check();
-    let ([m, k], [inner, n]) = (a.shape, b.shape);
-    assert!(inner == k && out.len() == m * n, "shapes of a product");
-    let cuts = |step: usize, length: usize| Cuts::Every { step, length };
-    let tiles = Tiles::new(out, n, cuts(TASK_ROWS, m), cuts(TASK_COLUMNS, n));
-    let down = m.div_ceil(TASK_ROWS);
-    parallel_for(down * n.div_ceil(TASK_COLUMNS), |task| {
-        let (row, column) = (task % down, task / down);
-        let mut tile = tiles.take(row, column);
+    products(vec![(a, b, out)], accumulate);
+}
+
+/// [`product`] of several at once.
+pub(super) fn products(list: Vec<(Strided<'_>, Strided<'_>, &mut [f32])>, accumulate: bool) {
+    let list: Vec<_> = list.into_iter().map(|(a, b, out)| Product::new(a, b, out)).collect();
+    parallel_for(list.iter().map(Product::tasks).sum(), |mut task| {
+        for product in &list {
+            if task < product.tasks() {
+                return product.run(task, accumulate);
+            }
+            task -= product.tasks();
+        }
+    });
+}
+
+/// A product cut into tasks.
+struct Product<'a> {
+    a: Strided<'a>,
+    b: Strided<'a>,
+    tiles: Tiles<'a, f32>,
+    /// Tasks in a column of them, and columns.
+    down: usize,
+    across: usize,
+}
+
+impl<'a> Product<'a> {
+    fn new(a: Strided<'a>, b: Strided<'a>, out: &'a mut [f32]) -> Self {
+        a.check();
+        b.check();
+        let ([m, k], [inner, n]) = (a.shape, b.shape);
+        assert!(inner == k && out.len() == m * n, "shapes of a product");
+        let cuts = |step: usize, length: usize| Cuts::Every { step, length };
+        Self {
+            a,
+            b,
+            tiles: Tiles::new(out, n, cuts(TASK_ROWS, m), cuts(TASK_COLUMNS, n)),
+            down: m.div_ceil(TASK_ROWS),
+            across: n.div_ceil(TASK_COLUMNS),
+        }
+    }
+
+    fn tasks(&self) -> usize {
+        self.down * self.across
+    }
+
+    fn run(&self, task: usize, accumulate: bool) {
+        let (a, b) = (self.a, self.b);
+        let ([m, k], [_, n]) = (a.shape, b.shape);
+        let (row, column) = (task % self.down, task / self.down);
+        let mut tile = self.tiles.take(row, column);
         let (top, left) = (row * TASK_ROWS, column * TASK_COLUMNS);
         let (height, width) = (m.min(top + TASK_ROWS) - top, n.min(left + TASK_COLUMNS) - left);
         let [a_row, a_column] = a.strides;
@@ -68,5 +109,5 @@ pub(super) fn product(a: Strided<'_>, b: Strided<'_>, accumulate: bool, out: &mu
                 gemm::Parallelism::None,
             );
         }
-    });
+    }
 }

@@ -63,7 +63,7 @@ impl<'a> MatrixRef<'a> {
     ///
     /// # Panics
     /// Where the matrix is transposed or has fewer rows.
-    pub(crate) fn part(self, rows: Range<usize>) -> Self {
+    pub fn part(self, rows: Range<usize>) -> Self {
         assert!(!self.transposed, "rows of a transposed matrix");
         let range = rows.start * self.columns..rows.end * self.columns;
         let elements = match self.elements {

@@ -31,6 +31,36 @@ pub fn matmul(a: MatrixRef<'_>, b: MatrixRef<'_>, accumulate: bool, out: &mut [f
     matmul_with(level(), a, b, accumulate, out);
 }
 
+/// One of several products that are computed by all threads together.
+#[derive(Debug)]
+pub struct MatmulGroup<'a> {
+    /// `[m, k]`.
+    pub a: MatrixRef<'a>,
+    /// `[k, n]`.
+    pub b: MatrixRef<'a>,
+    /// Where the product `[m, n]` goes.
+    pub out: &'a mut [f32],
+}
+
+/// [`matmul`] of several products at once. Each is the same as alone; threads take pieces of all of them, so that a larger
+/// product gets more of the threads.
+///
+/// # Panics
+/// Where shapes do not fit each other.
+pub fn matmul_groups(groups: Vec<MatmulGroup<'_>>, accumulate: bool) {
+    let level = level();
+    let mut dense = Vec::with_capacity(groups.len());
+    for MatmulGroup { a, b, out } in groups {
+        match (level, a.dense(), b.dense()) {
+            (Level::Avx512, Some(left), Some(right)) if a.rows * a.columns * b.columns > 0 => {
+                dense.push((left, right, out));
+            }
+            _ => matmul_with(level, a, b, accumulate, out),
+        }
+    }
+    dense::products(dense, accumulate);
+}
+
 /// [`matmul`] at a given level.
 pub(crate) fn matmul_with(level: Level, a: MatrixRef<'_>, b: MatrixRef<'_>, accumulate: bool, out: &mut [f32]) {
     let (m, k, n) = (a.rows, a.columns, b.columns);

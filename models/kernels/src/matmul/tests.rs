@@ -206,3 +206,30 @@ fn unfitting_shapes_are_named() {
         &mut [0.0; 4],
     );
 }
+
+#[test]
+fn groups_are_the_same_as_each_alone() {
+    let shapes = SHAPES.map(|[m, k, n]| (random(m * k, 1), random(k * n, 2), [m, k, n]));
+    for accumulate in [false, true] {
+        let mut outputs: Vec<Vec<f32>> = shapes.iter().map(|(_, _, [m, _, n])| random(m * n, 3)).collect();
+        let groups = shapes
+            .iter()
+            .zip(&mut outputs)
+            .map(|((a, b, [m, k, n]), out)| MatmulGroup {
+                a: MatrixRef::new(a, *m, *k),
+                b: MatrixRef::new(b, *k, *n),
+                out,
+            });
+        matmul_groups(groups.collect(), accumulate);
+        for ((a, b, [m, k, n]), found) in shapes.iter().zip(&outputs) {
+            let mut alone = random(m * n, 3);
+            matmul(
+                MatrixRef::new(a, *m, *k),
+                MatrixRef::new(b, *k, *n),
+                accumulate,
+                &mut alone,
+            );
+            assert_eq!(*found, alone);
+        }
+    }
+}

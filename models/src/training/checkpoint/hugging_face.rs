@@ -46,6 +46,9 @@ fn config_json(config: &DecoderConfig, end_tokens: &[u32]) -> Value {
         Architecture::Qwen2 => llama(config, "Qwen2ForCausalLM"),
         Architecture::GptNeox => gpt_neox(config),
         Architecture::GptJ => gptj(config),
+        Architecture::Mixtral => with_experts(config, "MixtralForCausalLM"),
+        Architecture::Olmoe => with_experts(config, "OlmoeForCausalLM"),
+        Architecture::Qwen2Moe => with_experts(config, "Qwen2MoeForCausalLM"),
     };
     fields.insert("model_type".into(), json!(config.architecture.name()));
     fields.insert("vocab_size".into(), json!(config.vocabulary));
@@ -110,6 +113,32 @@ fn llama(config: &DecoderConfig, class: &str) -> Map<String, Value> {
     if let Position::Rotary(rotary) = &config.position {
         fields.insert("rope_theta".into(), json!(rotary.theta));
         fields.insert("rope_scaling".into(), rope_scaling(&rotary.scaling));
+    }
+    fields
+}
+
+/// What [`llama`] says, and the experts. transformers holds Mixtral's number of experts under another name than the others'.
+fn with_experts(config: &DecoderConfig, class: &str) -> Map<String, Value> {
+    let mut fields = llama(config, class);
+    let Some(experts) = &config.experts else { return fields };
+    let mut set = |name: &str, value: Value| drop(fields.insert(name.into(), value));
+    let number = match config.architecture {
+        Architecture::Mixtral => "num_local_experts",
+        _ => "num_experts",
+    };
+    set(number, json!(experts.experts));
+    set("num_experts_per_tok", json!(experts.per_token));
+    set("output_router_logits", json!(false));
+    match config.architecture {
+        Architecture::Mixtral => set("sliding_window", Value::Null),
+        _ => set("norm_topk_prob", json!(experts.normalize)),
+    }
+    if config.architecture == Architecture::Qwen2Moe {
+        set("moe_intermediate_size", json!(config.feed_forward_width));
+        set("shared_expert_intermediate_size", json!(experts.shared_width));
+        set("qkv_bias", json!(config.attention_bias));
+        set("decoder_sparse_step", json!(1));
+        set("mlp_only_layers", json!([]));
     }
     fields
 }

@@ -150,7 +150,7 @@ fn write_all(
     let mut manifest = Manifest::new(model, optimizer.steps(), details);
     let bytes = decoder.memory_bytes() + optimizer.memory_bytes();
     let target = Target::new(partial, writing, bytes);
-    let (format, entries) = ([("format", "pt")], parameter_entries(decoder));
+    let (format, entries) = ([("format", "pt")], parameter_entries(decoder)?);
     let parameters = match decoder.is_adapted() {
         false => write_split(&target, MODEL, &format, entries)?,
         // PEFT reads one file.
@@ -239,8 +239,9 @@ fn index(files: &[FileEntry]) -> Value {
     json!({"metadata": {"total_size": total_size}, "weight_map": map})
 }
 
-/// Every parameter of its own under the name that transformers stores it by, and under those of the layers that share it.
-fn parameter_entries(decoder: &Decoder) -> Vec<Entry<'_>> {
+/// Every parameter of its own that files need to hold under the name that transformers stores it by, and under those of the
+/// layers that share it.
+fn parameter_entries(decoder: &Decoder) -> Result<Vec<Entry<'_>>> {
     let own = decoder.own_parameters();
     let own = own.map(|index| (decoder.parameters()[index].name.clone(), ParameterId(index)));
     let entry = |(name, id): (String, ParameterId)| -> Entry<'_> {
@@ -262,8 +263,13 @@ fn parameter_entries(decoder: &Decoder) -> Vec<Entry<'_>> {
         }
     };
     let architecture = decoder.config().architecture;
-    let stored = |(name, id): (String, ParameterId)| (stored_name(architecture, &name), id);
-    own.chain(decoder.shared_names()).map(stored).map(entry).collect()
+    let mut entries = Vec::new();
+    for (name, id) in own.chain(decoder.shared_names()) {
+        if !decoder.is_default(id)? {
+            entries.push(entry((stored_name(architecture, &name), id)));
+        }
+    }
+    Ok(entries)
 }
 
 /// The moments of every parameter that has some.
