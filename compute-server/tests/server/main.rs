@@ -16,6 +16,7 @@ mod crashes;
 mod devices;
 mod durability;
 mod embeddings;
+mod evaluations;
 mod full_disk;
 mod generation;
 mod gradients;
