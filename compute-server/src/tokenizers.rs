@@ -71,27 +71,38 @@ impl TokenizerStore {
     }
 
     /// Publishes a tokenizer, durable when this returns; the one of the same name that it replaces, if there is one, is
-    /// deleted when the returned value is dropped.
+    /// gone when the returned value is dropped.
     ///
     /// # Errors
     /// `Io`.
     pub(crate) fn publish(&self, staged: &StagedTokenizer) -> Result<Option<StagedTokenizer>> {
-        let replaced = match self.folder.path(relative_path(&staged.name)).exists() {
-            true => Some(self.take_away(&staged.name)?),
-            false => None,
+        let path = self.folder.path(relative_path(&staged.name));
+        let publish = || -> std::io::Result<Option<StagedTokenizer>> {
+            let replaced = match path.exists() {
+                true => {
+                    let (name, file) = (staged.name.clone(), self.folder.stage());
+                    std::fs::hard_link(&path, file.path())?;
+                    Some(StagedTokenizer { name, file })
+                }
+                false => None,
+            };
+            data_folder::rename(staged.file.path(), &path)?;
+            Ok(replaced)
         };
-        data_folder::rename(staged.file.path(), &self.folder.path(relative_path(&staged.name)))
-            .map_err(|error| storing(&staged.name, error))?;
-        Ok(replaced)
+        publish().map_err(|error| storing(&staged.name, error))
     }
 
     /// Undoes a publish.
     ///
     /// # Errors
     /// `Io`.
-    pub(crate) fn publish_back(&self, published: &StagedTokenizer, replaced: Option<StagedTokenizer>) -> Result<()> {
-        drop(self.take_away(&published.name)?);
-        replaced.map_or(Ok(()), |replaced| self.publish(&replaced).map(drop))
+    pub(crate) fn publish_back(&self, name: &str, replaced: Option<StagedTokenizer>) -> Result<()> {
+        let path = self.folder.path(relative_path(name));
+        let undone = match replaced {
+            Some(replaced) => data_folder::rename(replaced.file.path(), &path),
+            None => std::fs::remove_file(&path),
+        };
+        undone.map_err(|error| storing(name, error))
     }
 
     /// A staged tokenizer in the commit log's form.
@@ -101,14 +112,6 @@ impl TokenizerStore {
             path: relative_path(&staged.name),
             ..FileChange::default()
         }
-    }
-
-    fn take_away(&self, name: &str) -> Result<StagedTokenizer> {
-        let file = self.folder.stage();
-        data_folder::rename(&self.folder.path(relative_path(name)), file.path())
-            .map_err(|error| storing(name, error))?;
-        let name = name.to_owned();
-        Ok(StagedTokenizer { name, file })
     }
 
     /// Reads the tokenizer called `name`: the published one, or `staged`.

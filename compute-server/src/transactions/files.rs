@@ -54,7 +54,9 @@ impl App {
             FileChanged::CheckpointDeleted(removed) => self.checkpoints.publish(&removed),
             FileChanged::EvaluationCreated(staged) => self.evaluations.remove(staged.id()).map(drop),
             FileChanged::EvaluationDeleted(removed) => self.evaluations.publish(&removed),
-            FileChanged::TokenizerCreated { published, replaced } => self.tokenizers.publish_back(&published, replaced),
+            FileChanged::TokenizerCreated { published, replaced } => {
+                self.tokenizers.publish_back(published.name(), replaced)
+            }
         }
     }
 }

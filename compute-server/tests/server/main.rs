@@ -32,5 +32,6 @@ mod support;
 mod tenants;
 mod tensors;
 mod tls;
+mod tokenizers;
 mod training_settings;
 mod transactions;

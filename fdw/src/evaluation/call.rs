@@ -67,8 +67,7 @@ pub(crate) fn evaluate(
     };
     let kept = !start.discard;
     let mut call = Call::start(client.clone(), start)?;
-    let mut ignore = |_| ();
-    let take = take.unwrap_or(&mut ignore);
+    let mut take = take;
     let mut count = 0;
     loop {
         let messages = procedure.round(|| rows.next())?;
@@ -78,7 +77,9 @@ pub(crate) fn evaluate(
         for rows in messages {
             count += rows.len();
             let answer = call.ask(Message::Rows(EvaluationRows { rows }))?;
-            answer.rows.into_iter().for_each(&mut *take);
+            if let Some(take) = take.as_mut() {
+                answer.rows.into_iter().for_each(&mut **take);
+            }
         }
     }
     if count == 0 {
