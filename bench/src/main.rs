@@ -9,6 +9,7 @@ mod conversion;
 mod direct;
 mod durability;
 mod experts;
+mod evaluation;
 mod generation;
 mod overhead;
 mod parts;
@@ -51,6 +52,7 @@ fn main() {
         ("conversion", conversion::measurements),
         ("experts", experts::measurements),
         ("durability", durability::measurements),
+        ("evaluation", evaluation::measurements),
         ("scan", scan::measurements),
         ("gradients", scan::gradients),
         ("tensor-operations", tensor_operations::measurements),

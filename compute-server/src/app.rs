@@ -11,6 +11,7 @@ use crate::config::Config;
 use crate::data_folder::DataFolder;
 use crate::error::{Error, Result};
 use crate::executor::Executor;
+use crate::evaluations::EvaluationStore;
 use crate::memory::MemoryBudget;
 use crate::metrics::ServerMetrics;
 use crate::registry::Registry;
@@ -26,6 +27,7 @@ pub(crate) struct App {
     pub(crate) registry: Registry,
     pub(crate) transactions: Transactions,
     pub(crate) checkpoints: CheckpointStore,
+    pub(crate) evaluations: EvaluationStore,
     pub(crate) tokenizers: TokenizerStore,
     pub(crate) requests: Arc<Requests>,
     /// Tensors and operations of sessions.
@@ -74,6 +76,7 @@ impl App {
             registry: Registry::default(),
             transactions: Transactions::new(config.limits.transactions, config.transaction_timeout),
             checkpoints: CheckpointStore::open(Arc::clone(&folder))?,
+            evaluations: EvaluationStore::open(Arc::clone(&folder))?,
             tokenizers: TokenizerStore::new(Arc::clone(&folder)),
             executor: Executor::new(&config, Arc::clone(&requests), metrics.tensor_operations()),
             requests,

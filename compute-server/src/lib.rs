@@ -22,6 +22,7 @@ mod devices;
 mod error;
 mod executor;
 mod expert_servers;
+mod evaluations;
 mod guard;
 mod http;
 #[doc(hidden)]

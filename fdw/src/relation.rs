@@ -35,6 +35,7 @@ pub(crate) const RELATIONS: &[&dyn Relation] = &[
     &relations::Devices,
     &relations::Requests,
     &relations::Metrics,
+    &relations::Evaluations,
     &relations::KernelBenchmarks,
     &relations::Tensors,
     &relations::TensorOperations,

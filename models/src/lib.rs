@@ -14,6 +14,7 @@ pub mod decoder;
 mod deep_stack;
 pub mod error;
 pub mod executor;
+pub mod evaluation;
 pub mod experts;
 pub mod formats;
 pub mod gpu;

@@ -8,6 +8,7 @@ mod accumulated;
 mod adapter;
 mod base;
 mod embedding;
+mod evaluating;
 mod factors;
 mod generation;
 mod handle;

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use candle_compute_proto::v1::adapters_service_client::AdaptersServiceClient;
 use candle_compute_proto::v1::checkpoints_service_client::CheckpointsServiceClient;
 use candle_compute_proto::v1::experts_service_client::ExpertsServiceClient;
+use candle_compute_proto::v1::evaluations_service_client::EvaluationsServiceClient;
 use candle_compute_proto::v1::inference_service_client::InferenceServiceClient;
 use candle_compute_proto::v1::models_service_client::ModelsServiceClient;
 use candle_compute_proto::v1::telemetry_service_client::TelemetryServiceClient;
@@ -167,6 +168,7 @@ pub struct Client {
     pub training: TrainingServiceClient<Transport>,
     pub checkpoints: CheckpointsServiceClient<Transport>,
     pub experts: ExpertsServiceClient<Transport>,
+    pub evaluations: EvaluationsServiceClient<Transport>,
     pub transactions: TransactionsServiceClient<Transport>,
     pub telemetry: TelemetryServiceClient<Transport>,
     pub tensors: TensorsServiceClient<Transport>,
@@ -192,6 +194,7 @@ impl Client {
             training: TrainingServiceClient::new(transport()),
             checkpoints: CheckpointsServiceClient::new(transport()),
             experts: ExpertsServiceClient::new(transport()),
+            evaluations: EvaluationsServiceClient::new(transport()),
             transactions: TransactionsServiceClient::new(transport()),
             telemetry: TelemetryServiceClient::new(transport()),
             tensors: TensorsServiceClient::new(transport()),
@@ -237,6 +240,7 @@ impl Client {
             "it was the best of times, it was the worst of times",
         ];
         let request = TrainTokenizerRequest {
+            transaction: None,
             name: "tiny".into(),
             vocabulary_size: 280,
             texts: texts.map(str::to_owned).to_vec(),

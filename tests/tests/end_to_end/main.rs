@@ -3,6 +3,7 @@
 
 mod datasets;
 mod executor;
+mod evaluation;
 mod faults;
 mod files;
 mod gradients;

@@ -33,6 +33,7 @@ sql_tests!(
     definitions,
     executor,
     experts,
+    evaluation,
     gradients,
     inference,
     input_forms,
@@ -42,5 +43,6 @@ sql_tests!(
     statistics,
     structured,
     table_semantics,
+    tokenizers,
     training
 );
