@@ -15,6 +15,7 @@ mod prompts;
 mod report;
 mod scan;
 mod serving;
+mod sparse;
 mod training;
 
 // Pages that were freed stay with the process (`scripts/bench` says so in the environment), as in the server.
@@ -45,6 +46,7 @@ fn main() {
         ("training", training::measurements),
         ("growth", training::growth),
         ("parts", parts::measurements),
+        ("sparse", sparse::measurements),
         ("durability", durability::measurements),
         ("scan", scan::measurements),
         ("gradients", scan::gradients),

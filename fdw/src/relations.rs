@@ -1,6 +1,7 @@
 //! The foreign tables, one file each.
 
 pub(crate) mod adapters;
+mod attention_layouts;
 mod batches;
 mod checkpoints;
 mod devices;
@@ -21,6 +22,7 @@ mod token_scores;
 mod tokens;
 
 pub(crate) use adapters::Adapters;
+pub(crate) use attention_layouts::AttentionLayouts;
 pub(crate) use batches::Batches;
 pub(crate) use checkpoints::Checkpoints;
 pub(crate) use devices::Devices;

@@ -1,6 +1,7 @@
 //! The gRPC services, one a file. Each translates messages to calls and back; the work is done elsewhere.
 
 mod adapters;
+mod attention;
 mod benchmarks;
 mod checkpoints;
 mod constraints;

@@ -5,6 +5,7 @@ mod abuse;
 mod adapter_bases;
 mod adapter_dropout;
 mod adapters;
+mod attention;
 mod bad_input;
 mod benchmarks;
 mod cache;

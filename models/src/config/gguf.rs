@@ -1,6 +1,6 @@
 //! The metadata of a GGUF file.
 
-use super::{Activation, Architecture, DecoderConfig, Norm, Position, RotaryConfig, RotaryScaling};
+use super::{Activation, Architecture, AttentionPattern, DecoderConfig, Norm, Position, RotaryConfig, RotaryScaling};
 use crate::error::{Error, Result};
 use crate::formats::GgufMetadata;
 
@@ -116,6 +116,7 @@ fn gpt2(keys: &Keys<'_>, facts: &GgufTensorFacts) -> Result<DecoderConfig> {
         activation: Activation::GeluTanh,
         gated: false,
         position: Position::Learned,
+        attention_pattern: AttentionPattern::default(),
         attention_bias: true,
         attention_output_bias: true,
         feed_forward_bias: true,
@@ -136,7 +137,6 @@ fn llama(architecture: Architecture, keys: &Keys<'_>, facts: &GgufTensorFacts) -
             keys.architecture
         )));
     }
-    let context_length = keys.required_size("context_length")?;
     let window = keys.size("attention.sliding_window")?.filter(|window| *window > 0);
     let layers = keys.required_size("block_count")?;
     Ok(DecoderConfig {
@@ -147,13 +147,14 @@ fn llama(architecture: Architecture, keys: &Keys<'_>, facts: &GgufTensorFacts) -
         key_value_heads: keys.size("attention.head_count_kv")?.unwrap_or(heads),
         head_dim,
         feed_forward_width: keys.required_size("feed_forward_length")?,
-        context_length: window.map_or(context_length, |window| context_length.min(window)),
+        context_length: keys.required_size("context_length")?,
         vocabulary: facts.vocabulary,
         norm: Norm::Rms,
         norm_epsilon: keys.required_number("attention.layer_norm_rms_epsilon")?,
         activation: Activation::Silu,
         gated: true,
         position: Position::Rotary(rotary(keys, facts)?),
+        attention_pattern: AttentionPattern::of_window(window, layers)?,
         attention_bias: facts.attention_bias,
         attention_output_bias: facts.attention_output_bias,
         feed_forward_bias: facts.feed_forward_bias,

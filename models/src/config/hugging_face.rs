@@ -1,7 +1,7 @@
 //! `config.json` of a Hugging Face model directory.
 
 use super::fields::Fields;
-use super::{Activation, Architecture, DecoderConfig, Norm, Position, RotaryConfig, RotaryScaling};
+use super::{Activation, Architecture, AttentionPattern, DecoderConfig, Norm, Position, RotaryConfig, RotaryScaling};
 use crate::error::{Error, Result};
 use serde_json::{Map, Value};
 
@@ -21,10 +21,11 @@ pub fn from_hugging_face(config: &Map<String, Value>) -> Result<DecoderConfig> {
             "configuration `quantization_config` is not supported; use GGUF".into(),
         ));
     }
-    let config = match architecture {
+    let mut config = match architecture {
         Architecture::Gpt2 => gpt2(&fields)?,
         Architecture::Llama | Architecture::Mistral | Architecture::Qwen2 => llama(architecture, &fields)?,
     };
+    config.attention_pattern = AttentionPattern::from_hugging_face(architecture, &fields, config.layers)?;
     config.validate()?;
     Ok(config)
 }
@@ -64,6 +65,7 @@ fn gpt2(fields: &Fields<'_>) -> Result<DecoderConfig> {
         )?,
         gated: false,
         position: Position::Learned,
+        attention_pattern: AttentionPattern::default(),
         attention_bias: true,
         attention_output_bias: true,
         feed_forward_bias: true,
@@ -108,33 +110,20 @@ fn llama(architecture: Architecture, fields: &Fields<'_>) -> Result<DecoderConfi
         key_value_heads: fields.size("num_key_value_heads")?.unwrap_or(heads),
         head_dim,
         feed_forward_width: fields.required_size("intermediate_size")?,
-        context_length: context_length(architecture, fields)?,
+        context_length: fields.required_size("max_position_embeddings")?,
         vocabulary: fields.required_size("vocab_size")?,
         norm: Norm::Rms,
         norm_epsilon: fields.number("rms_norm_eps")?.unwrap_or(1e-6),
         activation: Activation::from_name("hidden_act", fields.text("hidden_act")?.unwrap_or("silu"))?,
         gated: true,
         position: Position::Rotary(rotary(fields)?),
+        attention_pattern: AttentionPattern::default(),
         attention_bias: biases.0,
         attention_output_bias: biases.1,
         feed_forward_bias: architecture == Architecture::Llama && fields.flag("mlp_bias")?.unwrap_or(false),
         tied_head: fields.flag("tie_word_embeddings")?.unwrap_or(false),
         groups: layers,
     })
-}
-
-/// Within the sliding window, sliding-window attention is full attention: the context is cut to the window.
-fn context_length(architecture: Architecture, fields: &Fields<'_>) -> Result<usize> {
-    let context_length = fields.required_size("max_position_embeddings")?;
-    let slides = match architecture {
-        Architecture::Mistral => true,
-        Architecture::Qwen2 => fields.flag("use_sliding_window")?.unwrap_or(false),
-        _ => false,
-    };
-    match fields.size("sliding_window")? {
-        Some(window) if slides => Ok(context_length.min(window)),
-        _ => Ok(context_length),
-    }
 }
 
 /// `rope_theta` and `rope_scaling`, or `rope_parameters` which holds both since transformers 5.

@@ -1,5 +1,6 @@
 //! What a decoder looks like: one validated description, read from three kinds of source.
 
+mod attention;
 mod decoder_config;
 mod fields;
 mod gguf;
@@ -7,6 +8,7 @@ mod hugging_face;
 mod rotary;
 mod settings;
 
+pub use attention::AttentionPattern;
 pub use decoder_config::{Activation, Architecture, DecoderConfig, Norm, Position};
 pub(crate) use fields::{Fields, shortened};
 pub use gguf::{GgufTensorFacts, from_gguf};

@@ -2,7 +2,7 @@
 
 use super::fields::{Fields, shortened};
 use super::hugging_face::rotary_scaling;
-use super::{Activation, Architecture, DecoderConfig, Norm, Position, RotaryConfig, RotaryScaling};
+use super::{Activation, Architecture, AttentionPattern, DecoderConfig, Norm, Position, RotaryConfig, RotaryScaling};
 use crate::error::{Error, Result};
 use crate::training::TrainingSettings;
 use serde_json::{Map, Value, json};
@@ -22,6 +22,9 @@ const SHAPE_FIELDS: &[(&str, &[&str])] = &[
     ("activation", &["activation_function", "hidden_act"]),
     ("rope_theta", &[]),
     ("rope_scaling", &[]),
+    ("attention_window", &["sliding_window", "window_size"]),
+    ("attention_pattern", &["layer_types", "attention_types"]),
+    ("attention_block_size", &[]),
     ("attention_bias", &[]),
     ("attention_output_bias", &[]),
     ("feed_forward_bias", &["mlp_bias"]),
@@ -121,6 +124,7 @@ pub fn from_settings(settings: &Map<String, Value>, tokenizer_size: Option<usize
         architecture => llama(architecture, &fields, tokenizer_size)?,
     };
     config.groups = groups(&fields, config.layers)?;
+    config.attention_pattern = AttentionPattern::read(&fields, config.layers)?;
     config.validate()?;
     if let Some(size) = tokenizer_size.filter(|size| *size > config.vocabulary) {
         let reason = format!("{} is less than the tokenizer's {size} tokens", config.vocabulary);
@@ -240,6 +244,7 @@ impl Shape {
             activation: Activation::GeluTanh,
             gated: false,
             position: Position::Learned,
+            attention_pattern: AttentionPattern::default(),
             attention_bias: true,
             attention_output_bias: true,
             feed_forward_bias: true,
@@ -299,6 +304,9 @@ pub fn to_settings(config: &DecoderConfig) -> Map<String, Value> {
     if config.groups < config.layers {
         set("share", json!(config.groups));
     }
+    for (name, value) in config.attention_pattern.settings() {
+        set(&name, value);
+    }
     if let Position::Rotary(rotary) = &config.position {
         set("rope_theta", json!(rotary.theta));
         if let Some(scaling) = scaling_settings(&rotary.scaling) {
@@ -350,6 +358,13 @@ mod tests {
         settings["rope_scaling"] = json!({"rope_type": "factors", "factors": [1.0, 2.0, 3.5, 4.25]});
         let config = read(settings).unwrap();
         assert_eq!(from_settings(&to_settings(&config), None).unwrap(), config);
+        let mut settings = tiny("qwen2");
+        settings["sliding_window"] = json!(7);
+        settings["layer_types"] = json!(["full_attention", "sliding_attention"]);
+        settings["attention_block_size"] = json!(5);
+        let config = read(settings).unwrap();
+        assert_eq!(config.attention_pattern.window_of(1), Some(7));
+        assert_eq!(from_settings(&to_settings(&config), None).unwrap(), config);
         let mut settings = tiny("gpt2");
         settings["share"] = json!("all");
         let config = read(settings).unwrap();
@@ -378,6 +393,9 @@ mod tests {
             ("dropout", json!(1)),
             ("learning_rate", json!("fast")),
             ("rope_theta", json!(10000)),
+            ("attention_window", json!(0)),
+            ("attention_pattern", json!(["banded"])),
+            ("attention_block_size", json!("large")),
             ("n_layer", json!(2)),
         ] {
             let mut settings = tiny("gpt2");

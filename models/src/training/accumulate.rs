@@ -5,7 +5,6 @@ use super::packed::Packed;
 use super::{ActivationSettings, DropoutKey, DropoutSettings, Gradient, HalfWeights, TapeEntry, TrainingSequence};
 use crate::decoder::{Decoder, Layout};
 use crate::error::{Error, Result};
-use crate::ops::attention::AttentionShape;
 use crate::ops::half::RoundingLosses;
 use crate::ops::rotary::RotaryAngles;
 
@@ -69,7 +68,6 @@ pub struct PassReport {
 pub(super) struct Pass<'a> {
     pub(super) decoder: &'a Decoder,
     pub(super) layout: &'a Layout,
-    pub(super) heads: AttentionShape,
     pub(super) batch: &'a Packed,
     /// Of the rotary positions; none where positions are learned.
     pub(super) angles: Option<RotaryAngles>,
@@ -176,7 +174,6 @@ impl<'a> Pass<'a> {
         Ok(Self {
             decoder,
             layout: decoder.layout(),
-            heads: AttentionShape::of(decoder.config()),
             angles: RotaryAngles::new(frequencies, &batch.positions, decoder.device())?,
             opposite_angles: RotaryAngles::new(&opposite, &batch.positions, decoder.device())?,
             factors: batch.factors.iter().map(|factor| factor * scale).collect(),

@@ -8,10 +8,10 @@ use serde_json::json;
 use candle_models::Decoder;
 
 use crate::support::{
-    Golden, MODELS, difference, gradient, load, load_shared, load_with, read_gradient, read_parameter,
+    Golden, MODELS, difference, gradient, load, load_shared, load_sparse, load_with, read_gradient, read_parameter,
 };
 
-/// The golden models, and two of them with one layer's parameters for all.
+/// The golden models, two of them with one layer's parameters for all, and two that do not see everything.
 fn cases() -> impl Iterator<Item = (String, Decoder, Golden)> {
     let plain = MODELS.map(|name| (name.to_owned(), load(name), Golden::open(name)));
     let shared = ["gpt2", "llama"].map(|name| {
@@ -19,7 +19,17 @@ fn cases() -> impl Iterator<Item = (String, Decoder, Golden)> {
         let golden = Golden::open(&shared);
         (shared, load_shared(name), golden)
     });
-    plain.into_iter().chain(shared)
+    let window = load_with("llama", |config| {
+        config.insert("model_type".into(), json!("mistral"));
+        config.insert("sliding_window".into(), json!(6));
+    });
+    let window = ("llama-window".to_owned(), window, Golden::open("llama-window"));
+    let sparse = ["gpt2", "llama"].map(|name| {
+        let sparse = format!("{name}-sparse");
+        let golden = Golden::open(&sparse);
+        (sparse, load_sparse(name), golden)
+    });
+    plain.into_iter().chain(shared).chain([window]).chain(sparse)
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Every backward against candle's own differentiation of a plain composition.
 
 use candle_core::{DType, Device, Tensor, Var};
+use candle_kernels_cpu::AttentionMask;
 
 use super::accumulate::add_elsewhere;
 use super::attention::forward_elsewhere as attention_elsewhere;
@@ -159,6 +160,7 @@ fn attention_of_packed_sequences() {
         key_value_heads: 2,
         head_dim: 6,
         scale: 0.4,
+        mask: AttentionMask::default(),
     };
     let bounds = [0, 7, 8, 19];
     let (q, k, v, dy) = (
@@ -257,6 +259,7 @@ fn plain_operations_do_what_the_kernels_do() {
         key_value_heads: 2,
         head_dim: 6,
         scale: 0.4,
+        mask: AttentionMask::default(),
     };
     let (q, k, v) = (random(&[9, 24]), random(&[9, 12]), random(&[9, 12]));
     let plain = attention_elsewhere(&q, &k, &v, &[0, 4, 9], &shape).unwrap();

@@ -13,6 +13,8 @@ pub(super) fn config_json(config: &DecoderConfig, end_tokens: &[u32]) -> Value {
         Architecture::Mistral => llama(config, "MistralForCausalLM"),
         Architecture::Qwen2 => llama(config, "Qwen2ForCausalLM"),
     };
+    // What transformers has no words for; it ignores these.
+    fields.extend(config.attention_pattern.settings());
     fields.insert("model_type".into(), json!(config.architecture.name()));
     fields.insert("vocab_size".into(), json!(config.vocabulary));
     fields.insert("tie_word_embeddings".into(), json!(config.tied_head));
@@ -68,10 +70,9 @@ fn llama(config: &DecoderConfig, class: &str) -> Map<String, Value> {
         "attention_bias": config.attention_bias,
         "mlp_bias": config.feed_forward_bias,
         "attention_dropout": 0.0,
-        "use_sliding_window": false,
     }));
-    if config.architecture == Architecture::Mistral {
-        fields.insert("sliding_window".into(), Value::Null);
+    if matches!(config.architecture, Architecture::Mistral | Architecture::Qwen2) {
+        fields.extend(sliding_window(config));
     }
     if let Position::Rotary(rotary) = &config.position {
         fields.insert("rope_theta".into(), json!(rotary.theta));
@@ -94,6 +95,22 @@ fn llama(config: &DecoderConfig, class: &str) -> Map<String, Value> {
             RotaryScaling::None | RotaryScaling::Factors(_) => Value::Null,
         };
         fields.insert("rope_scaling".into(), scaling);
+    }
+    fields
+}
+
+/// Mistral's and Qwen 2's words for a window.
+fn sliding_window(config: &DecoderConfig) -> Map<String, Value> {
+    let windows = (0..config.layers).map(|layer| config.attention_pattern.window_of(layer));
+    let kinds = windows.map(|window| match window {
+        Some(_) => "sliding_attention",
+        None => "full_attention",
+    });
+    let kinds: Vec<_> = kinds.collect();
+    let window = config.attention_pattern.window;
+    let mut fields = object(json!({"sliding_window": window, "use_sliding_window": window.is_some()}));
+    if config.architecture == Architecture::Qwen2 {
+        fields.insert("layer_types".into(), json!(kinds));
     }
     fields
 }

@@ -12,6 +12,7 @@ use super::library::Library;
 use super::manifest::{DIGEST_FILE_NAME, FILE_NAME, FileEntry, Manifest, digest_line};
 use super::{EXTENSION, FIRST_MOMENT, MODEL, OPTIMIZER, SECOND_MOMENT, hugging_face};
 use crate::adapters;
+use crate::attention_layouts;
 use crate::decoder::{Decoder, ParameterId, ParameterInfo};
 use crate::error::{Error, Result};
 use crate::model::Model;
@@ -181,6 +182,10 @@ fn write_descriptions(partial: &Path, model: &Model, manifest: &mut Manifest) ->
     let end_tokens = &model.end_tokens;
     let config = hugging_face::config_json(model.decoder.config(), end_tokens);
     manifest.files.push(write_json(partial, "config.json", &config)?);
+    if let Some(layouts) = model.decoder.attention_layouts().to_json() {
+        let layouts = write_bytes(partial, attention_layouts::FILE_NAME, &layouts)?;
+        manifest.files.push(layouts);
+    }
     let generation = hugging_face::generation_config_json(end_tokens);
     manifest
         .files
