@@ -5,9 +5,10 @@ use std::path::PathBuf;
 
 use prost::Message as _;
 
-const PROTOS: [&str; 11] = [
+const PROTOS: [&str; 12] = [
     "candle/compute/v1/tensor.proto",
     "candle/compute/v1/transactions.proto",
+    "candle/compute/v1/attention.proto",
     "candle/compute/v1/models.proto",
     "candle/compute/v1/inference.proto",
     "candle/compute/v1/training.proto",

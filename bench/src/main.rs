@@ -8,8 +8,8 @@
 mod conversion;
 mod direct;
 mod durability;
-mod experts;
 mod evaluation;
+mod experts;
 mod generation;
 mod overhead;
 mod parts;
@@ -18,6 +18,7 @@ mod prompts;
 mod report;
 mod scan;
 mod serving;
+mod sparse;
 mod tensor_operations;
 mod training;
 
@@ -51,6 +52,7 @@ fn main() {
         ("parts", parts::measurements),
         ("conversion", conversion::measurements),
         ("experts", experts::measurements),
+        ("sparse", sparse::measurements),
         ("durability", durability::measurements),
         ("evaluation", evaluation::measurements),
         ("scan", scan::measurements),

@@ -315,6 +315,7 @@ fn classify_model_error(error: &ModelError) -> (Code, &'static str, Option<&'sta
         }
         ModelError::Unsupported(_) => (Code::Unimplemented, "0A000", None),
         ModelError::NotFound(_) => (Code::NotFound, "42704", None),
+        ModelError::AlreadyExists(_) => (Code::AlreadyExists, "42710", None),
         ModelError::Cancelled => (Code::Cancelled, "57014", None),
         ModelError::ResourceExhausted(_) => (Code::ResourceExhausted, "53400", None),
         ModelError::FailedPrecondition(_) => (Code::FailedPrecondition, "55000", None),

@@ -20,9 +20,9 @@ mod cuda_program;
 mod data_folder;
 mod devices;
 mod error;
+mod evaluations;
 mod executor;
 mod expert_servers;
-mod evaluations;
 mod guard;
 mod http;
 #[doc(hidden)]

@@ -1,6 +1,7 @@
 //! Functions and procedures of the schema `candle`.
 #![allow(unsafe_code)]
 
+mod attention_layout;
 mod baseline;
 mod datasets;
 mod embed;

@@ -28,6 +28,7 @@ pub(crate) const RELATIONS: &[&dyn Relation] = &[
     &relations::Parameters,
     &relations::OptimizerSteps,
     &relations::Tape,
+    &relations::AttentionLayouts,
     &relations::Checkpoints,
     &relations::Experts,
     &relations::Routes,

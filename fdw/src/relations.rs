@@ -1,13 +1,14 @@
 //! The foreign tables, one file each.
 
 pub(crate) mod adapters;
+mod attention_layouts;
 mod batches;
 mod checkpoints;
 mod chunks;
 mod devices;
 pub(crate) mod embeddings;
-mod experts;
 mod evaluations;
+mod experts;
 mod generation_tokens;
 mod generations;
 mod gradients;
@@ -27,12 +28,13 @@ mod token_scores;
 mod tokens;
 
 pub(crate) use adapters::Adapters;
+pub(crate) use attention_layouts::AttentionLayouts;
 pub(crate) use batches::Batches;
 pub(crate) use checkpoints::Checkpoints;
 pub(crate) use devices::Devices;
 pub(crate) use embeddings::Embeddings;
-pub(crate) use experts::Experts;
 pub(crate) use evaluations::Evaluations;
+pub(crate) use experts::Experts;
 pub(crate) use generation_tokens::GenerationTokens;
 pub(crate) use generations::Generations;
 pub(crate) use gradients::Gradients;

@@ -31,6 +31,9 @@ pub enum Error {
     /// A name that nothing has. gRPC NOT_FOUND, SQLSTATE 42704.
     #[error("{0}")]
     NotFound(String),
+    /// Something that is there already. gRPC ALREADY_EXISTS, SQLSTATE 42710.
+    #[error("{0}")]
+    AlreadyExists(String),
     /// The caller asked for the work to stop. gRPC CANCELLED, SQLSTATE 57014.
     #[error("cancelled")]
     Cancelled,

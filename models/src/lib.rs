@@ -5,6 +5,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod adapters;
+pub mod attention_layouts;
 pub mod chat_template;
 pub mod completion;
 pub mod config;
@@ -13,8 +14,8 @@ pub mod convert;
 pub mod decoder;
 mod deep_stack;
 pub mod error;
-pub mod executor;
 pub mod evaluation;
+pub mod executor;
 pub mod experts;
 pub mod formats;
 pub mod gpu;
@@ -26,6 +27,7 @@ pub mod sampling;
 pub mod tokenizer;
 pub mod training;
 
+pub use attention_layouts::{AttentionBlock, AttentionLayouts, HeadLayout};
 pub use candle_core::{DType, Device, Tensor};
 pub use candle_kernels_cpu::CacheType;
 pub use chat_template::{ChatMessage, ChatTemplate};

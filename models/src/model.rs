@@ -6,6 +6,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device};
 use serde_json::{Map, Value};
 
+use crate::attention_layouts;
 use crate::chat_template::ChatTemplate;
 use crate::config::{self, DecoderConfig, GgufTensorFacts, TRAINING_FIELDS};
 use crate::decoder::{Decoder, WeightType, load_decoder};
@@ -63,6 +64,9 @@ const OVERRIDABLE: &[&str] = &[
     "norm_epsilon",
     "activation",
     "share",
+    "attention_window",
+    "attention_pattern",
+    "attention_block_size",
     "attention_bias",
     "attention_output_bias",
     "feed_forward_bias",
@@ -91,12 +95,15 @@ impl Model {
         if let Some(tokenizer) = &text.tokenizer {
             check_tokenizer(&decoder_config, tokenizer)?;
         }
-        let decoder = load_decoder(
+        let mut decoder = load_decoder(
             decoder_config,
             files.source(),
             &options.device,
             requested_type(options)?,
         )?;
+        if path.join(attention_layouts::FILE_NAME).is_file() {
+            decoder.load_attention_layouts(path)?;
+        }
         let end_tokens = text
             .end_tokens
             .into_iter()

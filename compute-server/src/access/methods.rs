@@ -36,6 +36,11 @@ const METHODS: &[(&str, Need)] = &[
     ("/candle.compute.v1.ModelsService/ListModels", Need::Role(Read)),
     ("/candle.compute.v1.ModelsService/DigestModel", Need::Role(Read)),
     ("/candle.compute.v1.ModelsService/ReadParameters", Need::Role(Read)),
+    ("/candle.compute.v1.ModelsService/ListAttentionBlocks", Need::Role(Read)),
+    (
+        "/candle.compute.v1.ModelsService/ChangeAttentionBlocks",
+        Need::Role(Train),
+    ),
     ("/candle.compute.v1.ModelsService/UpdateModel", Need::Role(Train)),
     ("/candle.compute.v1.ModelsService/LoadModel", Need::Role(Admin)),
     ("/candle.compute.v1.ModelsService/UnloadModel", Need::Role(Admin)),

@@ -154,13 +154,13 @@ pub(crate) struct Changes {
 /// One change.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct Operation {
-    #[prost(oneof = "operation::Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
+    #[prost(oneof = "operation::Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
     pub(crate) kind: Option<operation::Kind>,
 }
 
 /// See [`Operation`].
 pub(crate) mod operation {
-    use super::{Batch, GradientData, Merge, Oneof, Step, Train, Write};
+    use super::{Batch, GradientData, Layouts, Merge, Oneof, Step, Train, Write};
 
     /// The kinds.
     #[derive(Clone, PartialEq, Oneof)]
@@ -192,7 +192,32 @@ pub(crate) mod operation {
         /// The adapter adds nothing any more.
         #[prost(bool, tag = "9")]
         Merged(bool),
+        /// Other attention layouts of some heads.
+        #[prost(message, tag = "10")]
+        Layouts(Layouts),
     }
+}
+
+/// The attention layouts of the heads that changed.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub(crate) struct Layouts {
+    #[prost(message, repeated, tag = "1")]
+    pub(crate) heads: Vec<HeadLayout>,
+}
+
+/// What one head sees from then on.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub(crate) struct HeadLayout {
+    #[prost(uint32, tag = "1")]
+    pub(crate) layer: u32,
+    #[prost(uint32, tag = "2")]
+    pub(crate) head: u32,
+    /// For each block of queries, how many blocks of keys it sees.
+    #[prost(uint32, repeated, tag = "3")]
+    pub(crate) counts: Vec<u32>,
+    /// Those blocks, ascending, one block of queries after another.
+    #[prost(uint32, repeated, tag = "4")]
+    pub(crate) keys: Vec<u32>,
 }
 
 /// What an adapter adds to the weights of its model.

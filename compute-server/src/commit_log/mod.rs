@@ -18,7 +18,7 @@ mod tracking;
 
 pub(crate) use log::{CommitLog, Item, set_aside};
 pub(crate) use messages::{
-    Batch, Changes, FileChange, GradientData, GradientSum, LogBase, Merge, Operation, Origin, Pass, Product, Recipe,
-    Step, Train, Write, operation, origin, recipe_step,
+    Batch, Changes, FileChange, GradientData, GradientSum, HeadLayout, Layouts, LogBase, Merge, Operation, Origin,
+    Pass, Product, Recipe, Step, Train, Write, operation, origin, recipe_step,
 };
 pub(crate) use reading::{LoggedChanges, LoggedModel, Recovered};

@@ -6,6 +6,7 @@
 
 mod accumulated;
 mod adapter;
+mod attention;
 mod base;
 mod embedding;
 mod evaluating;

@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use candle_compute_proto::v1;
-use candle_models::Model;
 use candle_models::training::{AdamW, AdamWOptions, Gradient, LossScale};
+use candle_models::{AttentionLayouts, Model};
 
 use super::accumulated::Part;
 use super::adapter::StagedMerge;
+use super::attention::StagedLayouts;
 use super::settings::TrainingSettings;
 use super::writing::StagedWrite;
 use crate::memory::Reservation;
@@ -68,6 +69,8 @@ pub(super) enum Operation {
         /// Whether they do.
         trainable: bool,
     },
+    /// Other attention layouts.
+    Attend(StagedLayouts),
     /// An adapter's product is to be added to the weights of the model.
     Merge(StagedMerge),
     /// The adapter adds nothing any more: its product is added to the weights of its model.
@@ -114,11 +117,11 @@ pub(super) struct StagedState {
 }
 
 impl Operation {
-    /// Whether it changes weights, optimizer, or what is trained.
+    /// Whether it changes weights, attention layouts, optimizer, or what is trained.
     pub(super) fn changes_state(&self) -> bool {
         match self {
             Self::Step(step) => !step.report.skipped,
-            Self::Write(_) | Self::Train { .. } | Self::Merge(_) | Self::Merged => true,
+            Self::Write(_) | Self::Train { .. } | Self::Attend(_) | Self::Merge(_) | Self::Merged => true,
             Self::Batch(_) | Self::Zero(_) | Self::Configure(_) | Self::Replaced | Self::Spoilt => false,
         }
     }
@@ -143,9 +146,9 @@ impl Overlay {
         self.step().is_some_and(|step| !step.report.skipped)
     }
 
-    /// Whether the weights are others than the committed ones.
+    /// Whether the weights, or what they are used for, are others than the committed ones.
     pub(super) fn changes_weights(&self) -> bool {
-        let writes = |staged: &Staged| matches!(staged.operation, Operation::Write(_));
+        let writes = |staged: &Staged| matches!(staged.operation, Operation::Write(_) | Operation::Attend(_));
         self.is_recomputed() || self.operations.iter().any(writes)
     }
 
@@ -183,6 +186,7 @@ impl Overlay {
             | Operation::Configure(_)
             | Operation::Write(_)
             | Operation::Train { .. }
+            | Operation::Attend(_)
             | Operation::Merge(_)
             | Operation::Merged
             | Operation::Replaced
@@ -206,6 +210,14 @@ impl Overlay {
     pub(super) fn settings(&self) -> Option<&TrainingSettings> {
         self.operations.iter().rev().find_map(|staged| match &staged.operation {
             Operation::Configure(settings) => Some(settings),
+            _ => None,
+        })
+    }
+
+    /// The attention layouts as staged last.
+    pub(super) fn attention_layouts(&self) -> Option<&AttentionLayouts> {
+        self.operations.iter().rev().find_map(|staged| match &staged.operation {
+            Operation::Attend(staged) => Some(&staged.layouts),
             _ => None,
         })
     }

@@ -7,7 +7,7 @@ use super::overlay::{Operation, Overlay, Staged, StagedState, StagedStep};
 use super::recording::Recorded;
 use super::staging::spoilt;
 use super::state::Owner;
-use super::{Ticket, TransactionId};
+use super::{Ticket, TransactionId, View};
 use crate::error::{Error, Result};
 
 impl Owner {
@@ -15,7 +15,8 @@ impl Owner {
     /// as it would change that. With `record`, returns what the commit log is to hold.
     ///
     /// # Errors
-    /// `Stale` when another transaction has stepped the model since, `Precondition` when something staged is incomplete,
+    /// `Stale` when another transaction has stepped the model since, `Precondition` when something staged is incomplete, an
+    /// attention layout for example,
     /// `Memory`.
     pub(crate) fn prepare(&mut self, id: &TransactionId, record: bool) -> Result<Option<Recorded>> {
         let ticket = Ticket {
@@ -26,6 +27,7 @@ impl Owner {
         if self.overlays.get(id).is_some_and(Overlay::is_replaced) {
             self.check_still_replaceable()?;
         }
+        self.check_attention_layouts(&View::Transaction(Arc::clone(id)))?;
         // What this transaction relied on is used up by itself, so its own seal does not count.
         let sealed = self.sealed(id);
         let recorded = match self.overlays.get(id).filter(|_| record) {
@@ -77,6 +79,7 @@ impl Owner {
                 Operation::Configure(settings) => self.settings = settings,
                 operation @ (Operation::Write(_)
                 | Operation::Train { .. }
+                | Operation::Attend(_)
                 | Operation::Merge(_)
                 | Operation::Merged) => {
                     if !adopted {

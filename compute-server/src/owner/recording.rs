@@ -69,6 +69,7 @@ fn data_bytes(operation: &Operation) -> u64 {
     match operation {
         Operation::Batch(part) if part.recipe.is_none() => part.gradient.memory_bytes(),
         Operation::Write(write) => 4 * write.values.len() as u64,
+        Operation::Attend(staged) => staged.bytes(),
         Operation::Merge(merge) => merge.delta.memory_bytes(),
         _ => 0,
     }
@@ -93,6 +94,7 @@ fn logged(operation: &Operation, settings: &str) -> Result<operation::Kind> {
             parameter: number(*parameter),
             trainable: *trainable,
         }),
+        Operation::Attend(staged) => operation::Kind::Layouts(staged.to_log()),
         Operation::Merge(merge) => operation::Kind::Merge(merged(merge)?),
         Operation::Merged => operation::Kind::Merged(true),
         Operation::Spoilt => return Err(Error::Internal("a spoilt gradient is published".to_owned())),

@@ -50,6 +50,7 @@ impl Owner {
                     parameter: self.known(train.parameter)?,
                     trainable: train.trainable,
                 },
+                operation::Kind::Layouts(layouts) => Operation::Attend(self.replay_layouts(&view(), layouts)?),
                 operation::Kind::Merge(merge) => Operation::Merge(self.replay_merge(merge)?),
                 operation::Kind::Merged(_) => Operation::Merged,
             };

@@ -181,6 +181,7 @@ impl Owner {
             return Ok(());
         }
         self.check_fresh(id)?;
+        self.check_attention_layouts(view)?;
         let Some(mut overlay) = self.overlays.remove(id) else {
             return Ok(());
         };

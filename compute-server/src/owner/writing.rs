@@ -25,13 +25,14 @@ pub(super) struct StagedWrite {
 }
 
 impl Operation {
-    /// Applies a write of parameters to a decoder of the model; other operations change nothing.
+    /// Applies a write of parameters or layouts to a decoder of the model; other operations change nothing.
     pub(super) fn write_to(&self, decoder: &mut Decoder) -> Result<()> {
         match self {
             Self::Write(write) => {
                 let name = decoder.parameters()[write.parameter].name.clone();
                 decoder.write_parameter(&name, write.start, &write.values)?;
             }
+            Self::Attend(staged) => decoder.put_attention_layouts(staged.layouts.clone()),
             Self::Merge(merge) => merge.delta.apply(decoder)?,
             Self::Merged => decoder.set_merged(),
             Self::Train { parameter, trainable } => decoder.set_trainable(ParameterId(*parameter), *trainable),

@@ -1,13 +1,14 @@
 //! The gRPC services, one a file. Each translates messages to calls and back; the work is done elsewhere.
 
 mod adapters;
+mod attention;
 mod benchmarks;
 mod checkpoints;
 mod constraints;
 pub(crate) mod embed;
-mod experts;
 mod evaluating;
 mod evaluations;
+mod experts;
 pub(crate) mod generate;
 mod inference;
 mod inputs;
@@ -29,8 +30,8 @@ use std::sync::Arc;
 
 use candle_compute_proto::v1::adapters_service_server::AdaptersServiceServer;
 use candle_compute_proto::v1::checkpoints_service_server::CheckpointsServiceServer;
-use candle_compute_proto::v1::experts_service_server::ExpertsServiceServer;
 use candle_compute_proto::v1::evaluations_service_server::EvaluationsServiceServer;
+use candle_compute_proto::v1::experts_service_server::ExpertsServiceServer;
 use candle_compute_proto::v1::inference_service_server::InferenceServiceServer;
 use candle_compute_proto::v1::models_service_server::ModelsServiceServer;
 use candle_compute_proto::v1::telemetry_service_server::TelemetryServiceServer;

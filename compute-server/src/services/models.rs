@@ -7,9 +7,9 @@ use candle_models::config::{self, TRAINING_FIELDS};
 use serde_json::{Map, Value};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::Service;
 use super::load::{self, Loading};
 use super::sharing;
+use super::{ResponseStream, Service};
 use crate::access::Caller;
 use crate::devices;
 use crate::error::{Error, Result};
@@ -21,6 +21,7 @@ use crate::transactions::{Reader, Scope, WriteKind};
 
 #[tonic::async_trait]
 impl ModelsService for Service {
+    type ListAttentionBlocksStream = ResponseStream<v1::ListAttentionBlocksResponse>;
     type ReadParametersStream = OutputStream<v1::ReadGradientsResponse, v1::ReadParametersResponse>;
 
     async fn load_model(
@@ -180,6 +181,22 @@ impl ModelsService for Service {
         let chunks = ChunkReader::parameters(reader.view(), Selection::new(selection), output);
         handle.add_reader(chunks).await?;
         Ok(Response::new(stream))
+    }
+
+    async fn list_attention_blocks(
+        &self,
+        request: Request<v1::ListAttentionBlocksRequest>,
+    ) -> Result<Response<Self::ListAttentionBlocksStream>, Status> {
+        Ok(Response::new(self.attention_blocks(request.into_inner()).await?))
+    }
+
+    async fn change_attention_blocks(
+        &self,
+        request: Request<v1::ChangeAttentionBlocksRequest>,
+    ) -> Result<Response<v1::ChangeAttentionBlocksResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let changed = self.change_attention(&caller, request.into_inner()).await?;
+        Ok(Response::new(changed))
     }
 
     async fn train_tokenizer(

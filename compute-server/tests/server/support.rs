@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use candle_compute_proto::v1::adapters_service_client::AdaptersServiceClient;
 use candle_compute_proto::v1::checkpoints_service_client::CheckpointsServiceClient;
-use candle_compute_proto::v1::experts_service_client::ExpertsServiceClient;
 use candle_compute_proto::v1::evaluations_service_client::EvaluationsServiceClient;
+use candle_compute_proto::v1::experts_service_client::ExpertsServiceClient;
 use candle_compute_proto::v1::inference_service_client::InferenceServiceClient;
 use candle_compute_proto::v1::models_service_client::ModelsServiceClient;
 use candle_compute_proto::v1::telemetry_service_client::TelemetryServiceClient;

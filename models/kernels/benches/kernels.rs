@@ -7,9 +7,9 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use candle_kernels_cpu::{
-    AdamWStep, AttentionHeads, AttentionSaved, CacheType, CachedSequence, HeadGradients, MatrixRef, PageLayout,
-    WeightFormat, Weights, adamw, attention_backward, attention_decode, attention_forward, cross_entropy_head,
-    dequantize, gelu_tanh, layer_norm, linear, matmul, rms_norm, silu_gate, simd, threads,
+    AdamWStep, AttentionHeads, AttentionMask, AttentionSaved, CacheType, CachedSequence, HeadGradients, MatrixRef,
+    PageLayout, WeightFormat, Weights, adamw, attention_backward, attention_decode, attention_forward,
+    cross_entropy_head, dequantize, gelu_tanh, layer_norm, linear, matmul, rms_norm, silu_gate, simd, threads,
 };
 use half::{bf16, f16};
 
@@ -200,6 +200,7 @@ fn attention(bench: &Bench) {
             key_value_heads,
             head_dim: 64,
             scale: 0.125,
+            mask: AttentionMask::default(),
         };
         let tokens = sequences * length;
         let bounds: Vec<usize> = (0..=sequences).map(|i| i * length).collect();

@@ -48,8 +48,8 @@ pub use activation::{
 };
 pub use adamw::{AdamWStep, adamw};
 pub use attention::{
-    AttentionHeads, AttentionSaved, CacheType, CachedSequence, PageLayout, attention_backward, attention_decode,
-    attention_forward,
+    AttentionHeads, AttentionMask, AttentionSaved, BlockLayout, CacheType, CachedSequence, PageLayout,
+    attention_backward, attention_decode, attention_forward,
 };
 pub use blocks::{BLOCK_SIZE, dequantize_blocks, quantize_blocks};
 pub use convert::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};

@@ -1,6 +1,6 @@
 //! The validated description of a decoder.
 
-use super::{ExpertsConfig, RotaryConfig, RotaryScaling};
+use super::{AttentionPattern, ExpertsConfig, RotaryConfig, RotaryScaling};
 use crate::error::{Error, Result};
 use candle_kernels_cpu::RotaryLayout;
 
@@ -12,7 +12,7 @@ pub enum Architecture {
     Gpt2,
     /// Llama (arXiv:2302.13971): rotary positions, RMSNorm, SwiGLU, grouped-query attention.
     Llama,
-    /// Mistral (arXiv:2310.06825): Llama's layout; its context is cut to the sliding window.
+    /// Mistral (arXiv:2310.06825): Llama's layout, with a sliding window.
     Mistral,
     /// Qwen 2 (arXiv:2407.10671): Llama's layout with biases on query, key and value.
     Qwen2,
@@ -181,6 +181,8 @@ pub struct DecoderConfig {
     pub query_key_norm: bool,
     /// The mixture of experts in the place of each layer's feed-forward network; none where that is dense.
     pub experts: Option<ExpertsConfig>,
+    /// Which tokens a layer's attention sees.
+    pub attention_pattern: AttentionPattern,
     /// Whether the query, key and value projections have biases.
     pub attention_bias: bool,
     /// Whether the attention's output projection has a bias.

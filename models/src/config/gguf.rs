@@ -1,7 +1,9 @@
 //! The metadata of a GGUF file.
 
 use super::gpt_neox;
-use super::{Activation, Architecture, DecoderConfig, Norm, Position, Residual, RotaryConfig, RotaryScaling};
+use super::{
+    Activation, Architecture, AttentionPattern, DecoderConfig, Norm, Position, Residual, RotaryConfig, RotaryScaling,
+};
 use crate::error::{Error, Result};
 use crate::formats::GgufMetadata;
 use candle_kernels_cpu::RotaryLayout;
@@ -133,6 +135,7 @@ fn gpt2(keys: &Keys<'_>, facts: &GgufTensorFacts) -> Result<DecoderConfig> {
         query_key_norm: false,
         experts: None,
         position: Position::Learned,
+        attention_pattern: AttentionPattern::default(),
         attention_bias: true,
         attention_output_bias: true,
         feed_forward_bias: true,
@@ -154,7 +157,6 @@ fn llama(architecture: Architecture, keys: &Keys<'_>, facts: &GgufTensorFacts) -
             keys.architecture
         )));
     }
-    let context_length = keys.required_size("context_length")?;
     let window = keys.size("attention.sliding_window")?.filter(|window| *window > 0);
     let layers = keys.required_size("block_count")?;
     Ok(DecoderConfig {
@@ -165,7 +167,7 @@ fn llama(architecture: Architecture, keys: &Keys<'_>, facts: &GgufTensorFacts) -
         key_value_heads: keys.size("attention.head_count_kv")?.unwrap_or(heads),
         head_dim,
         feed_forward_width: keys.required_size("feed_forward_length")?,
-        context_length: window.map_or(context_length, |window| context_length.min(window)),
+        context_length: keys.required_size("context_length")?,
         vocabulary: facts.vocabulary,
         norm: Norm::Rms,
         norm_epsilon: keys.required_number("attention.layer_norm_rms_epsilon")?,
@@ -175,6 +177,7 @@ fn llama(architecture: Architecture, keys: &Keys<'_>, facts: &GgufTensorFacts) -
         query_key_norm: false,
         experts: None,
         position: Position::Rotary(rotary(keys, facts, head_dim)?),
+        attention_pattern: AttentionPattern::of_window(window, layers)?,
         attention_bias: facts.attention_bias,
         attention_output_bias: facts.attention_output_bias,
         feed_forward_bias: facts.feed_forward_bias,

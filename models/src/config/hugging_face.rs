@@ -3,7 +3,8 @@
 use super::fields::Fields;
 use super::known_fields::refuse_unknown;
 use super::{
-    Activation, Architecture, DecoderConfig, ExpertsConfig, Norm, Position, Residual, RotaryConfig, RotaryScaling,
+    Activation, Architecture, AttentionPattern, DecoderConfig, ExpertsConfig, Norm, Position, Residual, RotaryConfig,
+    RotaryScaling,
 };
 use super::{gpt_neox, gptj};
 use crate::error::{Error, Result};
@@ -28,7 +29,7 @@ pub fn from_hugging_face(config: &Map<String, Value>) -> Result<DecoderConfig> {
         ));
     }
     refuse_unknown(architecture, &fields)?;
-    let config = match architecture {
+    let mut config = match architecture {
         Architecture::Gpt2 => gpt2(&fields)?,
         Architecture::GptNeox => gpt_neox::from_hugging_face(&fields)?,
         Architecture::GptJ => gptj::from_hugging_face(&fields)?,
@@ -37,6 +38,7 @@ pub fn from_hugging_face(config: &Map<String, Value>) -> Result<DecoderConfig> {
             with_experts(llama(architecture, &fields)?, &fields)?
         }
     };
+    config.attention_pattern = AttentionPattern::from_hugging_face(architecture, &fields, config.layers)?;
     config.validate()?;
     Ok(config)
 }
@@ -79,6 +81,7 @@ fn gpt2(fields: &Fields<'_>) -> Result<DecoderConfig> {
         position: Position::Learned,
         query_key_norm: false,
         experts: None,
+        attention_pattern: AttentionPattern::default(),
         attention_bias: true,
         attention_output_bias: true,
         feed_forward_bias: true,
@@ -122,7 +125,7 @@ fn llama(architecture: Architecture, fields: &Fields<'_>) -> Result<DecoderConfi
         key_value_heads: fields.size("num_key_value_heads")?.unwrap_or(heads),
         head_dim,
         feed_forward_width: fields.required_size("intermediate_size")?,
-        context_length: context_length(architecture, fields)?,
+        context_length: fields.required_size("max_position_embeddings")?,
         vocabulary: fields.required_size("vocab_size")?,
         norm: Norm::Rms,
         norm_epsilon: fields.number("rms_norm_eps")?.unwrap_or(1e-6),
@@ -132,6 +135,7 @@ fn llama(architecture: Architecture, fields: &Fields<'_>) -> Result<DecoderConfi
         position: Position::Rotary(rotary(fields, head_dim)?),
         query_key_norm: false,
         experts: None,
+        attention_pattern: AttentionPattern::default(),
         attention_bias: biases.0,
         attention_output_bias: biases.1,
         feed_forward_bias: architecture == Architecture::Llama && fields.flag("mlp_bias")?.unwrap_or(false),
@@ -170,20 +174,6 @@ fn with_experts(config: DecoderConfig, fields: &Fields<'_>) -> Result<DecoderCon
         experts,
         ..config
     })
-}
-
-/// Within the sliding window, sliding-window attention is full attention: the context is cut to the window.
-fn context_length(architecture: Architecture, fields: &Fields<'_>) -> Result<usize> {
-    let context_length = fields.required_size("max_position_embeddings")?;
-    let slides = match architecture {
-        Architecture::Mistral | Architecture::Mixtral => true,
-        Architecture::Qwen2 | Architecture::Qwen2Moe => fields.flag("use_sliding_window")?.unwrap_or(false),
-        _ => false,
-    };
-    match fields.size("sliding_window")? {
-        Some(window) if slides => Ok(context_length.min(window)),
-        _ => Ok(context_length),
-    }
 }
 
 /// `rope_theta` and `rope_scaling`, or `rope_parameters` which holds both since transformers 5.

@@ -1,5 +1,6 @@
 //! What a decoder looks like: one validated description, read from three kinds of source.
 
+mod attention;
 mod decoder_config;
 mod expert_servers;
 mod experts;
@@ -14,6 +15,7 @@ mod rotary;
 mod rotary_fields;
 mod settings;
 
+pub use attention::AttentionPattern;
 pub use decoder_config::{Activation, Architecture, DecoderConfig, Norm, Position, Residual};
 pub use expert_servers::{ExpertServer, expert_servers};
 pub(crate) use experts::stored_balance_loss;

@@ -4,7 +4,8 @@ use super::fields::{Fields, shortened};
 use super::hugging_face::rotary_scaling;
 use super::rotary_fields::expect_whole;
 use super::{
-    Activation, Architecture, DecoderConfig, ExpertsConfig, Norm, Position, Residual, RotaryConfig, RotaryScaling,
+    Activation, Architecture, AttentionPattern, DecoderConfig, ExpertsConfig, Norm, Position, Residual, RotaryConfig,
+    RotaryScaling,
 };
 use super::{gpt_neox, gptj, presets};
 use crate::error::{Error, Result};
@@ -37,6 +38,9 @@ const SHAPE_FIELDS: &[(&str, &[&str])] = &[
     ("rotary_pct", &["partial_rotary_factor"]),
     ("rope_theta", &["rotary_emb_base"]),
     ("rope_scaling", &[]),
+    ("attention_window", &["sliding_window", "window_size"]),
+    ("attention_pattern", &["layer_types", "attention_types"]),
+    ("attention_block_size", &[]),
     ("attention_bias", &[]),
     ("attention_output_bias", &[]),
     ("feed_forward_bias", &["mlp_bias"]),
@@ -158,6 +162,7 @@ pub fn from_settings(settings: &Map<String, Value>, tokenizer_size: Option<usize
         let reason = format!("{} has no norms on queries and keys", architecture.name());
         return Err(Error::invalid_config("query_key_norm", reason));
     }
+    config.attention_pattern = AttentionPattern::read(&fields, config.layers)?;
     config.validate()?;
     if let Some(size) = tokenizer_size.filter(|size| *size > config.vocabulary) {
         let reason = format!("{} is less than the tokenizer's {size} tokens", config.vocabulary);
@@ -327,6 +332,7 @@ impl Shape {
             gated: false,
             residual: Residual::Sequential,
             position: Position::Learned,
+            attention_pattern: AttentionPattern::default(),
             attention_bias: true,
             attention_output_bias: true,
             feed_forward_bias: true,
@@ -401,6 +407,9 @@ pub fn to_settings(config: &DecoderConfig) -> Map<String, Value> {
     if config.groups < config.layers {
         set("share", json!(config.groups));
     }
+    for (name, value) in config.attention_pattern.settings() {
+        set(&name, value);
+    }
     if let Position::Rotary(rotary) = &config.position {
         if matches!(config.architecture, Architecture::GptNeox | Architecture::GptJ) {
             set("parallel_residual", json!(config.residual.is_parallel()));
@@ -456,6 +465,13 @@ mod tests {
         settings["rope_scaling"] = json!({"rope_type": "factors", "factors": [1.0, 2.0, 3.5, 4.25]});
         let config = read(settings).unwrap();
         assert_eq!(from_settings(&to_settings(&config), None).unwrap(), config);
+        let mut settings = tiny("qwen2");
+        settings["sliding_window"] = json!(7);
+        settings["layer_types"] = json!(["full_attention", "sliding_attention"]);
+        settings["attention_block_size"] = json!(5);
+        let config = read(settings).unwrap();
+        assert_eq!(config.attention_pattern.window_of(1), Some(7));
+        assert_eq!(from_settings(&to_settings(&config), None).unwrap(), config);
         let mut settings = tiny("gpt2");
         settings["share"] = json!("all");
         let config = read(settings).unwrap();
@@ -484,6 +500,9 @@ mod tests {
             ("dropout", json!(1)),
             ("learning_rate", json!("fast")),
             ("rope_theta", json!(10000)),
+            ("attention_window", json!(0)),
+            ("attention_pattern", json!(["banded"])),
+            ("attention_block_size", json!("large")),
             ("n_layer", json!(2)),
         ] {
             let mut settings = tiny("gpt2");

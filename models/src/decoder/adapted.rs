@@ -44,6 +44,7 @@ impl Decoder {
             weights: self.weights.clone(),
             layout: self.layout.clone(),
             inverse_frequencies: self.inverse_frequencies.clone(),
+            attention_layouts: self.attention_layouts.clone(),
             adapted: self.adapted.clone(),
             remote: self.remote.clone(),
         }
@@ -135,7 +136,7 @@ impl Decoder {
         self.adapted.as_ref().map_or(&[], |adapted| &adapted.modules)
     }
 
-    /// Shares the present weights of the base, which may have been trained or replaced since.
+    /// Shares the present weights and attention layouts of the base, which may have been trained or replaced since.
     ///
     /// Fails with [`Error::InvalidArgument`] when `base` has other parameters than the base that it was made for.
     pub fn share_base(&mut self, base: &Self) -> Result<()> {
@@ -149,6 +150,7 @@ impl Decoder {
             held.dtype = base.dtype;
         }
         self.weights[..own].clone_from_slice(&base.weights);
+        self.attention_layouts = base.attention_layouts.clone();
         Ok(())
     }
 }

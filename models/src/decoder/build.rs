@@ -2,6 +2,7 @@
 
 use super::layout::lay_out;
 use super::{Decoder, ParameterInfo, Weight, WeightType};
+use crate::attention_layouts::AttentionLayouts;
 use crate::config::DecoderConfig;
 use crate::error::{Error, Result};
 use candle_core::quantized::{QStorage, QTensor};
@@ -43,6 +44,7 @@ impl Decoder {
             weights,
             layout,
             inverse_frequencies,
+            attention_layouts: AttentionLayouts::default(),
             adapted: None,
             remote: None,
         })

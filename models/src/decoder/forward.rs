@@ -5,7 +5,7 @@ use crate::adapters::{AdapterRows, AdapterWeights};
 use crate::config::Position;
 use crate::error::{Error, Result};
 use crate::experts::Routing;
-use crate::ops::attention::{self, AttentionShape};
+use crate::ops::attention;
 use crate::ops::backward::add_in_place;
 use crate::ops::rotary::RotaryAngles;
 use crate::ops::storage::{CpuSlice, is_cpu};
@@ -271,7 +271,7 @@ impl Decoder {
         values: &Tensor,
         batch: &mut [SequenceStep<'_>],
     ) -> Result<Tensor> {
-        let shape = AttentionShape::of(&self.config);
+        let shape = self.attention_shape(layer);
         let width = self.config.key_value_width();
         let append = |batch: &mut [SequenceStep<'_>], keys: &[f32], values: &[f32]| {
             let mut end = 0;
@@ -311,7 +311,7 @@ impl Decoder {
             })
         });
         let sequences: Vec<_> = sequences.collect::<Result<_>>()?;
-        attention::composed(queries, &sequences, &AttentionShape::of(&self.config))
+        attention::composed(queries, &sequences, &self.attention_shape(layer))
     }
 
     pub(crate) fn normalize(&self, hidden: &Tensor, parameters: &NormParameters) -> Result<Tensor> {

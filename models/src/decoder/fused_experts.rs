@@ -5,6 +5,7 @@ use std::path::Path;
 
 use candle_core::Tensor;
 
+use super::WeightType;
 use crate::error::{Error, Result};
 use crate::formats::{Orientation, StoredTensor, TensorData, TensorSource};
 
@@ -141,6 +142,13 @@ impl TensorSource for FusedExperts<'_> {
             None => 0,
             Some(Stored::Whole(stored)) => self.source.bytes(stored),
             Some(Stored::Parts { names, .. }) => names.iter().map(|name| self.source.bytes(name)).sum(),
+        }
+    }
+
+    fn stored_type(&self, name: &str) -> Option<WeightType> {
+        match self.tensors.get(name)? {
+            Stored::Whole(stored) => self.source.stored_type(stored),
+            Stored::Parts { names, .. } => self.source.stored_type(names.first()?),
         }
     }
 

@@ -32,7 +32,7 @@ pub use memory::check_memory;
 pub use names::ignored_tensor;
 pub(crate) use names::{name_of_stored, stored_name};
 pub use parameters::ParameterData;
-pub use score::{LossPass, as_scores, next_tokens};
 pub use remote::{ExpertRows, PendingExperts, RemoteExperts};
+pub use score::{LossPass, as_scores, next_tokens};
 pub use structure::Decoder;
 pub use weight::{Weight, WeightType};

@@ -49,6 +49,7 @@ impl Decoder {
             weights,
             layout,
             inverse_frequencies: self.inverse_frequencies.clone(),
+            attention_layouts: self.attention_layouts.clone(),
             adapted: None,
             remote: None,
         };

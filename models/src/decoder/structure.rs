@@ -2,9 +2,13 @@
 
 use super::layout::shared_names;
 use super::{Adapted, KeyValueCache, Layout, ParameterId, ParameterInfo, RemoteExperts, Weight, WeightType};
+use crate::attention_layouts::{AttentionLayouts, FILE_NAME};
 use crate::config::{DecoderConfig, Position};
 use crate::error::{Error, Result};
+use crate::ops::attention::AttentionShape;
 use candle_core::Device;
+use candle_kernels_cpu::AttentionMask;
+use std::path::Path;
 use std::sync::Arc;
 
 /// A decoder-only transformer. Immutable while it is run; training changes the weights through
@@ -21,6 +25,8 @@ pub struct Decoder {
     pub(super) layout: Layout,
     /// Angle per position of each rotated pair of a head's elements, `[pairs]`; empty for learned positions.
     pub(super) inverse_frequencies: Vec<f32>,
+    /// Which blocks each head sees.
+    pub(super) attention_layouts: AttentionLayouts,
     /// Set where low-rank matrices of an adapter were put over another decoder's weights.
     pub(super) adapted: Option<Adapted>,
     /// Other servers that compute some of the experts.
@@ -56,6 +62,43 @@ impl Decoder {
     /// Angle per position of each rotated pair of a head's elements, `[pairs]`; empty for learned positions.
     pub fn inverse_frequencies(&self) -> &[f32] {
         &self.inverse_frequencies
+    }
+
+    /// Which blocks each head sees.
+    pub fn attention_layouts(&self) -> &AttentionLayouts {
+        &self.attention_layouts
+    }
+
+    /// Changes which blocks each head sees. Fails as [`AttentionLayouts::check`], and leaves them as they were.
+    pub fn set_attention_layouts(&mut self, layouts: AttentionLayouts) -> Result<()> {
+        layouts.check(&self.config)?;
+        self.attention_layouts = layouts;
+        Ok(())
+    }
+
+    /// As [`set_attention_layouts`](Self::set_attention_layouts) for layouts that the caller checks before the decoder runs.
+    pub fn put_attention_layouts(&mut self, layouts: AttentionLayouts) {
+        self.attention_layouts = layouts;
+    }
+
+    /// Reads the attention layouts from the file [`FILE_NAME`] of a folder.
+    ///
+    /// Fails with [`Error::InvalidFile`] for a file that does not hold layouts of this model, and with [`Error::Io`].
+    pub(crate) fn load_attention_layouts(&mut self, folder: &Path) -> Result<()> {
+        let path = folder.join(FILE_NAME);
+        let text = std::fs::read(&path).map_err(|error| Error::io(&path, error))?;
+        let layouts = AttentionLayouts::from_json(&self.config, &text);
+        self.attention_layouts = layouts.map_err(|error| Error::invalid_file(&path, error.to_string()))?;
+        Ok(())
+    }
+
+    /// The heads of a layer, and what they see.
+    pub(crate) fn attention_shape(&self, layer: usize) -> AttentionShape<'_> {
+        let mask = AttentionMask {
+            window: self.config.attention_pattern.window_of(layer),
+            layouts: self.attention_layouts.layer(layer),
+        };
+        AttentionShape::of(&self.config, mask)
     }
 
     /// The values of a parameter.
@@ -138,6 +181,7 @@ impl Decoder {
             weights: shared.iter().cloned().map(Ok).chain(copies).collect::<Result<_>>()?,
             layout: self.layout.clone(),
             inverse_frequencies: self.inverse_frequencies.clone(),
+            attention_layouts: self.attention_layouts.clone(),
             adapted: self.adapted.clone(),
             remote: self.remote.clone(),
         })

@@ -1,15 +1,16 @@
-//! Causal grouped-query attention (arXiv:2305.13245) of new tokens over cached keys and values.
+//! Causal grouped-query attention (arXiv:2305.13245) of new tokens over cached keys and values, dense, banded or
+//! block-sparse.
 
 use super::storage::{CpuSlice, new_tensor};
 use crate::config::DecoderConfig;
 use crate::error::Result;
-use candle_core::{D, Tensor};
-use candle_kernels_cpu::{AttentionHeads, PageLayout};
+use candle_core::{D, Device, Tensor};
+use candle_kernels_cpu::{AttentionHeads, AttentionMask, PageLayout};
 use std::ops::Range;
 
-/// How the widths divide into heads.
+/// How the widths divide into heads, and what these see.
 #[derive(Debug, Clone, Copy)]
-pub struct AttentionShape {
+pub struct AttentionShape<'a> {
     /// Number of query heads.
     pub heads: usize,
     /// Number of key and value heads; each serves `heads / key_value_heads` query heads in a row.
@@ -18,17 +19,55 @@ pub struct AttentionShape {
     pub head_dim: usize,
     /// Factor on the scores.
     pub scale: f32,
+    /// Which of the tokens up to its own a token sees.
+    pub mask: AttentionMask<'a>,
 }
 
-impl AttentionShape {
-    /// That of a configuration.
-    pub fn of(config: &DecoderConfig) -> Self {
+impl<'a> AttentionShape<'a> {
+    /// That of a configuration's layers, which see what `mask` says.
+    pub fn of(config: &DecoderConfig, mask: AttentionMask<'a>) -> Self {
         Self {
             heads: config.heads,
             key_value_heads: config.key_value_heads,
             head_dim: config.head_dim,
             scale: config.attention_scale(),
+            mask,
         }
+    }
+
+    /// The kernels' words for it.
+    pub(crate) fn heads(&self) -> AttentionHeads<'a> {
+        let &Self {
+            heads,
+            key_value_heads,
+            head_dim,
+            scale,
+            mask,
+        } = self;
+        AttentionHeads {
+            heads,
+            key_value_heads,
+            head_dim,
+            scale,
+            mask,
+        }
+    }
+
+    /// What is added to the scores of `rows` tokens that follow `past` ones, 0 or minus infinity:
+    /// `[heads, rows, past + rows]`, with one head where all see the same.
+    pub(crate) fn additive_mask(&self, past: usize, rows: usize, device: &Device) -> Result<Tensor> {
+        let heads = if self.mask.layouts.is_empty() { 1 } else { self.heads };
+        let length = past + rows;
+        let mut mask = vec![f32::NEG_INFINITY; heads * rows * length];
+        for (index, row) in mask.chunks_exact_mut(length).enumerate() {
+            let (head, query) = (index / rows, past + index % rows);
+            for (key, value) in row.iter_mut().enumerate().take(query + 1) {
+                if self.mask.sees(head, query, key) {
+                    *value = 0.0;
+                }
+            }
+        }
+        Ok(Tensor::from_vec(mask, (heads, rows, length), device)?)
     }
 }
 
@@ -49,20 +88,9 @@ pub fn attend_cached(
     queries: &Tensor,
     layout: &PageLayout,
     sequences: &[candle_kernels_cpu::CachedSequence<'_>],
-    shape: &AttentionShape,
+    shape: &AttentionShape<'_>,
 ) -> Result<Tensor> {
-    let &AttentionShape {
-        heads,
-        key_value_heads,
-        head_dim,
-        scale,
-    } = shape;
-    let heads = AttentionHeads {
-        heads,
-        key_value_heads,
-        head_dim,
-        scale,
-    };
+    let heads = shape.heads();
     let q = CpuSlice::new(queries)?;
     new_tensor(queries.shape(), |out| {
         candle_kernels_cpu::attention_decode(&heads, layout, q.f32()?, sequences, out);
@@ -72,7 +100,7 @@ pub fn attend_cached(
 
 /// [`attend_cached`] from plain candle operations on keys and values that lie whole: for devices without kernels of our
 /// own, and the tests' oracle.
-pub fn composed(queries: &Tensor, sequences: &[CachedSequence], shape: &AttentionShape) -> Result<Tensor> {
+pub fn composed(queries: &Tensor, sequences: &[CachedSequence], shape: &AttentionShape<'_>) -> Result<Tensor> {
     let attended: Vec<Tensor> = sequences
         .iter()
         .map(|sequence| {
@@ -84,12 +112,13 @@ pub fn composed(queries: &Tensor, sequences: &[CachedSequence], shape: &Attentio
 }
 
 /// One sequence, with its whole score matrix `[heads, queries, length]`.
-fn attend_one(queries: &Tensor, sequence: &CachedSequence, shape: &AttentionShape) -> Result<Tensor> {
+fn attend_one(queries: &Tensor, sequence: &CachedSequence, shape: &AttentionShape<'_>) -> Result<Tensor> {
     let &AttentionShape {
         heads,
         key_value_heads,
         head_dim,
         scale,
+        ..
     } = shape;
     let (rows, length) = (queries.dim(0)?, sequence.keys.dim(0)?);
     let queries = queries
@@ -106,11 +135,7 @@ fn attend_one(queries: &Tensor, sequence: &CachedSequence, shape: &AttentionShap
         Ok(repeated.contiguous()?.reshape((heads, length, head_dim))?)
     };
     let (keys, values) = (repeat(&sequence.keys)?, repeat(&sequence.values)?);
-    let past = length - rows;
-    let mask: Vec<f32> = (0..rows)
-        .flat_map(|row| (0..length).map(move |key| if key > past + row { f32::NEG_INFINITY } else { 0.0 }))
-        .collect();
-    let mask = Tensor::from_vec(mask, (rows, length), queries.device())?;
+    let mask = shape.additive_mask(length - rows, rows, queries.device())?;
     let scores = (queries.matmul(&keys.t()?)? * f64::from(scale))?.broadcast_add(&mask)?;
     let exponentials = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
     let weights = exponentials.broadcast_div(&exponentials.sum_keepdim(D::Minus1)?)?;

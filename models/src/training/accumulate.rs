@@ -13,7 +13,6 @@ use super::{
 use crate::decoder::{Decoder, Layout};
 use crate::error::{Error, Result};
 use crate::experts::Routing;
-use crate::ops::attention::AttentionShape;
 use crate::ops::half::RoundingLosses;
 use crate::ops::rotary::RotaryAngles;
 
@@ -82,7 +81,6 @@ pub struct PassReport {
 pub(super) struct Pass<'a> {
     pub(super) decoder: &'a Decoder,
     pub(super) layout: &'a Layout,
-    pub(super) heads: AttentionShape,
     pub(super) batch: &'a Packed,
     /// Of the rotary positions; none where positions are learned.
     pub(super) angles: Option<RotaryAngles>,
@@ -199,7 +197,6 @@ impl<'a> Pass<'a> {
         Ok(Self {
             decoder,
             layout: decoder.layout(),
-            heads: AttentionShape::of(decoder.config()),
             opposite_angles: angles.as_ref().map(RotaryAngles::opposite).transpose()?,
             angles,
             factors: batch.factors.iter().map(|factor| factor * scale).collect(),

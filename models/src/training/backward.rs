@@ -10,6 +10,7 @@ use super::tape::{Kept, LayerTape, Tape};
 use super::{Pass, check_cancelled};
 use crate::decoder::{Layer, LowRank, NormParameters, ParameterId, Projection, QueryKeyValue, Weight, WeightType};
 use crate::error::Result;
+use crate::ops::attention::AttentionShape;
 use crate::ops::backward::{
     self, AttentionTape, InputDropout, LowRankFactors, Matrix, NormWeights, OutputGradient, attention_backward,
     cross_entropy_head, embedding_backward, frozen_head, frozen_linear_backward, gather_rows, linear_backward,
@@ -97,7 +98,8 @@ impl Pass<'_> {
         )?;
         drop(dadded);
         let dropout = self.dropout_at(DropoutSite::Attention(index));
-        let (dquery, dkey, dvalue) = self.backward_attention(attention, &dattention, dropout.as_ref())?;
+        let shape = self.decoder.attention_shape(index);
+        let (dquery, dkey, dvalue) = self.backward_attention(attention, &dattention, &shape, dropout.as_ref())?;
         drop(dattention);
         let dquery = self.rotate_back(dquery)?;
         let dkey = self.rotate_back(dkey)?;
@@ -118,7 +120,7 @@ impl Pass<'_> {
             }
             // No family has both: their heads are not normalised.
             QueryKeyValue::PerHead(all) => {
-                let dall = heads::join([&dquery, &dkey, &dvalue], self.heads.head_dim)?;
+                let dall = heads::join([&dquery, &dkey, &dvalue], self.decoder.config().head_dim)?;
                 self.backward_linear(all, &x, &dall, None)?
             }
         };
@@ -148,11 +150,12 @@ impl Pass<'_> {
         &self,
         tape: AttentionTape,
         gradient: &Tensor,
+        shape: &AttentionShape<'_>,
         dropout: Option<&Dropout<'_>>,
     ) -> Result<(Tensor, Tensor, Tensor)> {
         let bounds = &self.batch.bounds;
         let Some(Attended { rows: attended, first }) = &self.batch.attended else {
-            return attention_backward(tape, gradient, bounds, &self.heads, dropout);
+            return attention_backward(tape, gradient, bounds, shape, dropout);
         };
         let tape = tape.map(|tensor| widened(&tensor))?;
         let spread = AttentionTape {
@@ -160,12 +163,12 @@ impl Pass<'_> {
             key: gather_rows(&tape.key, attended)?,
             value: gather_rows(&tape.value, attended)?,
             output: gather_rows(&tape.output, attended)?,
-            log_sum_exp: gather_groups(&tape.log_sum_exp, self.heads.heads, attended),
+            log_sum_exp: gather_groups(&tape.log_sum_exp, shape.heads, attended),
         };
         // Where a row attends in several sequences, its output was taken from the first.
         let spread_gradient = spread.output.zeros_like()?;
         embedding_backward(first, gradient, &spread_gradient)?;
-        let (dquery, dkey, dvalue) = attention_backward(spread, &spread_gradient, bounds, &self.heads, None)?;
+        let (dquery, dkey, dvalue) = attention_backward(spread, &spread_gradient, bounds, shape, None)?;
         // Keys and values of a shared row have a part in every sequence.
         let gathered = |dx: &Tensor, like: &Tensor| -> Result<Tensor> {
             let sum = like.zeros_like()?;

@@ -8,8 +8,8 @@ use crate::error::Result;
 use crate::ops::storage::CpuSlice;
 use candle_core::{Device, Tensor};
 
-/// SHA-256, in hexadecimal, over names, shapes, trainability and elements of the parameters and over the optimizer's
-/// moments and step. Decoders of one configuration with the same digest take the same step from the same gradient, at the
+/// SHA-256, in hexadecimal, over names, shapes, trainability and elements of the parameters, attention layouts, and the
+/// optimizer's moments and step. Decoders of one configuration with the same digest take the same step from the same gradient, at the
 /// same number of threads.
 ///
 /// # Errors
@@ -27,6 +27,9 @@ pub fn digest(decoder: &Decoder, optimizer: &AdamW) -> Result<String> {
             Weight::Dense(tensor) => update(&mut hash, tensor)?,
             Weight::Quantized(tensor) => hash.update(tensor.data()?),
         }
+    }
+    if let Some(layouts) = decoder.attention_layouts().to_json() {
+        hash.update(layouts);
     }
     for (index, moments) in optimizer.moments.iter().enumerate() {
         let Some(moments) = moments else { continue };

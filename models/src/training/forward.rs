@@ -9,6 +9,7 @@ use super::tape::{LayerTape, Tape};
 use super::{Pass, check_cancelled};
 use crate::decoder::{Layer, Projection, QueryKeyValue};
 use crate::error::Result;
+use crate::ops::attention::AttentionShape;
 use crate::ops::backward::{
     AttentionTape, add_in_place, attention_forward, drop_in_place, gather_rows, linear_forward, low_rank_forward,
 };
@@ -54,7 +55,8 @@ impl Pass<'_> {
         let [query, key, value] = self.query_key_value(layer, &normed)?;
         drop(normed);
         let dropout = self.dropout_at(DropoutSite::Attention(index));
-        let mut attention = self.attend(query, key, value, dropout.as_ref())?;
+        let shape = self.decoder.attention_shape(index);
+        let mut attention = self.attend([query, key, value], &shape, dropout.as_ref())?;
         attention.output = self.operand(&attention.output)?;
         let middle = self.linear(&layer.attention_output, &attention.output)?;
         self.drop(&middle, DropoutSite::AttentionOutput(index))?;
@@ -98,7 +100,7 @@ impl Pass<'_> {
                 return Ok([query, key, self.operand(&self.linear(value, x)?)?]);
             }
             QueryKeyValue::PerHead(all) => {
-                let [query, key, value] = heads::split(&self.linear(all, x)?, self.heads.head_dim)?;
+                let [query, key, value] = heads::split(&self.linear(all, x)?, self.decoder.config().head_dim)?;
                 (query, key, value)
             }
         };
@@ -109,27 +111,26 @@ impl Pass<'_> {
     /// Attention of every sequence over its own tokens.
     fn attend(
         &self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        [query, key, value]: [Tensor; 3],
+        shape: &AttentionShape<'_>,
         dropout: Option<&Dropout<'_>>,
     ) -> Result<AttentionTape> {
         let bounds = &self.batch.bounds;
         let Some(Attended { rows: attended, first }) = &self.batch.attended else {
-            return attention_forward(query, key, value, bounds, &self.heads, dropout);
+            return attention_forward(query, key, value, bounds, shape, dropout);
         };
         let [spread_query, spread_key, spread_value] = [
             gather_rows(&widened(&query)?, attended)?,
             gather_rows(&widened(&key)?, attended)?,
             gather_rows(&widened(&value)?, attended)?,
         ];
-        let spread = attention_forward(spread_query, spread_key, spread_value, bounds, &self.heads, None)?;
+        let spread = attention_forward(spread_query, spread_key, spread_value, bounds, shape, None)?;
         Ok(AttentionTape {
             query,
             key,
             value,
             output: gather_rows(&spread.output, first)?,
-            log_sum_exp: gather_groups(&spread.log_sum_exp, self.heads.heads, first),
+            log_sum_exp: gather_groups(&spread.log_sum_exp, shape.heads, first),
         })
     }
 

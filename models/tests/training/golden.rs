@@ -8,10 +8,11 @@ use serde_json::json;
 use candle_models::Decoder;
 
 use crate::support::{
-    Golden, MODELS, difference, gradient, load, load_shared, load_with, read_gradient, read_parameter,
+    Golden, MODELS, difference, gradient, load, load_shared, load_sparse, load_with, read_gradient, read_parameter,
 };
 
-/// The golden models, two more of one layer with tied heads, and two with one layer's parameters for all.
+/// The golden models, two more of one layer with tied heads, two with one layer's parameters for all, and three that do not see
+/// everything.
 fn cases() -> impl Iterator<Item = (String, Decoder, Golden)> {
     let plain = MODELS.into_iter().chain(["gpt_neox-sequential", "gptj-tied"]);
     let plain = plain.map(|name| (name.to_owned(), load(name), Golden::open(name)));
@@ -20,7 +21,17 @@ fn cases() -> impl Iterator<Item = (String, Decoder, Golden)> {
         let golden = Golden::open(&shared);
         (shared, load_shared(name), golden)
     });
-    plain.chain(shared)
+    let window = load_with("llama", |config| {
+        config.insert("model_type".into(), json!("mistral"));
+        config.insert("sliding_window".into(), json!(6));
+    });
+    let window = ("llama-window".to_owned(), window, Golden::open("llama-window"));
+    let sparse = ["gpt2", "llama"].map(|name| {
+        let sparse = format!("{name}-sparse");
+        let golden = Golden::open(&sparse);
+        (sparse, load_sparse(name), golden)
+    });
+    plain.chain(shared).chain([window]).chain(sparse)
 }
 
 #[test]

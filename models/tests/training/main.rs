@@ -13,5 +13,6 @@ mod finite_differences;
 mod golden;
 mod precision;
 mod sharing;
+mod sparse;
 mod support;
 mod validation;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use candle_core::{DType, Device, Tensor};
 use candle_models::config::{DecoderConfig, from_hugging_face};
 use candle_models::training::{self, AdamWOptions, Gradient, IGNORED_TARGET, SequenceLoss, TrainingSequence};
-use candle_models::{Decoder, Weight};
+use candle_models::{AttentionBlock, AttentionLayouts, Decoder, Weight};
 
 /// A golden model of every kind, stored in f32.
 pub(crate) const MODELS: [&str; 5] = ["gpt2", "llama", "qwen2", "gpt_neox", "gptj"];
@@ -33,6 +33,34 @@ pub(crate) fn load_shared(name: &str) -> Decoder {
     let mut config = from_hugging_face(&read_config(name)).unwrap();
     config.groups = 1;
     build(name, config)
+}
+
+/// A golden model with the windows and block layouts that go with its golden values `NAME-sparse`.
+pub(crate) fn load_sparse(name: &str) -> Decoder {
+    let golden = Golden::open(&format!("{name}-sparse"));
+    let (windows, blocks) = (golden.integers("windows"), golden.integers("blocks"));
+    let pattern: Vec<&str> = windows
+        .iter()
+        .map(|window| if *window > 0 { "banded" } else { "dense" })
+        .collect();
+    let mut decoder = load_with(name, |config| {
+        config.insert("attention_window".into(), windows.iter().max().copied().into());
+        config.insert("attention_pattern".into(), pattern.into());
+        config.insert("attention_block_size".into(), golden.integers("block_size")[0].into());
+    });
+    let blocks = blocks.as_chunks::<4>().0.iter().map(|block| {
+        let [layer, head, query_block, key_block] = block.map(|number| number as usize);
+        AttentionBlock {
+            layer,
+            head,
+            query_block,
+            key_block,
+        }
+    });
+    let mut layouts = AttentionLayouts::default();
+    layouts.insert(decoder.config(), &blocks.collect::<Vec<_>>()).unwrap();
+    decoder.set_attention_layouts(layouts).unwrap();
+    decoder
 }
 
 fn read_config(name: &str) -> serde_json::Map<String, serde_json::Value> {
@@ -84,6 +112,8 @@ impl Golden {
         self.0
             .get(name)
             .unwrap_or_else(|| panic!("no golden tensor {name}"))
+            .flatten_all()
+            .unwrap()
             .to_vec1()
             .unwrap()
     }

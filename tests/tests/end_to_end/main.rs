@@ -2,8 +2,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod datasets;
-mod executor;
 mod evaluation;
+mod executor;
 mod faults;
 mod files;
 mod gradients;

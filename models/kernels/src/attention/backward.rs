@@ -1,14 +1,16 @@
 //! The backward pass: scores are computed again block by block from the kept log-sum-exp (FlashAttention-2, Dao 2023).
 
-use super::forward::{HeadMasks, check_dropout, multiply};
+use super::forward::{HeadMasks, RowBlock, check_dropout, key_rows, multiply};
+use super::mask::HeadMask;
 use super::rows::Rows;
 use super::tile::{KEYS, QUERY_ROWS, Scores, add_products, dot_rows};
-use super::{AttentionHeads, check_lengths};
+use super::{AttentionHeads, check_lengths, longest};
 use crate::dropout::Dropout;
 use crate::simd::math::exp;
 use crate::simd::{LANES, Level, Simd, dispatch, level};
 use crate::threads::parallel_for_worth;
 use crate::tiles::{Cuts, Tile, Tiles};
+use std::ops::Range;
 
 /// What the forward pass read and wrote.
 #[derive(Clone, Copy, Debug)]
@@ -32,7 +34,7 @@ pub struct AttentionSaved<'a> {
 /// # Panics
 /// Where the lengths do not fit each other, or the probability of dropout is not from 0 to below 1.
 pub fn attention_backward(
-    heads: &AttentionHeads,
+    heads: &AttentionHeads<'_>,
     cumulative_lengths: &[usize],
     saved: &AttentionSaved<'_>,
     dropout: Option<&Dropout<'_>>,
@@ -44,18 +46,18 @@ pub fn attention_backward(
 
 pub(super) fn backward_with(
     level: Level,
-    heads: &AttentionHeads,
+    heads: &AttentionHeads<'_>,
     cumulative_lengths: &[usize],
     saved: &AttentionSaved<'_>,
     dropout: Option<&Dropout<'_>>,
     d_out: &[f32],
     [dq, dk, dv]: [&mut [f32]; 3],
 ) {
-    heads.check();
-    check_dropout(dropout, cumulative_lengths);
     let (query_width, width) = (heads.query_width(), heads.key_value_width());
     let tokens = saved.q.len() / query_width.max(1);
     check_lengths(cumulative_lengths, tokens);
+    heads.check(longest(cumulative_lengths));
+    check_dropout(dropout, cumulative_lengths);
     let of_queries = [saved.q.len(), saved.out.len(), d_out.len(), dq.len()];
     assert!(
         of_queries == [tokens * query_width; 4],
@@ -101,44 +103,55 @@ pub(super) fn backward_with(
         if length == 0 {
             return;
         }
-        let of_query = |data| Rows::new(data, query_width, group, head_dim);
         let of_key = |data| Rows::new(data, width, 1, head_dim);
-        let (query_start, key_start) = (
-            start * query_width + head * group * head_dim,
-            start * width + head * head_dim,
-        );
-        let head = Head {
-            q: of_query(&saved.q[query_start..]),
-            out: of_query(&saved.out[query_start..]),
-            d_out: of_query(&d_out[query_start..]),
-            k: of_key(&saved.k[key_start..]),
-            v: of_key(&saved.v[key_start..]),
-            log_sum_exp: Rows::new(
-                &saved.log_sum_exp[start * heads.heads + head * group..],
-                heads.heads,
-                group,
-                1,
-            ),
-            length,
-            group,
-            head_dim,
-            scale: heads.scale,
-            masks: dropout.map(|dropout| HeadMasks {
-                first: dropout.masks(sequence, head * group),
-                group,
-            }),
-        };
-        let index = task % heads.key_value_heads;
-        let outputs = [
-            dq.take(sequence, index),
-            dk.take(sequence, index),
-            dv.take(sequence, index),
-        ];
-        dispatch!(level, head_backward(&head, outputs));
+        let key_start = start * width + head * head_dim;
+        let (k, v) = (of_key(&saved.k[key_start..]), of_key(&saved.v[key_start..]));
+        let mut dq = dq.take(sequence, head);
+        // Contiguous sums; the tiles' rows lie apart.
+        let mut sums = [(); 2].map(|()| vec![0.0; length * head_dim]);
+        for (of_group, mask) in heads.mask.runs(head * group, group) {
+            let first = head * group + of_group.start;
+            let [q, out, d_out] = [saved.q, saved.out, d_out].map(|data| {
+                let data = &data[start * query_width + first * head_dim..];
+                Rows::new(data, query_width, of_group.len(), head_dim)
+            });
+            let head = Head {
+                q,
+                out,
+                d_out,
+                k,
+                v,
+                log_sum_exp: Rows::new(
+                    &saved.log_sum_exp[start * heads.heads + first..],
+                    heads.heads,
+                    of_group.len(),
+                    1,
+                ),
+                length,
+                head_dim,
+                scale: heads.scale,
+                mask,
+                masks: dropout.map(|dropout| HeadMasks {
+                    first: dropout.masks(sequence, first),
+                    group: of_group.len(),
+                }),
+                of_group,
+            };
+            let sums = sums.each_mut().map(Vec::as_mut_slice);
+            dispatch!(level, head_backward(&head, &mut dq, sums));
+        }
+        for (mut tile, sums) in [dk.take(sequence, head), dv.take(sequence, head)]
+            .into_iter()
+            .zip(&sums)
+        {
+            for (token, sums) in sums.chunks_exact(head_dim).enumerate() {
+                tile.row(token).copy_from_slice(sums);
+            }
+        }
     });
 }
 
-/// One sequence's rows of one key-value head.
+/// One sequence's rows of one key-value head, and of those of its query heads that see the same.
 struct Head<'a> {
     q: Rows<'a>,
     out: Rows<'a>,
@@ -147,24 +160,25 @@ struct Head<'a> {
     v: Rows<'a>,
     log_sum_exp: Rows<'a>,
     length: usize,
-    group: usize,
+    /// The query heads, among those of the key-value head.
+    of_group: Range<usize>,
     head_dim: usize,
     scale: f32,
+    mask: HeadMask<'a>,
     masks: Option<HeadMasks>,
 }
 
 #[inline(always)]
-fn head_backward<S: Simd>(s: S, head: &Head<'_>, [mut dq, mut dk, mut dv]: [Tile<'_, f32>; 3]) {
-    let (rows, head_dim) = (head.length * head.group, head.head_dim);
-    // Contiguous sums; the tiles' rows lie apart.
+fn head_backward<S: Simd>(s: S, head: &Head<'_>, dq: &mut Tile<'_, f32>, [dk_sums, dv_sums]: [&mut [f32]; 2]) {
+    let (group, head_dim) = (head.of_group.len(), head.head_dim);
+    let rows = head.length * group;
     let mut dq_sums = vec![0.0; rows * head_dim];
-    let mut dk_sums = vec![0.0; head.length * head_dim];
-    let mut dv_sums = vec![0.0; head.length * head_dim];
     let mut weights: Scores = [[0.0; KEYS]; QUERY_ROWS];
     let mut gradients: Scores = [[0.0; KEYS]; QUERY_ROWS];
-    for first in (0..rows).step_by(QUERY_ROWS) {
-        let count = QUERY_ROWS.min(rows - first);
-        let position = |row: usize| (first + row) / head.group;
+    let mut first = 0;
+    while first < rows {
+        let block = RowBlock::new(&head.mask, [first, rows, group], |row| row / group);
+        let count = block.count;
         let (q, d_out) = (
             head.q.block::<QUERY_ROWS>(first, count),
             head.d_out.block::<QUERY_ROWS>(first, count),
@@ -176,16 +190,17 @@ fn head_backward<S: Simd>(s: S, head: &Head<'_>, [mut dq, mut dk, mut dv]: [Tile
             let [[dot]] = crate::linear::dots::<S, 1, 1>(s, [head.out.row(first + row)], [d_out[row]]);
             *delta = dot;
         }
-        for start in (0..=position(count - 1)).step_by(KEYS) {
-            let width = KEYS.min(position(count - 1) + 1 - start);
-            let (k, v) = (head.k.block::<KEYS>(start, width), head.v.block::<KEYS>(start, width));
+        for start in block.starts() {
+            let width = block.width(start);
+            let keys = block.keys.runs(start..start + width);
+            let (k, v) = (key_rows(&head.k, keys.clone()), key_rows(&head.v, keys.clone()));
             dot_rows(s, q, &k[..width], &mut weights);
             dot_rows(s, d_out, &v[..width], &mut gradients);
             for row in 0..count {
-                let visible = (position(row) + 1).saturating_sub(start).min(width);
+                let visible = block.visible(row, start, width);
                 let statistics = [head.log_sum_exp.row(first + row)[0], deltas[row], head.scale];
                 let factors = head.masks.as_ref();
-                let factors = factors.map(|masks| masks.factors(position(row), first + row, start));
+                let factors = factors.map(|masks| masks.factors((first + row) / group, first + row, keys.clone()));
                 if let Some(factors) = &factors {
                     multiply(s, &mut gradients[row], factors);
                 }
@@ -195,49 +210,37 @@ fn head_backward<S: Simd>(s: S, head: &Head<'_>, [mut dq, mut dk, mut dv]: [Tile
                 }
             }
             let (weights, gradients) = (&weights, &gradients);
-            add_products(
-                s,
-                width,
-                |j, i| weights[i][j],
-                d_out,
-                head_dim,
-                &mut dv_sums[start * head_dim..],
-            );
-            add_products(
-                s,
-                width,
-                |j, i| gradients[i][j],
-                q,
-                head_dim,
-                &mut dk_sums[start * head_dim..],
-            );
+            let mut done = 0;
+            for (key, run) in keys {
+                let (dv, dk) = (&mut dv_sums[key * head_dim..], &mut dk_sums[key * head_dim..]);
+                add_products(s, run, |j, i| weights[i][done + j], d_out, head_dim, dv);
+                add_products(s, run, |j, i| gradients[i][done + j], q, head_dim, dk);
+                done += run;
+            }
             let dq_block = &mut dq_sums[first * head_dim..];
             add_products(s, count, |i, j| gradients[i][j], &k[..width], head_dim, dq_block);
         }
+        first += count;
     }
-    for token in 0..head.length {
-        let width = head.group * head_dim;
-        dq.row(token)
-            .copy_from_slice(&dq_sums[token * width..(token + 1) * width]);
-        dk.row(token)
-            .copy_from_slice(&dk_sums[token * head_dim..(token + 1) * head_dim]);
-        dv.row(token)
-            .copy_from_slice(&dv_sums[token * head_dim..(token + 1) * head_dim]);
+    for (token, sums) in dq_sums.chunks_exact(group * head_dim).enumerate() {
+        dq.row(token)[head.of_group.start * head_dim..head.of_group.end * head_dim].copy_from_slice(sums);
     }
 }
 
 /// Turns scores into softmax weights, and the weights' gradients into those of the unscaled scores:
-/// `weight * (gradient - delta) * scale`. Both are zero from `visible` on.
+/// `weight * (gradient - delta) * scale`. Both are zero outside of `visible`.
 #[inline(always)]
 fn softmax_gradient<S: Simd>(
     s: S,
     weights: &mut [f32; KEYS],
     gradients: &mut [f32; KEYS],
-    visible: usize,
+    visible: Range<usize>,
     [log_sum_exp, delta, scale]: [f32; 3],
 ) {
-    weights[visible..].fill(0.0);
-    gradients[visible..].fill(0.0);
+    for values in [&mut *weights, &mut *gradients] {
+        values[..visible.start].fill(0.0);
+        values[visible.end..].fill(0.0);
+    }
     let (weight_chunks, _) = weights.as_chunks_mut::<LANES>();
     let (gradient_chunks, _) = gradients.as_chunks_mut::<LANES>();
     for (weight, gradient) in weight_chunks.iter_mut().zip(gradient_chunks) {
@@ -246,6 +249,8 @@ fn softmax_gradient<S: Simd>(
         s.store(value, weight);
         s.store(slope, gradient);
     }
-    weights[visible..].fill(0.0);
-    gradients[visible..].fill(0.0);
+    for values in [weights, gradients] {
+        values[..visible.start].fill(0.0);
+        values[visible.end..].fill(0.0);
+    }
 }

@@ -26,7 +26,7 @@ pub struct CachedSequence<'a> {
 /// # Panics
 /// Where the lengths do not fit each other.
 pub fn attention_decode(
-    heads: &AttentionHeads,
+    heads: &AttentionHeads<'_>,
     layout: &PageLayout,
     q: &[f32],
     sequences: &[CachedSequence<'_>],
@@ -37,7 +37,7 @@ pub fn attention_decode(
 
 pub(super) fn decode_with(
     level: Level,
-    heads: &AttentionHeads,
+    heads: &AttentionHeads<'_>,
     layout: &PageLayout,
     q: &[f32],
     sequences: &[CachedSequence<'_>],
@@ -45,7 +45,8 @@ pub(super) fn decode_with(
 ) {
     /// Tokens of a task.
     const TASK_TOKENS: usize = 64;
-    heads.check();
+    let positions = sequences.iter().map(|sequence| sequence.positions);
+    heads.check(positions.max().unwrap_or(0));
     assert_eq!(q.len(), out.len(), "queries and output");
     let mut bounds = vec![0];
     // Sequence and first new token of each piece.
@@ -91,18 +92,20 @@ pub(super) fn decode_with(
         );
         let (index, first) = pieces[piece];
         let sequence = &sequences[index];
-        let query_start = bounds[piece] * heads.query_width() + head * group * head_dim;
-        let query = Query {
-            rows: Rows::new(&q[query_start..], heads.query_width(), group, head_dim),
-            tokens: bounds[piece + 1] - bounds[piece],
-            position: sequence.positions - sequence.new_tokens + first,
-            group,
-            scale: heads.scale,
-        };
         let past = PagedPast::new(heads, layout, sequence.pages, head);
-        dispatch!(
-            level,
-            attend(query, &past, head_dim, None, &mut out.take(piece, head), None)
-        );
+        let mut out = out.take(piece, head);
+        for (of_group, mask) in heads.mask.runs(head * group, group) {
+            let query_start = bounds[piece] * heads.query_width() + (head * group + of_group.start) * head_dim;
+            let query = Query {
+                rows: Rows::new(&q[query_start..], heads.query_width(), of_group.len(), head_dim),
+                tokens: bounds[piece + 1] - bounds[piece],
+                position: sequence.positions - sequence.new_tokens + first,
+                head: of_group.start,
+                group: of_group.len(),
+                scale: heads.scale,
+                mask,
+            };
+            dispatch!(level, attend(query, &past, head_dim, None, &mut out, None));
+        }
     });
 }

@@ -1,14 +1,16 @@
 //! The forward pass over packed sequences, and the block loop that cached inference shares.
 
+use super::mask::{HeadMask, KeyList, Runs};
 use super::page::Past;
 use super::rows::Rows;
 use super::tile::{KEYS, QUERY_ROWS, Scores, add_products, dot_rows};
-use super::{AttentionHeads, check_lengths};
+use super::{AttentionHeads, check_lengths, longest};
 use crate::dropout::{Dropout, Masks};
 use crate::simd::math::exp;
 use crate::simd::{LANES, Level, Simd, dispatch, level};
 use crate::threads::parallel_for_worth;
 use crate::tiles::{Cuts, Tile, Tiles};
+use std::ops::Range;
 
 /// Tokens of a task.
 const TASK_TOKENS: usize = 64;
@@ -23,7 +25,7 @@ const TASK_TOKENS: usize = 64;
 /// # Panics
 /// Where the lengths do not fit each other, or the probability of dropout is not from 0 to below 1.
 pub fn attention_forward(
-    heads: &AttentionHeads,
+    heads: &AttentionHeads<'_>,
     cumulative_lengths: &[usize],
     [q, k, v]: [&[f32]; 3],
     dropout: Option<&Dropout<'_>>,
@@ -35,17 +37,17 @@ pub fn attention_forward(
 
 pub(super) fn forward_with(
     level: Level,
-    heads: &AttentionHeads,
+    heads: &AttentionHeads<'_>,
     cumulative_lengths: &[usize],
     [q, k, v]: [&[f32]; 3],
     dropout: Option<&Dropout<'_>>,
     out: &mut [f32],
     log_sum_exp: Option<&mut [f32]>,
 ) {
-    heads.check();
-    check_dropout(dropout, cumulative_lengths);
     let tokens = q.len() / heads.query_width().max(1);
     check_lengths(cumulative_lengths, tokens);
+    heads.check(longest(cumulative_lengths));
+    check_dropout(dropout, cumulative_lengths);
     assert_eq!(q.len(), tokens * heads.query_width(), "queries");
     assert_eq!(out.len(), q.len(), "output");
     assert!(
@@ -95,37 +97,42 @@ pub(super) fn forward_with(
             );
             let block = &blocks[index];
             let sequence = (block.start - block.offset) * heads.key_value_width() + head * head_dim;
-            let query = Query {
-                rows: Rows::new(
-                    &q[block.start * heads.query_width() + head * group * head_dim..],
-                    heads.query_width(),
-                    group,
-                    head_dim,
-                ),
-                tokens: block.length,
-                position: block.offset,
-                group,
-                scale: heads.scale,
-            };
-            let masks = dropout.map(|dropout| HeadMasks {
-                first: dropout.masks(block.sequence, head * group),
-                group,
-            });
             let keys = Rows::new(&k[sequence..], heads.key_value_width(), 1, head_dim);
             let values = Rows::new(&v[sequence..], heads.key_value_width(), 1, head_dim);
             let mut out = out.take(index, head);
             let mut log_sum_exp = log_sum_exp.as_ref().map(|tiles| tiles.take(index, head));
-            dispatch!(
-                level,
-                attend(
-                    query,
-                    &[keys, values],
-                    head_dim,
-                    masks.as_ref(),
-                    &mut out,
-                    log_sum_exp.as_mut()
-                )
-            );
+            for (of_group, mask) in heads.mask.runs(head * group, group) {
+                let first = head * group + of_group.start;
+                let query = Query {
+                    rows: Rows::new(
+                        &q[block.start * heads.query_width() + first * head_dim..],
+                        heads.query_width(),
+                        of_group.len(),
+                        head_dim,
+                    ),
+                    tokens: block.length,
+                    position: block.offset,
+                    head: of_group.start,
+                    group: of_group.len(),
+                    scale: heads.scale,
+                    mask,
+                };
+                let masks = dropout.map(|dropout| HeadMasks {
+                    first: dropout.masks(block.sequence, first),
+                    group: of_group.len(),
+                });
+                dispatch!(
+                    level,
+                    attend(
+                        query,
+                        &[keys, values],
+                        head_dim,
+                        masks.as_ref(),
+                        &mut out,
+                        log_sum_exp.as_mut()
+                    )
+                );
+            }
         },
     );
 }
@@ -155,16 +162,19 @@ fn token_blocks(cumulative_lengths: &[usize]) -> Vec<TokenBlock> {
         .collect()
 }
 
-/// The queries of neighbouring tokens for one key-value head.
+/// The queries of neighbouring tokens for one key-value head, of those heads that see the same.
 #[derive(Clone, Copy)]
 pub(super) struct Query<'a> {
     pub(super) rows: Rows<'a>,
     pub(super) tokens: usize,
     /// Position of the first token in its sequence.
     pub(super) position: usize,
+    /// The first of the query heads, among those of the key-value head.
+    pub(super) head: usize,
     /// Query heads per token.
     pub(super) group: usize,
     pub(super) scale: f32,
+    pub(super) mask: HeadMask<'a>,
 }
 
 /// What is dropped of the probabilities of one key-value head's query heads.
@@ -176,12 +186,23 @@ pub(super) struct HeadMasks {
 }
 
 impl HeadMasks {
-    /// Factors of the probabilities of row `row` (as [`Rows`] counts them from `position`) for the keys of the block
-    /// that starts at `start`.
+    /// Factors of the probabilities of row `row` (as [`Rows`] counts them from `position`) for at most [`KEYS`] keys.
     #[inline(always)]
-    pub(super) fn factors(&self, position: usize, row: usize, start: usize) -> [f32; KEYS] {
+    pub(super) fn factors(&self, position: usize, row: usize, keys: Runs<'_>) -> [f32; KEYS] {
         let masks = self.first.shifted(row % self.group);
-        masks.factors(position as u32, (start / KEYS) as u32)
+        let (mut factors, mut done) = ([0.0; KEYS], 0);
+        for (first, count) in keys {
+            // Masks are made for aligned groups of keys.
+            let mut key = first;
+            while key < first + count {
+                let length = (KEYS - key % KEYS).min(first + count - key);
+                let made = masks.factors(position as u32, (key / KEYS) as u32);
+                factors[done..done + length].copy_from_slice(&made[key % KEYS..][..length]);
+                done += length;
+                key += length;
+            }
+        }
+        factors
     }
 }
 
@@ -208,15 +229,73 @@ impl Past for [Rows<'_>; 2] {
     }
 
     #[inline(always)]
-    fn rows<'a, S: Simd>(
-        &'a self,
-        _: S,
-        which: usize,
-        start: usize,
-        count: usize,
-        _: &'a mut [f32],
-    ) -> [&'a [f32]; KEYS] {
-        self[which].block(start, count)
+    fn rows<'a, S: Simd>(&'a self, _: S, which: usize, keys: Runs<'_>, _: &'a mut [f32]) -> [&'a [f32]; KEYS] {
+        key_rows(&self[which], keys)
+    }
+}
+
+/// The rows of at most [`KEYS`] keys; the others are empty.
+#[inline(always)]
+pub(super) fn key_rows<'a>(rows: &Rows<'a>, keys: Runs<'_>) -> [&'a [f32]; KEYS] {
+    let mut found: [&[f32]; KEYS] = [&[]; KEYS];
+    let mut done = 0;
+    for (first, count) in keys {
+        for (offset, row) in found[done..done + count].iter_mut().enumerate() {
+            *row = rows.row(first + offset);
+        }
+        done += count;
+    }
+    found
+}
+
+/// Neighbouring rows of queries that are processed together.
+pub(super) struct RowBlock<'a> {
+    /// Number of rows.
+    pub(super) count: usize,
+    /// The keys that they may see.
+    pub(super) keys: KeyList<'a>,
+    /// The part of those that each sees.
+    pub(super) seen: [Range<usize>; QUERY_ROWS],
+}
+
+impl<'a> RowBlock<'a> {
+    /// The rows from `first` of `rows` on, whose positions `position` tells; `group` rows have the same.
+    #[inline(always)]
+    pub(super) fn new(
+        mask: &HeadMask<'a>,
+        [first, rows, group]: [usize; 3],
+        position: impl Fn(usize) -> usize,
+    ) -> Self {
+        let (keys, end) = mask.list(position(first));
+        // Rows of one list only.
+        let same = end.saturating_sub(position(first)).saturating_mul(group) - first % group;
+        let count = QUERY_ROWS.min(rows - first).min(same);
+        let mut seen = [const { 0..0 }; QUERY_ROWS];
+        for (row, seen) in seen.iter_mut().enumerate().take(count) {
+            *seen = keys.seen(position(first + row));
+        }
+        Self { count, keys, seen }
+    }
+
+    /// Where blocks of keys start that some row sees.
+    #[inline(always)]
+    pub(super) fn starts(&self) -> std::iter::StepBy<Range<usize>> {
+        // What later rows see neither begins nor ends before what earlier ones see.
+        let first = self.seen[0].start / KEYS * KEYS;
+        (first..self.seen[self.count - 1].end).step_by(KEYS)
+    }
+
+    /// Keys of the block that starts at `start`.
+    #[inline(always)]
+    pub(super) fn width(&self, start: usize) -> usize {
+        KEYS.min(self.seen[self.count - 1].end - start)
+    }
+
+    /// Of the block that starts at `start` and has `width` keys, those that a row sees.
+    #[inline(always)]
+    pub(super) fn visible(&self, row: usize, start: usize, width: usize) -> Range<usize> {
+        let seen = &self.seen[row];
+        seen.start.saturating_sub(start).min(width)..seen.end.saturating_sub(start).min(width)
     }
 }
 
@@ -235,19 +314,22 @@ pub(super) fn attend<P: Past, S: Simd>(
     let mut sums = vec![0.0; QUERY_ROWS.min(rows) * head_dim];
     let mut scratch = vec![0.0; past.scratch(query.position + query.tokens)];
     let mut scores: Scores = [[0.0; KEYS]; QUERY_ROWS];
-    for first in (0..rows).step_by(QUERY_ROWS) {
-        let count = QUERY_ROWS.min(rows - first);
-        let position = |row: usize| query.position + (first + row) / query.group;
+    let mut first = 0;
+    while first < rows {
+        let position = |row: usize| query.position + row / query.group;
+        let block = RowBlock::new(&query.mask, [first, rows, query.group], position);
+        let count = block.count;
         let query_rows = query.rows.block::<QUERY_ROWS>(first, count);
         sums.fill(0.0);
         let mut largest = [f32::NEG_INFINITY; QUERY_ROWS];
         let mut total = [0.0; QUERY_ROWS];
-        for start in (0..=position(count - 1)).step_by(KEYS) {
-            let width = KEYS.min(position(count - 1) + 1 - start);
-            let key_rows = past.rows(s, 0, start, width, &mut scratch);
+        for start in block.starts() {
+            let width = block.width(start);
+            let keys = block.keys.runs(start..start + width);
+            let key_rows = past.rows(s, 0, keys.clone(), &mut scratch);
             dot_rows(s, &query_rows[..count], &key_rows[..width], &mut scores);
             for row in 0..count {
-                let visible = (position(row) + 1).saturating_sub(start).min(width);
+                let visible = block.visible(row, start, width);
                 let rescale = softmax_block(
                     s,
                     &mut scores[row],
@@ -258,15 +340,17 @@ pub(super) fn attend<P: Past, S: Simd>(
                 );
                 scale_row(s, rescale, &mut sums[row * head_dim..(row + 1) * head_dim]);
                 if let Some(masks) = masks {
-                    multiply(s, &mut scores[row], &masks.factors(position(row), first + row, start));
+                    let factors = masks.factors(position(first + row), first + row, keys.clone());
+                    multiply(s, &mut scores[row], &factors);
                 }
             }
             let factor = |row: usize, key: usize| scores[row][key];
-            let value_rows = past.rows(s, 1, start, width, &mut scratch);
+            let value_rows = past.rows(s, 1, keys, &mut scratch);
             add_products(s, count, factor, &value_rows[..width], head_dim, &mut sums);
         }
         for row in 0..count {
             let (token, head) = ((first + row) / query.group, (first + row) % query.group);
+            let head = query.head + head;
             let sums = &mut sums[row * head_dim..(row + 1) * head_dim];
             scale_row(s, 1.0 / total[row], sums);
             out.row(token)[head * head_dim..(head + 1) * head_dim].copy_from_slice(sums);
@@ -274,21 +358,27 @@ pub(super) fn attend<P: Past, S: Simd>(
                 values.row(token)[head] = largest[row] + total[row].ln();
             }
         }
+        first += count;
     }
 }
 
-/// Turns a row's scores into `e^(scale * score - largest)`, with zeros from `visible` on, and updates the row's largest
+/// Turns a row's scores into `e^(scale * score - largest)`, with zeros outside of `visible`, and updates the row's largest
 /// scaled score and its sum. Returns the factor for what was summed under the former largest score.
 #[inline(always)]
 fn softmax_block<S: Simd>(
     s: S,
     scores: &mut [f32; KEYS],
-    visible: usize,
+    visible: Range<usize>,
     scale: f32,
     largest: &mut f32,
     total: &mut f32,
 ) -> f32 {
-    scores[visible..].fill(f32::NEG_INFINITY);
+    if visible.is_empty() {
+        scores.fill(0.0);
+        return 1.0;
+    }
+    scores[..visible.start].fill(f32::NEG_INFINITY);
+    scores[visible.end..].fill(f32::NEG_INFINITY);
     let factor = s.splat(scale);
     let (chunks, _) = scores.as_chunks_mut::<LANES>();
     let mut maximum = s.splat(*largest);

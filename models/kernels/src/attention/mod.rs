@@ -1,5 +1,6 @@
 //! Causal attention with grouped queries, block by block with an online softmax: no score matrix is ever built
-//! (Milakov and Gimelshein, 2018; Dao et al., "FlashAttention", 2022).
+//! (Milakov and Gimelshein, 2018; Dao et al., "FlashAttention", 2022). An [`AttentionMask`] restricts it to a band or to
+//! chosen blocks; what it hides is not computed.
 //!
 //! All sequences' tokens are packed in one matrix without padding. Heads lie side by side in a row: `q` and outputs are
 //! `[tokens, heads * head_dim]`, `k` and `v` `[tokens, key_value_heads * head_dim]`. Query head `h` reads key-value head
@@ -11,6 +12,7 @@
 mod backward;
 mod cached;
 mod forward;
+mod mask;
 mod page;
 mod rows;
 mod tile;
@@ -18,11 +20,12 @@ mod tile;
 pub use backward::{AttentionSaved, attention_backward};
 pub use cached::{CachedSequence, attention_decode};
 pub use forward::attention_forward;
+pub use mask::{AttentionMask, BlockLayout};
 pub use page::{CacheType, PageLayout};
 
-/// Shape of the heads.
+/// Shape of the heads, and what they see.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AttentionHeads {
+pub struct AttentionHeads<'a> {
     /// Query heads; a multiple of `key_value_heads`.
     pub heads: usize,
     /// Key and value heads.
@@ -31,9 +34,11 @@ pub struct AttentionHeads {
     pub head_dim: usize,
     /// Factor of the scores, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
+    /// Which of the keys up to its own a query sees.
+    pub mask: AttentionMask<'a>,
 }
 
-impl AttentionHeads {
+impl AttentionHeads<'_> {
     /// Elements of a row of queries.
     pub fn query_width(&self) -> usize {
         self.heads * self.head_dim
@@ -49,12 +54,13 @@ impl AttentionHeads {
         self.heads / self.key_value_heads
     }
 
-    /// Panics on shapes that mean nothing.
-    fn check(&self) {
+    /// Panics on shapes that mean nothing, and on masks that do not fit sequences of `positions`.
+    fn check(&self, positions: usize) {
         assert!(
             self.head_dim > 0 && self.key_value_heads > 0 && self.heads.is_multiple_of(self.key_value_heads),
             "{self:?} is not a shape of heads"
         );
+        self.mask.check(self.heads, positions);
     }
 }
 
@@ -67,5 +73,13 @@ fn check_lengths(cumulative_lengths: &[usize], tokens: usize) {
     );
 }
 
+/// Tokens of the longest sequence.
+fn longest(cumulative_lengths: &[usize]) -> usize {
+    let lengths = cumulative_lengths.windows(2).map(|bounds| bounds[1] - bounds[0]);
+    lengths.max().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod sparse_tests;
 #[cfg(test)]
 mod tests;

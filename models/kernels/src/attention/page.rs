@@ -11,6 +11,7 @@ use crate::convert::{narrow, widen};
 use crate::simd::{LANES, Simd, dispatch, level};
 
 use super::AttentionHeads;
+use super::mask::Runs;
 use super::tile::KEYS;
 
 /// Elements of a row that share a scale in 8-bit pages; the last block of a row may be shorter.
@@ -204,16 +205,8 @@ pub(super) trait Past {
     /// Elements that [`rows`](Self::rows) needs to put a block into.
     fn scratch(&self, positions: usize) -> usize;
 
-    /// The keys (`which` 0) or values (1) of the positions `start..start + count`, at most [`KEYS`]; the other rows are
-    /// empty.
-    fn rows<'a, S: Simd>(
-        &'a self,
-        s: S,
-        which: usize,
-        start: usize,
-        count: usize,
-        scratch: &'a mut [f32],
-    ) -> [&'a [f32]; KEYS];
+    /// The keys (`which` 0) or values (1) of some positions, at most [`KEYS`]; the other rows are empty.
+    fn rows<'a, S: Simd>(&'a self, s: S, which: usize, keys: Runs<'_>, scratch: &'a mut [f32]) -> [&'a [f32]; KEYS];
 }
 
 /// One key-value head's past in pages.
@@ -226,7 +219,7 @@ pub(super) struct PagedPast<'a> {
 }
 
 impl<'a> PagedPast<'a> {
-    pub(super) fn new(heads: &AttentionHeads, layout: &'a PageLayout, pages: &'a [&'a [f32]], head: usize) -> Self {
+    pub(super) fn new(heads: &AttentionHeads<'_>, layout: &'a PageLayout, pages: &'a [&'a [f32]], head: usize) -> Self {
         assert!(
             layout.key_value_heads == heads.key_value_heads && layout.head_dim == heads.head_dim,
             "pages of {layout:?} are not those of {heads:?}"
@@ -253,33 +246,30 @@ impl Past for PagedPast<'_> {
     }
 
     #[inline(always)]
-    fn rows<'a, S: Simd>(
-        &'a self,
-        s: S,
-        which: usize,
-        start: usize,
-        count: usize,
-        scratch: &'a mut [f32],
-    ) -> [&'a [f32]; KEYS] {
+    fn rows<'a, S: Simd>(&'a self, s: S, which: usize, keys: Runs<'_>, scratch: &'a mut [f32]) -> [&'a [f32]; KEYS] {
         let (positions, width) = (self.layout.positions, self.layout.head_dim);
         let mut rows: [&[f32]; KEYS] = [&[]; KEYS];
         let mut scratch = scratch.chunks_exact_mut(width);
         let mut done = 0;
-        while done < count {
-            let (page, first) = ((start + done) / positions, (start + done) % positions);
-            let strip = self.strip(page, which);
-            let length = (count - done).min(positions - first);
-            for (offset, row) in rows[done..done + length].iter_mut().enumerate() {
-                let position = first + offset;
-                match (self.layout.kind, scratch.next()) {
-                    (CacheType::F16 | CacheType::Q8, Some(into)) => {
-                        load_row(s, self.layout, strip, position, into);
-                        *row = into;
+        for (mut start, count) in keys {
+            let end = start + count;
+            while start < end {
+                let (page, first) = (start / positions, start % positions);
+                let strip = self.strip(page, which);
+                let length = (end - start).min(positions - first);
+                for (offset, row) in rows[done..done + length].iter_mut().enumerate() {
+                    let position = first + offset;
+                    match (self.layout.kind, scratch.next()) {
+                        (CacheType::F16 | CacheType::Q8, Some(into)) => {
+                            load_row(s, self.layout, strip, position, into);
+                            *row = into;
+                        }
+                        _ => *row = &strip[position * width..(position + 1) * width],
                     }
-                    _ => *row = &strip[position * width..(position + 1) * width],
                 }
+                done += length;
+                start += length;
             }
-            done += length;
         }
         rows
     }

@@ -6,17 +6,18 @@ use crate::dropout::Dropout;
 use crate::simd::{Level, available};
 use crate::test_util::{assert_close, numeric_gradient, random, weighted_sum};
 
-fn heads(heads: usize, key_value_heads: usize, head_dim: usize) -> AttentionHeads {
+fn heads(heads: usize, key_value_heads: usize, head_dim: usize) -> AttentionHeads<'static> {
     AttentionHeads {
         heads,
         key_value_heads,
         head_dim,
         scale: 1.0 / (head_dim as f32).sqrt(),
+        mask: AttentionMask::default(),
     }
 }
 
 /// The definition, one row at a time in double precision.
-fn oracle(shape: &AttentionHeads, bounds: &[usize], [q, k, v]: [&[f32]; 3]) -> (Vec<f32>, Vec<f32>) {
+fn oracle(shape: &AttentionHeads<'_>, bounds: &[usize], [q, k, v]: [&[f32]; 3]) -> (Vec<f32>, Vec<f32>) {
     let (dim, width, kv_width) = (shape.head_dim, shape.query_width(), shape.key_value_width());
     let tokens = q.len() / width;
     let (mut out, mut log_sum_exp) = (vec![0.0; q.len()], vec![0.0; tokens * shape.heads]);
@@ -45,7 +46,7 @@ fn oracle(shape: &AttentionHeads, bounds: &[usize], [q, k, v]: [&[f32]; 3]) -> (
     (out, log_sum_exp)
 }
 
-fn inputs(shape: &AttentionHeads, tokens: usize) -> [Vec<f32>; 3] {
+fn inputs(shape: &AttentionHeads<'_>, tokens: usize) -> [Vec<f32>; 3] {
     let q = random(tokens * shape.query_width(), 1)
         .iter()
         .map(|x| 3.0 * x)
@@ -86,7 +87,7 @@ fn forward_agrees_with_the_definition() {
 }
 
 /// Pages of 16 positions with these keys and values.
-fn paged(shape: &AttentionHeads, kind: CacheType, [k, v]: [&[f32]; 2]) -> (PageLayout, Vec<Vec<f32>>) {
+fn paged(shape: &AttentionHeads<'_>, kind: CacheType, [k, v]: [&[f32]; 2]) -> (PageLayout, Vec<Vec<f32>>) {
     let layout = PageLayout {
         kind,
         positions: 16,
@@ -210,7 +211,7 @@ fn gradients_agree_with_differences() {
 
 fn backward_of(
     level: Level,
-    shape: &AttentionHeads,
+    shape: &AttentionHeads<'_>,
     bounds: &[usize],
     [q, k, v]: [&[f32]; 3],
     d_out: &[f32],
@@ -237,7 +238,7 @@ fn backward_of(
 
 /// Row by row, with the masks that the kernels should use.
 fn oracle_with_dropout(
-    shape: &AttentionHeads,
+    shape: &AttentionHeads<'_>,
     bounds: &[usize],
     [q, k, v]: [&[f32]; 3],
     dropout: &Dropout<'_>,
@@ -273,13 +274,14 @@ fn oracle_with_dropout(
 
 #[test]
 fn dropout_drops_probabilities_in_both_directions() {
-    let forward = |level, shape: &AttentionHeads, bounds: &[usize], [q, k, v]: [&[f32]; 3], dropout: &Dropout<'_>| {
-        let tokens = bounds[bounds.len() - 1];
-        let (mut out, mut log_sum_exp) = (vec![0.0; q.len()], vec![0.0; tokens * shape.heads]);
-        let log = Some(log_sum_exp.as_mut_slice());
-        forward_with(level, shape, bounds, [q, k, v], Some(dropout), &mut out, log);
-        (out, log_sum_exp)
-    };
+    let forward =
+        |level, shape: &AttentionHeads<'_>, bounds: &[usize], [q, k, v]: [&[f32]; 3], dropout: &Dropout<'_>| {
+            let tokens = bounds[bounds.len() - 1];
+            let (mut out, mut log_sum_exp) = (vec![0.0; q.len()], vec![0.0; tokens * shape.heads]);
+            let log = Some(log_sum_exp.as_mut_slice());
+            forward_with(level, shape, bounds, [q, k, v], Some(dropout), &mut out, log);
+            (out, log_sum_exp)
+        };
     let dropout = Dropout {
         probability: 0.4,
         key: 77,

@@ -4,8 +4,8 @@ use half::{bf16, f16};
 
 use super::{Benchmark, Variant};
 use crate::{
-    AdamWStep, AttentionHeads, AttentionSaved, HeadGradients, MatrixRef, RotaryLayout, RotaryTable, WeightFormat,
-    Weights,
+    AdamWStep, AttentionHeads, AttentionMask, AttentionSaved, HeadGradients, MatrixRef, RotaryLayout, RotaryTable,
+    WeightFormat, Weights,
 };
 
 type Run = Box<dyn FnMut()>;
@@ -87,12 +87,13 @@ fn blocks(format: WeightFormat, elements: usize) -> Vec<u8> {
     (0..length).map(|i| (i * 31 % 61) as u8).collect()
 }
 
-fn heads(benchmark: &Benchmark) -> AttentionHeads {
+fn heads(benchmark: &Benchmark) -> AttentionHeads<'static> {
     AttentionHeads {
         heads: benchmark.shape[1],
         key_value_heads: benchmark.shape[1],
         head_dim: benchmark.shape[2],
         scale: 0.125,
+        mask: AttentionMask::default(),
     }
 }
 

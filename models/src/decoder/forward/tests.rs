@@ -1,6 +1,7 @@
 //! What must hold for every decoder, whatever its family and the type of its weights.
 
 use super::*;
+use crate::attention_layouts::{AttentionLayouts, HeadLayout};
 use crate::config::from_settings;
 use crate::decoder::{WeightType, next_tokens};
 use candle_core::Device;
@@ -16,19 +17,55 @@ fn families() -> Vec<Value> {
         "context_length": 150, "vocabulary": 61, "tied_head": false});
     let gptj = json!({"architecture": "gptj", "layers": 2, "width": 30, "heads": 3, "rotary_dim": 6,
         "context_length": 150, "vocabulary": 61});
-    vec![gpt2, llama, gpt_neox, gptj]
+    // Bands and layouts whose blocks divide nothing.
+    let [mut banded, mut sparse] = [gpt2.clone(), llama.clone()];
+    banded["attention_window"] = json!(9);
+    banded["attention_pattern"] = json!(["dense", "banded"]);
+    sparse["attention_block_size"] = json!(7);
+    vec![gpt2, llama, gpt_neox, gptj, banded, sparse]
+}
+
+/// Other blocks for every head, and a dense head in each layer.
+fn layouts(config: &crate::DecoderConfig) -> AttentionLayouts {
+    let mut layouts = AttentionLayouts::default();
+    for layer in 0..config.layers {
+        for head in 1..config.heads {
+            let present =
+                |query: usize, key: usize| key == query / 2 || (query * 31 + key * 17 + 3 * layer + head) % 4 == 0;
+            let row = |query: usize| -> Vec<u32> {
+                let keys = (0..=query).filter(|key| present(query, *key));
+                keys.map(|key| key as u32).collect()
+            };
+            let key_blocks = (0..config.context_length.div_ceil(7)).map(row).collect();
+            layouts
+                .set(
+                    config,
+                    &HeadLayout {
+                        layer,
+                        head,
+                        key_blocks,
+                    },
+                )
+                .unwrap();
+        }
+    }
+    layouts
 }
 
 /// A decoder whose weights are large enough that every token changes the logits.
 fn decoder(settings: &Value, kind: Option<WeightType>) -> Decoder {
     let config = from_settings(settings.as_object().unwrap(), None).unwrap();
     let scaled = Decoder::initialize(config.clone(), &Device::Cpu, None, 5).unwrap();
-    Decoder::build(config, &Device::Cpu, kind, |info| {
+    let mut decoder = Decoder::build(config, &Device::Cpu, kind, |info| {
         let values = scaled.weight(scaled.parameter_id(&info.name)?).as_f32()?;
         let factor = if info.role.is_matrix() { 15.0 } else { 1.0 };
         crate::decoder::Weight::dense(&(values * factor)?)
     })
-    .unwrap()
+    .unwrap();
+    if decoder.config().attention_pattern.block_size.is_some() {
+        decoder.set_attention_layouts(layouts(decoder.config())).unwrap();
+    }
+    decoder
 }
 
 fn tokens(count: usize) -> Vec<u32> {

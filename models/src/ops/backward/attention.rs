@@ -43,7 +43,7 @@ pub(crate) fn attention_forward(
     key: Tensor,
     value: Tensor,
     bounds: &[usize],
-    shape: &AttentionShape,
+    shape: &AttentionShape<'_>,
     dropout: Option<&Dropout<'_>>,
 ) -> Result<AttentionTape> {
     let [q, k, v] = [widened(&query)?, widened(&key)?, widened(&value)?];
@@ -64,7 +64,7 @@ pub(crate) fn attention_forward(
         let (q, k, v) = (CpuSlice::new(&q)?, CpuSlice::new(&k)?, CpuSlice::new(&v)?);
         let inputs = [q.f32()?, k.f32()?, v.f32()?];
         let log_sum_exp = Some(log_sum_exp.as_mut_slice());
-        kernels::attention_forward(&heads(shape), bounds, inputs, dropout, &mut output, log_sum_exp);
+        kernels::attention_forward(&shape.heads(), bounds, inputs, dropout, &mut output, log_sum_exp);
     }
     let output = Tensor::from_vec(output, query.shape(), &Device::Cpu)?;
     Ok(AttentionTape {
@@ -81,7 +81,7 @@ pub(super) fn forward_elsewhere(
     key: &Tensor,
     value: &Tensor,
     bounds: &[usize],
-    shape: &AttentionShape,
+    shape: &AttentionShape<'_>,
 ) -> Result<Tensor> {
     let sequence = |bound: &[usize]| -> Result<CachedSequence> {
         let rows = bound[0]..bound[1];
@@ -101,7 +101,7 @@ pub(crate) fn attention_backward(
     tape: AttentionTape,
     dy: &Tensor,
     bounds: &[usize],
-    shape: &AttentionShape,
+    shape: &AttentionShape<'_>,
     dropout: Option<&Dropout<'_>>,
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let AttentionTape {
@@ -127,7 +127,7 @@ pub(crate) fn attention_backward(
             log_sum_exp: &log_sum_exp,
         };
         let gradients = [dq.as_mut_slice(), &mut dk, &mut dv];
-        kernels::attention_backward(&heads(shape), bounds, &saved, dropout, dy.f32()?, gradients);
+        kernels::attention_backward(&shape.heads(), bounds, &saved, dropout, dy.f32()?, gradients);
     }
     let tensor = |values: Vec<f32>, like: &Tensor| Tensor::from_vec(values, like.shape(), &Device::Cpu);
     Ok((tensor(dq, &query)?, tensor(dk, &key)?, tensor(dv, &value)?))
@@ -138,21 +138,5 @@ fn refuse_dropout(dropout: Option<&Dropout<'_>>) -> Result<()> {
     match dropout {
         None => Ok(()),
         Some(_) => Err(Error::Unsupported("attn_pdrop is for models on the CPU".into())),
-    }
-}
-
-/// The kernels' words for the heads.
-fn heads(shape: &AttentionShape) -> kernels::AttentionHeads {
-    let &AttentionShape {
-        heads,
-        key_value_heads,
-        head_dim,
-        scale,
-    } = shape;
-    kernels::AttentionHeads {
-        heads,
-        key_value_heads,
-        head_dim,
-        scale,
     }
 }

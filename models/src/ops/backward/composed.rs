@@ -89,7 +89,7 @@ pub(crate) fn attention(
     (q, k, v): (&Tensor, &Tensor, &Tensor),
     dy: &Tensor,
     bounds: &[usize],
-    shape: &AttentionShape,
+    shape: &AttentionShape<'_>,
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let (mut dqs, mut dks, mut dvs) = (vec![], vec![], vec![]);
     for range in bounds.windows(2).map(|bound| bound[0]..bound[1]) {
@@ -106,7 +106,7 @@ pub(crate) fn attention(
 fn attention_of_one(
     (q, k, v): (&Tensor, &Tensor, &Tensor),
     dy: &Tensor,
-    shape: &AttentionShape,
+    shape: &AttentionShape<'_>,
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let tokens = q.dim(0)?;
     let &AttentionShape {
@@ -114,6 +114,7 @@ fn attention_of_one(
         key_value_heads: groups,
         head_dim,
         scale,
+        ..
     } = shape;
     // [tokens, heads * head_dim] to [heads, tokens, head_dim] and back.
     let split = |x: &Tensor, heads: usize| x.reshape((tokens, heads, head_dim))?.transpose(0, 1)?.contiguous();
@@ -126,7 +127,8 @@ fn attention_of_one(
     };
     let sum_groups = |x: &Tensor| join(&x.reshape((groups, heads / groups, tokens, head_dim))?.sum(1)?, groups);
     let (q, k, v, dy) = (split(q, heads)?, repeat(k)?, repeat(v)?, split(dy, heads)?);
-    let scores = (q.matmul(&k.t()?)? * f64::from(scale))?.broadcast_add(&causal_mask(tokens, &q)?)?;
+    let scores =
+        (q.matmul(&k.t()?)? * f64::from(scale))?.broadcast_add(&shape.additive_mask(0, tokens, q.device())?)?;
     let weights = softmax(&scores)?;
     let dv = weights.t()?.matmul(&dy)?;
     let dweights = dy.matmul(&v.t()?)?;
@@ -137,14 +139,6 @@ fn attention_of_one(
         sum_groups(&dscores.t()?.matmul(&q)?)?,
         sum_groups(&dv)?,
     ))
-}
-
-/// Minus infinity above the diagonal of `[tokens, tokens]`, on the device of `like`.
-pub(crate) fn causal_mask(tokens: usize, like: &Tensor) -> Result<Tensor> {
-    let mask: Vec<f32> = (0..tokens)
-        .flat_map(|row| (0..tokens).map(move |column| if column > row { f32::NEG_INFINITY } else { 0.0 }))
-        .collect();
-    Ok(Tensor::from_vec(mask, (tokens, tokens), like.device())?)
 }
 
 /// Softmax over the last dimension.

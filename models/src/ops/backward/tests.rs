@@ -1,6 +1,8 @@
 //! Every backward against candle's own differentiation of a plain composition.
 
 use candle_core::{DType, Device, Tensor, Var};
+use candle_kernels_cpu::{AttentionMask, BlockLayout};
+use std::sync::Arc;
 
 use super::accumulate::add_elsewhere;
 use super::attention::forward_elsewhere as attention_elsewhere;
@@ -154,11 +156,28 @@ fn activations() {
 
 #[test]
 fn attention_of_packed_sequences() {
+    packed_sequences(AttentionMask::default());
+    packed_sequences(AttentionMask {
+        window: Some(3),
+        layouts: &[],
+    });
+    let layout = |rows: [&[u32]; 4]| Some(Arc::new(BlockLayout::new(3, rows)));
+    let first = layout([&[0], &[0], &[1, 2], &[0, 2, 3]]);
+    let layouts = [first.clone(), first, layout([&[0], &[1], &[0], &[1]]), None];
+    packed_sequences(AttentionMask {
+        window: None,
+        layouts: &layouts,
+    });
+}
+
+/// The kernels and the composition against candle's differentiation.
+fn packed_sequences(mask: AttentionMask<'_>) {
     let shape = AttentionShape {
         heads: 4,
         key_value_heads: 2,
         head_dim: 6,
         scale: 0.4,
+        mask,
     };
     let bounds = [0, 7, 8, 19];
     let (q, k, v, dy) = (
@@ -181,6 +200,8 @@ fn attention_of_packed_sequences() {
     let tape = super::attention_forward(copy(&q), copy(&k), copy(&v), &bounds, &shape, None).unwrap();
     assert_near(&tape.output, &y);
     let (dq, dk, dv) = super::attention_backward(tape, &dy, &bounds, &shape, None).unwrap();
+    [dq, dk, dv].iter().zip(&expected).for_each(|(a, e)| assert_near(a, e));
+    let (dq, dk, dv) = composed::attention((&q, &k, &v), &dy, &bounds, &shape).unwrap();
     [dq, dk, dv].iter().zip(&expected).for_each(|(a, e)| assert_near(a, e));
 }
 
@@ -271,6 +292,7 @@ fn plain_operations_do_what_the_kernels_do() {
         key_value_heads: 2,
         head_dim: 6,
         scale: 0.4,
+        mask: AttentionMask::default(),
     };
     let (q, k, v) = (random(&[9, 24]), random(&[9, 12]), random(&[9, 12]));
     let plain = attention_elsewhere(&q, &k, &v, &[0, 4, 9], &shape).unwrap();

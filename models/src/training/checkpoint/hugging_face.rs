@@ -50,6 +50,8 @@ fn config_json(config: &DecoderConfig, end_tokens: &[u32]) -> Value {
         Architecture::Olmoe => with_experts(config, "OlmoeForCausalLM"),
         Architecture::Qwen2Moe => with_experts(config, "Qwen2MoeForCausalLM"),
     };
+    // What transformers has no words for; it ignores these.
+    fields.extend(config.attention_pattern.settings());
     fields.insert("model_type".into(), json!(config.architecture.name()));
     fields.insert("vocab_size".into(), json!(config.vocabulary));
     fields.insert("tie_word_embeddings".into(), json!(config.tied_head));
@@ -105,10 +107,10 @@ fn llama(config: &DecoderConfig, class: &str) -> Map<String, Value> {
         "attention_bias": config.attention_bias,
         "mlp_bias": config.feed_forward_bias,
         "attention_dropout": 0.0,
-        "use_sliding_window": false,
     }));
-    if config.architecture == Architecture::Mistral {
-        fields.insert("sliding_window".into(), Value::Null);
+    use Architecture::{Mistral, Mixtral, Qwen2, Qwen2Moe};
+    if matches!(config.architecture, Mistral | Mixtral | Qwen2 | Qwen2Moe) {
+        fields.extend(sliding_window(config));
     }
     if let Position::Rotary(rotary) = &config.position {
         fields.insert("rope_theta".into(), json!(rotary.theta));
@@ -129,9 +131,8 @@ fn with_experts(config: &DecoderConfig, class: &str) -> Map<String, Value> {
     set(number, json!(experts.experts));
     set("num_experts_per_tok", json!(experts.per_token));
     set("output_router_logits", json!(false));
-    match config.architecture {
-        Architecture::Mixtral => set("sliding_window", Value::Null),
-        _ => set("norm_topk_prob", json!(experts.normalize)),
+    if config.architecture != Architecture::Mixtral {
+        set("norm_topk_prob", json!(experts.normalize));
     }
     if config.architecture == Architecture::Qwen2Moe {
         set("moe_intermediate_size", json!(config.feed_forward_width));
@@ -139,6 +140,22 @@ fn with_experts(config: &DecoderConfig, class: &str) -> Map<String, Value> {
         set("qkv_bias", json!(config.attention_bias));
         set("decoder_sparse_step", json!(1));
         set("mlp_only_layers", json!([]));
+    }
+    fields
+}
+
+/// The words of Mistral, Qwen 2 and their mixtures for a window.
+fn sliding_window(config: &DecoderConfig) -> Map<String, Value> {
+    let windows = (0..config.layers).map(|layer| config.attention_pattern.window_of(layer));
+    let kinds = windows.map(|window| match window {
+        Some(_) => "sliding_attention",
+        None => "full_attention",
+    });
+    let kinds: Vec<_> = kinds.collect();
+    let window = config.attention_pattern.window;
+    let mut fields = object(json!({"sliding_window": window, "use_sliding_window": window.is_some()}));
+    if matches!(config.architecture, Architecture::Qwen2 | Architecture::Qwen2Moe) {
+        fields.insert("layer_types".into(), json!(kinds));
     }
     fields
 }

@@ -9,6 +9,7 @@ use candle_core::{Device, Tensor};
 use super::manifest::{DIGEST_FILE_NAME, FILE_NAME, Manifest, digest_line};
 use super::{EXTENSION, FIRST_MOMENT, OPTIMIZER, SECOND_MOMENT, Saved, files};
 use crate::adapters;
+use crate::attention_layouts;
 use crate::config::from_settings;
 use crate::decoder::{Decoder, ParameterInfo, WeightType, load_decoder};
 use crate::error::{Error, Result};
@@ -45,6 +46,13 @@ pub fn load(directory: &Path, device: &Device) -> Result<Restored> {
         device,
         Some(WeightType::F32),
     )?;
+    if manifest
+        .files
+        .iter()
+        .any(|file| file.name == attention_layouts::FILE_NAME)
+    {
+        decoder.load_attention_layouts(directory)?;
+    }
     freeze(directory, &manifest, &mut decoder)?;
     let optimizer = load_optimizer(directory, &manifest, &decoder)?;
     let text = source.text_assets()?;

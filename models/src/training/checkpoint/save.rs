@@ -12,6 +12,7 @@ use super::library::Library;
 use super::manifest::{DIGEST_FILE_NAME, FILE_NAME, FileEntry, Manifest, digest_line};
 use super::{EXTENSION, FIRST_MOMENT, MODEL, OPTIMIZER, SECOND_MOMENT, hugging_face};
 use crate::adapters;
+use crate::attention_layouts;
 use crate::decoder::{Decoder, ParameterId, ParameterInfo, stored_name};
 use crate::error::{Error, Result};
 use crate::model::Model;
@@ -178,6 +179,11 @@ fn write_all(
 
 /// Writes what transformers needs beside the weights of a model.
 fn write_descriptions(partial: &Path, model: &Model, manifest: &mut Manifest) -> Result<()> {
+    let layouts = model.decoder.attention_layouts().to_json();
+    if let Some(layouts) = layouts {
+        let layouts = write_bytes(partial, attention_layouts::FILE_NAME, &layouts)?;
+        manifest.files.push(layouts);
+    }
     let documents = hugging_face::documents(
         model.decoder.config(),
         &model.end_tokens,
