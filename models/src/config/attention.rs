@@ -84,6 +84,7 @@ impl AttentionPattern {
                     return Err(Error::invalid_config("layer_types", reason));
                 }
             },
+            None if window.is_none() => vec![false; layers],
             None => {
                 let first = match architecture {
                     Architecture::Qwen2 | Architecture::Qwen2Moe => fields.size("max_window_layers")?.unwrap_or(28),
