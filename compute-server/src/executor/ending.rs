@@ -1,6 +1,6 @@
 //! Publish, rollback, release, and the end of a session.
 
-use super::executor::Executor;
+use super::sessions::Executor;
 use super::state::{Session, SessionKey};
 use super::steps::{self, Step};
 use crate::access::Caller;

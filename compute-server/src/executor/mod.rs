@@ -1,6 +1,6 @@
 //! The executor: named tensors of sessions, and operations on them that run beside the calls.
 //!
-//! - `executor`: what the service calls: sessions, and what they see
+//! - `sessions`: what the service calls: sessions, and what they see
 //! - `state`: sessions and persistent tensors by name
 //! - `writing`: a call that writes, undone unless it ends well
 //! - `steps`: what a write did, to be undone or settled
@@ -11,15 +11,15 @@
 //! The names are behind one lock that is never held while anything is computed or waited for.
 
 mod ending;
-mod executor;
 mod operation;
 mod queue;
+mod sessions;
 mod state;
 mod steps;
 mod tensor;
 mod writing;
 
-pub(crate) use executor::{Executor, HeldSession, unknown_operation};
 pub(crate) use operation::{Facts, StoredOperation};
+pub(crate) use sessions::{Executor, HeldSession, unknown_operation};
 pub(crate) use tensor::StoredTensor;
 pub(crate) use writing::{Put, Write};

@@ -7,8 +7,8 @@ use std::time::SystemTime;
 use candle_compute_proto::v1;
 use candle_models::executor::{self, Attributes, TensorType};
 
-use super::executor::Executor;
 use super::operation::{Facts, StoredOperation, Work};
+use super::sessions::Executor;
 use super::state::{SessionKey, State, Transaction};
 use super::steps::{self, Step};
 use super::tensor::{Content, StoredTensor, element_type};
