@@ -188,7 +188,7 @@ pub(crate) fn element_type(oid: Oid) -> Oid {
 
 /// Whether values of the type are strings.
 pub(crate) fn is_text(oid: Oid) -> bool {
-    category(oid) == b'S'
+    oid != Oid::INVALID && category(oid) == b'S'
 }
 
 pub(super) fn category(oid: Oid) -> u8 {
