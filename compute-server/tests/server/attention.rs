@@ -320,10 +320,15 @@ async fn adapters_and_shared_layers_see_the_models_layouts() {
         client.rollback("loss", 0).await;
         losses[0].loss
     };
-    assert_eq!(loss().await, client.loss("m").await);
+    // An adapter that has not been trained adds nothing; over frozen weights the products round otherwise.
+    let equal = async || {
+        let (adapted, own) = (loss().await, client.loss("m").await);
+        assert!((adapted - own).abs() < 1e-5, "{adapted} {own}");
+        own
+    };
+    let dense = equal().await;
     client.change_blocks(None, vec![], diagonal(0, 0)).await.unwrap();
-    // An adapter that has not been trained adds nothing.
-    assert_eq!(loss().await, client.loss("m").await);
+    assert!((equal().await - dense).abs() > 1e-4);
     let request = DropAdapterRequest {
         transaction: None,
         model: "m".into(),

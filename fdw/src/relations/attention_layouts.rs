@@ -6,7 +6,7 @@ use candle_compute_proto::v1::{AttentionBlock, ChangeAttentionBlocksRequest, Lis
 use crate::client::{read, write};
 use crate::error::{Error, Result};
 use crate::relation::{Call, Column, Estimate, Inputs, Relation, Row, Rows, Work, Writer, Writes, key, missing};
-use crate::relations::tensors;
+use crate::relations::chunks;
 use crate::values::{Kind, Value};
 
 /// One row per present block.
@@ -88,7 +88,7 @@ impl Relation for AttentionLayouts {
     fn insert(&self, writer: Writer, inputs: Vec<Inputs>) -> Work<Vec<Row>> {
         Box::pin(async move {
             change(&writer, &inputs, |request, blocks| request.inserted = blocks).await?;
-            Ok(inputs.iter().map(|_| tensors::echo(COLUMNS)).collect())
+            Ok(inputs.iter().map(|_| chunks::echo(COLUMNS)).collect())
         })
     }
 

@@ -71,10 +71,12 @@ impl AttentionPattern {
             _ => false,
         };
         let why = "a token sees at least itself; null stands for no window";
-        let window = match (slides, positive(fields, "sliding_window", why)?) {
-            (true, None) if !fields.0.contains_key("sliding_window") => Some(4096),
-            (true, window) => window,
-            (false, _) => None,
+        let unnamed = !fields.0.contains_key("sliding_window");
+        let window = match slides {
+            // transformers' default, which Mixtral does not have.
+            true if unnamed && architecture == Architecture::Mistral => Some(4096),
+            true => positive(fields, "sliding_window", why)?,
+            false => None,
         };
         let banded = match fields.get("layer_types").filter(|_| window.is_some()) {
             Some(types) => match kinds(types)? {

@@ -162,6 +162,9 @@ const LLAMA: &[&str] = &[
     "use_sliding_window",
 ];
 
+/// What every family reads: patterns of attention, by our own names.
+const ATTENTION: &[&str] = &["attention_block_size", "attention_pattern", "attention_window"];
+
 /// What families with experts read beside what [`LLAMA`] lists.
 const EXPERTS: &[&str] = &[
     "clip_qkv",
@@ -204,7 +207,7 @@ pub(super) fn refuse_unknown(architecture: Architecture, fields: &Fields<'_>) ->
         }
         let harmless = HARMLESS.contains(&field.as_str())
             || HARMLESS_BEGINNINGS.iter().any(|beginning| field.starts_with(beginning));
-        let shared = with_experts && LLAMA.contains(&field.as_str());
+        let shared = ATTENTION.contains(&field.as_str()) || with_experts && LLAMA.contains(&field.as_str());
         if !harmless && !shared && !own.contains(&field.as_str()) {
             let field: String = field.chars().take(80).collect();
             let name = architecture.name();
