@@ -29,6 +29,7 @@ fn folder() -> &'static Path {
 
 sql_tests!(
     adapters,
+    architectures,
     datasets,
     definitions,
     gradients,
