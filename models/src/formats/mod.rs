@@ -10,7 +10,7 @@ mod safetensors;
 mod source;
 mod values;
 
-pub(crate) use files::{read_json, read_text};
+pub(crate) use files::{read_bytes, read_json, read_text};
 pub use gguf::{GgufMetadata, GgufModel, open_gguf};
 pub use hugging_face::{HuggingFaceModel, open_hugging_face};
 pub(crate) use safetensors::SafetensorsFile;

@@ -10,6 +10,7 @@ mod hostile_hugging_face;
 mod quantized;
 mod sampling;
 mod tokenizers;
+mod word_tokenizers;
 
 use std::path::PathBuf;
 
