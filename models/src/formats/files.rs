@@ -36,11 +36,11 @@ pub(super) fn open(path: &Path) -> Result<(File, u64)> {
     Ok((file, length))
 }
 
-/// Reads a text file; `None` if there is none.
+/// Reads a file whole; `None` if there is none.
 ///
 /// # Errors
-/// `InvalidFile` if it is too long, not a regular file, or not UTF-8.
-pub(crate) fn read_text(path: &Path) -> Result<Option<String>> {
+/// `InvalidFile` if it is too long or not a regular file.
+pub(crate) fn read_bytes(path: &Path) -> Result<Option<Vec<u8>>> {
     let (file, length) = match open(path) {
         Err(Error::NotFound(_)) => return Ok(None),
         opened => opened?,
@@ -55,6 +55,17 @@ pub(crate) fn read_text(path: &Path) -> Result<Option<String>> {
     file.take(MAX_TEXT_BYTES)
         .read_to_end(&mut bytes)
         .map_err(|error| io_error(path, error))?;
+    Ok(Some(bytes))
+}
+
+/// Reads a text file; `None` if there is none.
+///
+/// # Errors
+/// As `read_bytes`, and `InvalidFile` if it is not UTF-8.
+pub(crate) fn read_text(path: &Path) -> Result<Option<String>> {
+    let Some(bytes) = read_bytes(path)? else {
+        return Ok(None);
+    };
     let text = String::from_utf8(bytes).map_err(|error| invalid(path, format!("it is not UTF-8: {error}")))?;
     Ok(Some(text))
 }

@@ -21,7 +21,7 @@ mod source;
 mod values;
 mod weight_file;
 
-pub(crate) use files::{read_json, read_text};
+pub(crate) use files::{read_bytes, read_json, read_text};
 pub use gguf::{GgufMetadata, GgufModel, open_gguf};
 pub use hugging_face::{HuggingFaceModel, open_hugging_face};
 pub use locating::{has_documents_beside, weight_files};

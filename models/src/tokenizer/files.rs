@@ -12,15 +12,18 @@ use super::merges::bpe_builder;
 use super::pre_tokenizer::Family;
 use super::train::END_OF_TEXT;
 use super::wrapper::Tokenizer;
+use super::{sentencepiece_model, word_piece};
 use crate::error::{Error, Result};
 use crate::formats::{read_json, read_text};
 
 /// Pairs of vocabulary and merges: transformers' names and those of GPT-2's first release.
 const PAIRS: &[(&str, &str)] = &[("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")];
+/// SentencePiece's models, as transformers' tokenizers call them.
+const SENTENCEPIECE: &[&str] = &["tokenizer.model", "spiece.model"];
 
 impl Tokenizer {
-    /// Reads `tokenizer.json`, or else `vocab.json` with `merges.txt`, or `encoder.json` with `vocab.bpe`; `None` if the
-    /// directory has none of them.
+    /// Reads `tokenizer.json`, or else `vocab.json` with `merges.txt`, `encoder.json` with `vocab.bpe`, BERT's `vocab.txt`,
+    /// or a SentencePiece model; `None` if the directory has none of them.
     ///
     /// # Errors
     /// `InvalidFile` naming the damaged file; `Unsupported` for a kind of tokenizer that is not served.
@@ -41,11 +44,17 @@ impl Tokenizer {
                 _ => {}
             }
         }
-        if directory.join("tokenizer.model").exists() {
-            let directory = directory.display();
-            return Err(Error::Unsupported(format!(
-                "{directory} has its tokenizer in tokenizer.model alone; save it as tokenizer.json"
-            )));
+        let path = directory.join("vocab.txt");
+        if let Some(text) = read_text(&path)? {
+            let config = tokenizer_config(directory)?;
+            let added = added_tokens(directory, &config)?;
+            return word_piece::from_vocabulary(&path, &text, &config, added).map(Some);
+        }
+        for name in SENTENCEPIECE {
+            let path = directory.join(name);
+            if path.exists() {
+                return sentencepiece_model::read(&path, &tokenizer_config(directory)?).map(Some);
+            }
         }
         Ok(None)
     }
@@ -59,6 +68,15 @@ fn at_path(error: Error, path: &Path) -> Error {
     match error {
         Error::InvalidFile { reason, .. } => invalid(path, reason),
         other => other,
+    }
+}
+
+fn tokenizer_config(directory: &Path) -> Result<Map<String, Value>> {
+    let path = directory.join("tokenizer_config.json");
+    match read_json(&path)? {
+        None => Ok(Map::new()),
+        Some(Value::Object(config)) => Ok(config),
+        Some(_) => Err(invalid(&path, "it is not a JSON object")),
     }
 }
 
@@ -104,11 +122,7 @@ fn parse_merges(path: &Path, text: &str) -> Result<Vec<(String, String)>> {
 
 fn from_vocabulary(directory: &Path, path: &Path, ids: Vocab, merges: Vec<(String, String)>) -> Result<Tokenizer> {
     let config_path = directory.join("tokenizer_config.json");
-    let config = match read_json(&config_path)? {
-        None => Map::new(),
-        Some(Value::Object(config)) => config,
-        Some(_) => return Err(invalid(&config_path, "it is not a JSON object")),
-    };
+    let config = tokenizer_config(directory)?;
     let family = family_of(&config)?;
     let has_end = ids.contains_key(END_OF_TEXT);
     let builder = bpe_builder(ids, merges).map_err(|reason| invalid(path, reason))?;

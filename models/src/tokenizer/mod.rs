@@ -6,8 +6,10 @@ mod gguf;
 mod merges;
 mod pre_tokenizer;
 mod sentencepiece;
+mod sentencepiece_model;
 mod token_bytes;
 mod train;
+mod word_piece;
 mod wrapper;
 
 pub use document::{Document, DocumentText, Documents};

@@ -1,7 +1,8 @@
-//! The bytes of every token: undoes the byte-level alphabet of GPT-2 and the word marks and byte tokens of
-//! SentencePiece, once, so that streaming is a look-up.
+//! The bytes of every token: undoes the byte-level alphabet of GPT-2, the word marks and byte tokens of SentencePiece, and
+//! the joined pieces of WordPiece, once, so that streaming is a look-up.
 
 use serde_json::Value;
+use tokenizers::decoders::wordpiece::cleanup;
 
 use crate::error::{Error, Result};
 
@@ -44,7 +45,11 @@ impl TokenBytes {
         for id in 0..=largest {
             if let Some(token) = added.get(&id) {
                 // Added tokens are matched in the text itself and so stand for exactly what they say.
-                bytes.data.extend_from_slice(token.content.as_bytes());
+                // Between the words of WordPiece they are words.
+                match &decoding.pieces {
+                    Some(pieces) => pieces.append(&token.content, &mut bytes.data),
+                    None => bytes.data.extend_from_slice(token.content.as_bytes()),
+                }
                 bytes.special[id as usize] = token.special;
             } else if let Some(token) = tokenizer.id_to_token(id) {
                 decoding.append(&token, &mut bytes.data);
@@ -82,6 +87,28 @@ struct Decoding {
     space: Option<String>,
     byte_fallback: bool,
     strips_first_space: bool,
+    /// Words with spaces between them, of pieces.
+    pieces: Option<Pieces>,
+}
+
+/// WordPiece's spelling (arXiv:1609.08144, as BERT has it).
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Pieces {
+    /// What begins a piece that goes on a word.
+    prefix: String,
+    /// Whether the spaces before punctuation are taken away.
+    cleanup: bool,
+}
+
+impl Pieces {
+    fn append(&self, token: &str, output: &mut Vec<u8>) {
+        let text = match token.strip_prefix(&self.prefix) {
+            Some(rest) if !self.prefix.is_empty() => rest.to_owned(),
+            _ => format!(" {token}"),
+        };
+        let text = if self.cleanup { cleanup(&text) } else { text };
+        output.extend_from_slice(text.as_bytes());
+    }
 }
 
 impl Decoding {
@@ -92,6 +119,7 @@ impl Decoding {
             space: None,
             byte_fallback: false,
             strips_first_space: false,
+            pieces: None,
         };
         match decoder {
             Value::Null => return Err(unsupported("no decoder")),
@@ -106,6 +134,13 @@ impl Decoding {
             "ByteLevel" => self.byte_level = true,
             "ByteFallback" => self.byte_fallback = true,
             "Fuse" => {}
+            "WordPiece" => {
+                self.strips_first_space = true;
+                self.pieces = Some(Pieces {
+                    prefix: text("prefix").unwrap_or("##").to_owned(),
+                    cleanup: decoder.get("cleanup").and_then(Value::as_bool).unwrap_or(true),
+                });
+            }
             "Metaspace" => {
                 self.space = Some(text("replacement").unwrap_or("▁").to_owned());
                 self.strips_first_space |= text("prepend_scheme") != Some("never");
@@ -144,6 +179,9 @@ impl Decoding {
 
     /// Appends the bytes of a token of the vocabulary.
     fn append(&self, token: &str, output: &mut Vec<u8>) {
+        if let Some(pieces) = &self.pieces {
+            return pieces.append(token, output);
+        }
         if self.byte_level {
             let start = output.len();
             for character in token.chars() {
@@ -172,7 +210,7 @@ impl Decoding {
 
 fn unsupported(what: &str) -> Error {
     Error::Unsupported(format!(
-        "the tokenizer has {what}; byte-level and SentencePiece tokenizers are served"
+        "the tokenizer has {what}; byte-level, SentencePiece and WordPiece tokenizers are served"
     ))
 }
 

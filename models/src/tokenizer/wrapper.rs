@@ -55,7 +55,8 @@ impl Tokenizer {
     /// Reads the text of a `tokenizer.json`.
     ///
     /// # Errors
-    /// `InvalidFile` if it is damaged, `Unsupported` if its decoder is none of byte-level, SentencePiece's and words.
+    /// `InvalidFile` if it is damaged, `Unsupported` if its decoder is none of byte-level, SentencePiece's and
+    /// WordPiece's.
     pub fn from_json(json: &str) -> Result<Self> {
         let invalid = |reason: String| Error::InvalidFile {
             path: "tokenizer.json".to_owned(),

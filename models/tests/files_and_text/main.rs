@@ -14,6 +14,7 @@ mod quantized;
 mod sampling;
 mod tokenizers;
 mod weight_formats;
+mod word_tokenizers;
 
 use std::path::PathBuf;
 

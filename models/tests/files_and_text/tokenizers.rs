@@ -17,13 +17,13 @@ struct Reference {
     decoded: BTreeMap<usize, String>,
 }
 
-struct Case {
-    text: String,
-    ids: Vec<u32>,
+pub(super) struct Case {
+    pub(super) text: String,
+    pub(super) ids: Vec<u32>,
     decoded: String,
 }
 
-fn cases(name: &str) -> Vec<Case> {
+pub(super) fn cases(name: &str) -> Vec<Case> {
     let texts: Vec<String> = serde_json::from_slice(&std::fs::read(golden("text/texts.json")).unwrap()).unwrap();
     let path = golden(&format!("text/{name}.ids.json"));
     let mut reference: Reference = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
@@ -48,7 +48,7 @@ pub(super) fn from_files(name: &str) -> Tokenizer {
         .unwrap()
 }
 
-fn check(tokenizer: &Tokenizer, reference: &str) {
+pub(super) fn check(tokenizer: &Tokenizer, reference: &str) {
     for case in cases(reference) {
         let ids = tokenizer.encode(&case.text).unwrap();
         assert_eq!(ids, case.ids, "{reference}: {:?}", case.text);

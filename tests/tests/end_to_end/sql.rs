@@ -30,6 +30,7 @@ fn folder() -> &'static Path {
 sql_tests!(
     adapters,
     attention,
+    architectures,
     datasets,
     definitions,
     executor,
