@@ -81,7 +81,7 @@ const BYTE: i32 = 6;
 const MARK: &str = "▁";
 
 impl Piece {
-    fn kind(&self) -> i32 {
+    fn piece_type(&self) -> i32 {
         self.kind.unwrap_or(NORMAL)
     }
 }
@@ -164,11 +164,20 @@ fn check(model: &Model) -> Result<(), String> {
                 piece.piece, piece.score
             ));
         }
-        if ![NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE].contains(&piece.kind()) {
-            return Err(format!("piece {id}, {:?}, is of type {}", piece.piece, piece.kind()));
+        if ![NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE].contains(&piece.piece_type()) {
+            return Err(format!(
+                "piece {id}, {:?}, is of type {}",
+                piece.piece,
+                piece.piece_type()
+            ));
         }
     }
-    match model.pieces.iter().filter(|piece| piece.kind() == UNKNOWN).count() {
+    match model
+        .pieces
+        .iter()
+        .filter(|piece| piece.piece_type() == UNKNOWN)
+        .count()
+    {
         1 => Ok(()),
         count => Err(format!("it holds {count} unknown pieces; exactly one is needed")),
     }
@@ -177,7 +186,7 @@ fn check(model: &Model) -> Result<(), String> {
 fn unigram(model: &Model, byte_fallback: bool) -> Result<ModelWrapper, String> {
     let pieces = model.pieces.iter();
     let vocabulary = pieces.map(|piece| (piece.piece.clone(), f64::from(piece.score)));
-    let unknown = model.pieces.iter().position(|piece| piece.kind() == UNKNOWN);
+    let unknown = model.pieces.iter().position(|piece| piece.piece_type() == UNKNOWN);
     let unigram = Unigram::from(vocabulary.collect(), unknown, byte_fallback).map_err(|error| error.to_string())?;
     Ok(ModelWrapper::Unigram(unigram))
 }
@@ -185,8 +194,8 @@ fn unigram(model: &Model, byte_fallback: bool) -> Result<ModelWrapper, String> {
 fn bpe(model: &Model, byte_fallback: bool) -> Result<ModelWrapper, String> {
     let pieces: Vec<String> = model.pieces.iter().map(|piece| piece.piece.clone()).collect();
     let scores: Vec<f64> = model.pieces.iter().map(|piece| f64::from(piece.score)).collect();
-    let merges = merges_of(&pieces, &scores, |id| model.pieces[id].kind() == NORMAL);
-    let unknown = model.pieces.iter().find(|piece| piece.kind() == UNKNOWN);
+    let merges = merges_of(&pieces, &scores, |id| model.pieces[id].piece_type() == NORMAL);
+    let unknown = model.pieces.iter().find(|piece| piece.piece_type() == UNKNOWN);
     let ids: Vocab = pieces.into_iter().zip(0u32..).collect();
     let mut builder = bpe_builder(ids, merges)?.fuse_unk(true).byte_fallback(byte_fallback);
     if let Some(unknown) = unknown {
@@ -222,7 +231,10 @@ fn normalizer(rules: &Rules) -> Result<NormalizerWrapper, tokenizers::Error> {
 /// Control and unknown tokens are special, the user's own are not; both are found in texts first.
 fn add_tokens(inner: &mut tokenizers::Tokenizer, model: &Model) -> Result<(), tokenizers::Error> {
     let of = |kinds: &'static [i32], special: bool| {
-        let pieces = model.pieces.iter().filter(move |piece| kinds.contains(&piece.kind()));
+        let pieces = model
+            .pieces
+            .iter()
+            .filter(move |piece| kinds.contains(&piece.piece_type()));
         pieces.map(move |piece| AddedToken::from(piece.piece.clone(), special).normalized(false))
     };
     inner.add_special_tokens(of(&[UNKNOWN, CONTROL], true))?;
