@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use prost::Message as _;
 
-const PROTOS: [&str; 8] = [
+const PROTOS: [&str; 9] = [
     "candle/compute/v1/tensor.proto",
     "candle/compute/v1/transactions.proto",
     "candle/compute/v1/models.proto",
@@ -13,6 +13,7 @@ const PROTOS: [&str; 8] = [
     "candle/compute/v1/training.proto",
     "candle/compute/v1/adapters.proto",
     "candle/compute/v1/checkpoints.proto",
+    "candle/compute/v1/evaluations.proto",
     "candle/compute/v1/telemetry.proto",
 ];
 

@@ -7,6 +7,7 @@
 
 mod direct;
 mod durability;
+mod evaluation;
 mod generation;
 mod overhead;
 mod parts;
@@ -46,6 +47,7 @@ fn main() {
         ("growth", training::growth),
         ("parts", parts::measurements),
         ("durability", durability::measurements),
+        ("evaluation", evaluation::measurements),
         ("scan", scan::measurements),
         ("gradients", scan::gradients),
     ];

@@ -10,6 +10,7 @@ use crate::commit_log::{self, CommitLog, Recovered};
 use crate::config::Config;
 use crate::data_folder::DataFolder;
 use crate::error::{Error, Result};
+use crate::evaluations::EvaluationStore;
 use crate::memory::MemoryBudget;
 use crate::metrics::ServerMetrics;
 use crate::registry::Registry;
@@ -25,6 +26,7 @@ pub(crate) struct App {
     pub(crate) registry: Registry,
     pub(crate) transactions: Transactions,
     pub(crate) checkpoints: CheckpointStore,
+    pub(crate) evaluations: EvaluationStore,
     pub(crate) tokenizers: TokenizerStore,
     pub(crate) requests: Arc<Requests>,
     pub(crate) memory: Arc<MemoryBudget>,
@@ -70,6 +72,7 @@ impl App {
             registry: Registry::default(),
             transactions: Transactions::new(config.limits.transactions, config.transaction_timeout),
             checkpoints: CheckpointStore::open(Arc::clone(&folder))?,
+            evaluations: EvaluationStore::open(Arc::clone(&folder))?,
             tokenizers: TokenizerStore::new(Arc::clone(&folder)),
             requests: Arc::new(Requests::default()),
             memory,

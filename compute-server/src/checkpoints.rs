@@ -12,8 +12,10 @@ use crate::app::App;
 use crate::commit_log::FileChange;
 use crate::data_folder::{self, DataFolder, Staged};
 use crate::error::{Error, Result};
+use crate::evaluations;
 use crate::names::{self, ModelKey};
 use crate::owner::ModelHandle;
+use crate::tokenizers;
 
 /// Model or adapter ([`ModelKey::to_text`]) and step: what a checkpoint is known by.
 pub(crate) type Key = (String, u64);
@@ -217,7 +219,7 @@ fn publishing(row: &v1::Checkpoint, error: std::io::Error) -> Error {
     Error::io(format!("publishing the checkpoint {}", row.path), error)
 }
 
-/// Finishes what a committed transaction does to checkpoints, should a crash have come in between. Called before staging is
+/// Finishes what a committed transaction does to checkpoints, evaluations and tokenizers, should a crash have come in between. Called before staging is
 /// emptied.
 ///
 /// # Errors
@@ -226,16 +228,22 @@ pub(crate) fn finish(folder: &DataFolder, changes: &[FileChange]) -> Result<()> 
     for change in changes {
         let (staged, target) = (folder.path(&change.staged), folder.path(&change.path));
         let finished = match (change.staged.is_empty(), target.exists()) {
+            // It replaces the one that there is.
+            (false, _) if staged.exists() && tokenizers::holds(&change.path) => data_folder::rename(&staged, &target),
+            (false, false) if staged.exists() && evaluations::holds(&change.path) => {
+                data_folder::rename(&staged, &target)
+            }
             (false, false) if staged.exists() => {
                 make_parent(folder, &change.path, &change.model).and_then(|()| data_folder::rename(&staged, &target))
             }
+            (true, true) if evaluations::holds(&change.path) => std::fs::remove_file(&target),
             (true, true) => std::fs::remove_dir_all(&target),
             _ => continue,
         };
         finished.map_err(|error| Error::io(format!("finishing the commit of {}", change.path), error))?;
         tracing::info!(
             path = change.path,
-            "finished what a committed transaction does to a checkpoint"
+            "finished what a committed transaction does to a file"
         );
     }
     Ok(())

@@ -3,6 +3,7 @@
 //! ```text
 //! DATA_DIR/lock                          held while a server runs
 //! DATA_DIR/checkpoints/MODEL/STEP/       published checkpoints
+//! DATA_DIR/evaluations/ID                published evaluations
 //! DATA_DIR/tokenizers/NAME/tokenizer.json
 //! DATA_DIR/commits/                      the log of committed inputs, see `commit_log`
 //! DATA_DIR/staging/                      what no transaction has published; emptied at startup
@@ -42,7 +43,7 @@ impl DataFolder {
             next: AtomicU64::new(0),
             _lock: lock,
         };
-        for name in ["checkpoints", "tokenizers", "staging"] {
+        for name in ["checkpoints", "evaluations", "tokenizers", "staging"] {
             fs::create_dir_all(folder.path(name)).map_err(|error| Error::io(what(), error))?;
         }
         Ok(folder)
@@ -129,11 +130,16 @@ pub(crate) fn rename(from: &Path, to: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
+/// Writes `bytes` to a new file, durable but for its name.
+pub(crate) fn write_new(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut file = File::create(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
 /// Writes `bytes` to `path` by way of a file aside, so that `path` is never seen half-written.
 pub(crate) fn write_file(staged: &Staged, path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let mut file = File::create(staged.path())?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
+    write_new(staged.path(), bytes)?;
     rename(staged.path(), path)
 }
 

@@ -178,6 +178,7 @@ impl InProcess {
 
     fn ensure_model(&self) {
         let tokenizer = v1::TrainTokenizerRequest {
+            transaction: None,
             name: "tiny".to_owned(),
             vocabulary_size: 270,
             texts: vec!["the quick brown fox jumps over the lazy dog".to_owned()],

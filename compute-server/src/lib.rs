@@ -19,6 +19,7 @@ mod cuda_program;
 mod data_folder;
 mod devices;
 mod error;
+mod evaluations;
 mod guard;
 mod http;
 #[doc(hidden)]

@@ -189,6 +189,7 @@ async fn begin(app: &Arc<App>, logged: &LoggedModel, base: &LogBase) -> Result<M
         source,
         device,
         tenant: app.tenants.tenant(&base.tenant),
+        staged_tokenizer: None,
     };
     let loader = Arc::clone(app);
     start(app, logged, base, move || load(&loader, loading)).await

@@ -24,6 +24,17 @@ BEGIN
                           (SELECT sum(w.v * y.v) AS p FROM unnest($2) WITH ORDINALITY AS w (v, n)
                            JOIN unnest($2[1:768]) WITH ORDINALITY AS y (v, n) ON y.n = (w.n - 1) % 768 + 1
                            GROUP BY (w.n - 1) / 768) s';
+        WHEN 'attention_forward' THEN
+            -- Causal, 32 tokens, one head of 48: two products over half of the square of tokens.
+            amount := 2 * 32 ^ 2 * 48 / 1e9;
+            query := 'WITH m AS (SELECT v, ((n - 1) / 48)::int AS i, ((n - 1) % 48)::int AS j
+                                   FROM unnest($1[1:1536]) WITH ORDINALITY AS u (v, n)),
+                           s AS (SELECT a.i AS q, b.i AS k, exp(0.125 * sum(a.v * b.v)) AS e
+                                   FROM m a JOIN m b ON a.j = b.j AND b.i <= a.i GROUP BY a.i, b.i),
+                           z AS (SELECT q, sum(e) AS total FROM s GROUP BY q)
+                      SELECT max(o) FROM
+                          (SELECT sum(s.e / z.total * m.v) AS o FROM s JOIN z USING (q) JOIN m ON m.i = s.k
+                           GROUP BY s.q, m.j) t';
         WHEN 'gelu_tanh' THEN
             amount := 8 * 24576 / 1e9;
             query := 'SELECT max(0.5::real * v * (1 + tanh(0.7978845608 * (v + 0.044715::real * v * v * v))))

@@ -13,6 +13,7 @@ use std::time::Duration;
 use candle_compute_proto::MAX_MESSAGE_BYTES;
 use candle_compute_proto::v1::adapters_service_client::AdaptersServiceClient;
 use candle_compute_proto::v1::checkpoints_service_client::CheckpointsServiceClient;
+use candle_compute_proto::v1::evaluations_service_client::EvaluationsServiceClient;
 use candle_compute_proto::v1::inference_service_client::InferenceServiceClient;
 use candle_compute_proto::v1::models_service_client::ModelsServiceClient;
 use candle_compute_proto::v1::telemetry_service_client::TelemetryServiceClient;
@@ -62,6 +63,7 @@ services!(
     inference: InferenceServiceClient,
     training: TrainingServiceClient,
     checkpoints: CheckpointsServiceClient,
+    evaluations: EvaluationsServiceClient,
     transactions: TransactionsServiceClient,
     telemetry: TelemetryServiceClient
 );

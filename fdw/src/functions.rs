@@ -4,6 +4,7 @@
 mod baseline;
 mod datasets;
 mod embed;
+mod evaluate;
 mod generate;
 mod gradients;
 mod server;

@@ -9,12 +9,14 @@
 //! - `client`, `transaction`, `resources`: the connection, what is staged over it, what an abort must clean up
 //! - `options`, `error`: options and errors
 //! - `functions`: functions and procedures of the schema `candle`
-//! - `training`, `datasets`: what `candle.train`, `candle.tokenize_dataset` and `candle.retokenize_dataset` do
+//! - `training`, `datasets`, `evaluation`: what `candle.train`, `candle.tokenize_dataset`, `candle.retokenize_dataset` and
+//!   `candle.evaluate` do
 //! - `procedure`: commits inside of procedures, and cursors that outlive them
 
 mod client;
 mod datasets;
 mod error;
+mod evaluation;
 mod functions;
 mod modify;
 mod nodes;

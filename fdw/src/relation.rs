@@ -32,6 +32,7 @@ pub(crate) const RELATIONS: &[&dyn Relation] = &[
     &relations::Devices,
     &relations::Requests,
     &relations::Metrics,
+    &relations::Evaluations,
     &relations::KernelBenchmarks,
 ];
 

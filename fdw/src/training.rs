@@ -21,4 +21,4 @@ pub(crate) use arguments::Arguments;
 pub(crate) use documents::{Tokenizing, tokenize};
 pub(crate) use driver::train;
 pub(crate) use progress::Progress;
-pub(crate) use source::{columns, from};
+pub(crate) use source::{QueryColumn, columns, from};

@@ -4,7 +4,7 @@
 mod read;
 mod write;
 
-pub(crate) use read::{element_type, read, read_elements};
+pub(crate) use read::{element_type, is_text, read, read_elements, type_name};
 pub(crate) use write::write;
 
 use pgrx::pg_sys;

@@ -12,6 +12,7 @@ pub mod constraint;
 pub mod decoder;
 mod deep_stack;
 pub mod error;
+pub mod evaluation;
 pub mod experts;
 pub mod formats;
 pub mod gpu;

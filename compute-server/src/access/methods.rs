@@ -79,6 +79,15 @@ const METHODS: &[(&str, Need)] = &[
         "/candle.compute.v1.CheckpointsService/DeleteCheckpoint",
         Need::Role(Train),
     ),
+    (
+        "/candle.compute.v1.EvaluationsService/ListEvaluations",
+        Need::Role(Read),
+    ),
+    ("/candle.compute.v1.EvaluationsService/Evaluate", Need::Role(Generate)),
+    (
+        "/candle.compute.v1.EvaluationsService/DeleteEvaluation",
+        Need::Role(Generate),
+    ),
     ("/v1/models", Need::Role(Read)),
     ("/v1/models/", Need::Role(Read)),
     ("/v1/embeddings", Need::Role(Read)),

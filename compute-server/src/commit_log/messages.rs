@@ -21,7 +21,7 @@ pub(crate) struct Header {
     /// What happened to models; their data follow the header in this order.
     #[prost(message, repeated, tag = "5")]
     pub(crate) entries: Vec<Entry>,
-    /// What happened to checkpoints.
+    /// What happened to checkpoints, evaluations and tokenizers.
     #[prost(message, repeated, tag = "6")]
     pub(crate) files: Vec<FileChange>,
     /// Transactions published before, whose own frames a rewritten log does not have any more.
@@ -74,14 +74,15 @@ pub(crate) enum Kind {
     Lost = 3,
 }
 
-/// A checkpoint that was published or deleted.
+/// A checkpoint, an evaluation or a tokenizer that was published or deleted.
 #[derive(Clone, PartialEq, Eq, Message)]
 pub(crate) struct FileChange {
     #[prost(string, tag = "1")]
     pub(crate) model: String,
+    /// Of an evaluation its id.
     #[prost(uint64, tag = "2")]
     pub(crate) step: u64,
-    /// Where the new checkpoint lay before, relative to the data folder; empty for a deletion.
+    /// Where the new one lay before, relative to the data folder; empty for a deletion.
     #[prost(string, tag = "3")]
     pub(crate) staged: String,
     /// Its place, relative to the data folder.

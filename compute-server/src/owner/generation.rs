@@ -29,6 +29,8 @@ pub(crate) struct GenerationRequest {
     pub(crate) tokens: Vec<u32>,
     /// Which completion of its request it is.
     pub(crate) choice: u32,
+    /// Computes everything itself, and shares nothing of what it computes.
+    pub(crate) ignore_cache: bool,
     /// Most tokens to generate, at least 1; prompt and completion together fit the context.
     pub(crate) max_tokens: usize,
     /// Chooses tokens.

@@ -25,6 +25,7 @@ mod replaying;
 mod round;
 mod run;
 mod saving;
+mod scoring;
 mod sequence;
 mod settings;
 mod sharing;

@@ -47,10 +47,11 @@ impl Owner {
         }
     }
 
-    /// An empty cache for those weights. Only committed weights share pages.
-    fn cache_for(&self, weights: Weights) -> KeyValueCache {
+    /// An empty cache for a generation on those weights. Only committed weights share pages.
+    fn cache_for(&self, request: &GenerationRequest, weights: Weights) -> KeyValueCache {
         let pages = &self.shared.pages;
         let scope = match weights {
+            _ if request.ignore_cache => None,
             Weights::Committed { version, adapter: None } => Some(pages.scope("", [version, 0])),
             Weights::Committed {
                 version,
@@ -69,7 +70,7 @@ impl Owner {
     pub(super) fn first_cache(&self, request: &GenerationRequest) -> candle_models::Result<(Weights, KeyValueCache)> {
         let factors = request.adapter.as_ref().and_then(|adapter| adapter.factors().ok());
         let weights = self.weights(request, factors.as_deref());
-        let mut cache = self.cache_for(weights);
+        let mut cache = self.cache_for(request, weights);
         let reused = cache.reuse(&request.tokens);
         cache.reserve(PREFILL_CHUNK.min(request.tokens.len() - reused))?;
         Ok((weights, cache))
@@ -85,7 +86,8 @@ impl Owner {
     pub(super) fn follow_weights(&self, sequence: &mut Sequence, factors: Option<&Factors>) {
         let weights = self.weights(&sequence.request, factors);
         if sequence.weights != weights {
-            sequence.restart(weights, self.cache_for(weights));
+            let cache = self.cache_for(&sequence.request, weights);
+            sequence.restart(weights, cache);
         }
     }
 

@@ -69,6 +69,7 @@ pub(crate) async fn start(app: &Arc<App>, caller: Caller, request: v1::GenerateR
             adapter: adapter.clone(),
             tokens: tokens.clone(),
             choice,
+            ignore_cache: request.ignore_cache,
             max_tokens,
             sampler: Sampler::new(&SamplingOptions {
                 seed,

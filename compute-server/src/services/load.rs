@@ -28,6 +28,8 @@ pub(crate) struct Loading {
     pub(crate) device: Device,
     /// Whose memory it takes.
     pub(crate) tenant: Arc<Tenant>,
+    /// The tokenizer that the configuration names, where the transaction itself has trained it.
+    pub(crate) staged_tokenizer: Option<std::path::PathBuf>,
 }
 
 /// Where the weights are.
@@ -77,6 +79,7 @@ pub(crate) fn load(app: &Arc<App>, loading: Loading) -> Result<NewModel> {
         source,
         device,
         tenant,
+        staged_tokenizer,
     } = loading;
     let budget = tenant.memory();
     let digest = match (&source, &app.log) {
@@ -91,11 +94,11 @@ pub(crate) fn load(app: &Arc<App>, loading: Loading) -> Result<NewModel> {
     };
     let (mut model, trained, memory) = match &source {
         Located::Nothing => {
-            let (model, memory) = create(app, budget, &options, None)?;
+            let (model, memory) = create(app, budget, &options, Tokens::Named(staged_tokenizer.as_deref()))?;
             (model, Trained::default(), memory)
         }
         Located::Tokenizer(json) => {
-            let (model, memory) = create(app, budget, &options, Some(json))?;
+            let (model, memory) = create(app, budget, &options, Tokens::Kept(json))?;
             (model, Trained::default(), memory)
         }
         Located::Files(path) => {
@@ -201,17 +204,25 @@ struct Trained {
     seed: u64,
 }
 
+/// Where the tokenizer of a model that is made from nothing comes from.
+enum Tokens<'a> {
+    /// By the name in the configuration, or from the file that the transaction staged for it.
+    Named(Option<&'a Path>),
+    /// As JSON; empty for none.
+    Kept(&'a str),
+}
+
 fn create(
     app: &App,
     budget: &Arc<MemoryBudget>,
     options: &LoadOptions,
-    kept: Option<&str>,
+    tokens: Tokens<'_>,
 ) -> Result<(Model, Reservation)> {
-    let tokenizer = match (kept, options.config.get("tokenizer")) {
-        (Some(""), _) | (None, None | Some(Value::Null)) => None,
-        (Some(json), _) => Some(Arc::new(Tokenizer::from_json(json)?)),
-        (None, Some(Value::String(name))) => Some(Arc::new(app.tokenizers.load(name)?)),
-        (None, Some(other)) => {
+    let tokenizer = match (tokens, options.config.get("tokenizer")) {
+        (Tokens::Kept(""), _) | (Tokens::Named(_), None | Some(Value::Null)) => None,
+        (Tokens::Kept(json), _) => Some(Arc::new(Tokenizer::from_json(json)?)),
+        (Tokens::Named(staged), Some(Value::String(name))) => Some(Arc::new(app.tokenizers.load(name, staged)?)),
+        (Tokens::Named(_), Some(other)) => {
             return Err(Error::invalid(format!(
                 "\"tokenizer\" is {other}; it must be a tokenizer's name"
             )));

@@ -5,6 +5,8 @@ mod benchmarks;
 mod checkpoints;
 mod constraints;
 pub(crate) mod embed;
+mod evaluating;
+mod evaluations;
 pub(crate) mod generate;
 mod inference;
 mod inputs;
@@ -24,6 +26,7 @@ use std::sync::Arc;
 
 use candle_compute_proto::v1::adapters_service_server::AdaptersServiceServer;
 use candle_compute_proto::v1::checkpoints_service_server::CheckpointsServiceServer;
+use candle_compute_proto::v1::evaluations_service_server::EvaluationsServiceServer;
 use candle_compute_proto::v1::inference_service_server::InferenceServiceServer;
 use candle_compute_proto::v1::models_service_server::ModelsServiceServer;
 use candle_compute_proto::v1::telemetry_service_server::TelemetryServiceServer;
@@ -48,12 +51,13 @@ pub(crate) struct Service {
 }
 
 /// Names of the services, for health reporting.
-pub(crate) const SERVICES: [&str; 7] = [
+pub(crate) const SERVICES: [&str; 8] = [
     "candle.compute.v1.ModelsService",
     "candle.compute.v1.InferenceService",
     "candle.compute.v1.TrainingService",
     "candle.compute.v1.AdaptersService",
     "candle.compute.v1.CheckpointsService",
+    "candle.compute.v1.EvaluationsService",
     "candle.compute.v1.TransactionsService",
     "candle.compute.v1.TelemetryService",
 ];
@@ -67,6 +71,7 @@ pub(crate) fn routes(app: &Arc<App>) -> Routes {
         .add_service(TrainingServiceServer::new(service.clone()).max_decoding_message_size(limit))
         .add_service(AdaptersServiceServer::new(service.clone()).max_decoding_message_size(limit))
         .add_service(CheckpointsServiceServer::new(service.clone()).max_decoding_message_size(limit))
+        .add_service(EvaluationsServiceServer::new(service.clone()).max_decoding_message_size(limit))
         .add_service(TransactionsServiceServer::new(service.clone()).max_decoding_message_size(limit))
         .add_service(TelemetryServiceServer::new(service).max_decoding_message_size(limit))
 }

@@ -45,11 +45,13 @@ impl ModelsService for Service {
             }
             .into());
         }
-        let source = {
+        let (source, staged_tokenizer) = {
             let reader = scope
                 .reader()
                 .ok_or_else(|| Error::Internal("a scope without a reader".to_owned()))?;
-            load::locate(&self.app, reader, &request.source)?
+            let named = config.get("tokenizer").and_then(Value::as_str);
+            let staged = named.and_then(|name| reader.staged_tokenizer(name));
+            (load::locate(&self.app, reader, &request.source)?, staged)
         };
         let slot = self.app.model_slot()?;
         let in_transaction = request.transaction.is_some();
@@ -63,6 +65,7 @@ impl ModelsService for Service {
                 source,
                 device,
                 tenant: std::sync::Arc::clone(&caller.tenant),
+                staged_tokenizer,
             },
         );
         let loaded = tokio::task::spawn_blocking(move || load::load(&app, loading)).await;
@@ -183,6 +186,7 @@ impl ModelsService for Service {
         &self,
         request: Request<Streaming<v1::TrainTokenizerRequest>>,
     ) -> Result<Response<v1::TrainTokenizerResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let mut messages = request.into_inner();
         let first = messages
             .message()
@@ -190,6 +194,7 @@ impl ModelsService for Service {
             .ok_or_else(|| Error::invalid("the stream is empty"))?;
         let (name, vocabulary_size) = (first.name.clone(), first.vocabulary_size as usize);
         TokenizerStore::validate_name(&name)?;
+        let scope = Scope::open(&self.app, first.transaction.as_ref(), &caller)?;
         let mut texts: Vec<String> = Vec::new();
         let (mut bytes, limit) = (0u64, self.app.config.limits.tokenizer_bytes);
         let mut next = Some(first);
@@ -210,12 +215,13 @@ impl ModelsService for Service {
         let (store, count) = (self.app.tokenizers.clone(), texts.len() as u64);
         let trained = tokio::task::spawn_blocking(move || {
             let tokenizer = Tokenizer::train_bpe(texts.iter(), vocabulary_size)?;
-            store.save(&name, &tokenizer)?;
-            Ok::<_, Error>(tokenizer.vocabulary_size())
+            Ok::<_, Error>((store.stage(&name, &tokenizer)?, tokenizer.vocabulary_size()))
         });
-        let size = trained
+        let (staged, size) = trained
             .await
             .map_err(|error| Error::Internal(format!("training failed: {error}")))??;
+        scope.push(WriteKind::CreateTokenizer(staged))?;
+        scope.close().await?;
         let vocabulary_size = u32::try_from(size).unwrap_or(u32::MAX);
         Ok(Response::new(v1::TrainTokenizerResponse {
             vocabulary_size,

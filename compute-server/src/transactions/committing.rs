@@ -71,6 +71,9 @@ impl App {
                     files.push(self.checkpoints.creation(staged));
                 }
                 WriteKind::DeleteCheckpoint(key) => files.push(self.checkpoints.deletion(key)),
+                WriteKind::CreateEvaluation(staged) => files.push(self.evaluations.creation(staged)),
+                WriteKind::DeleteEvaluation(id) => files.push(self.evaluations.deletion(*id)),
+                WriteKind::CreateTokenizer(staged) => files.push(self.tokenizers.creation(staged)),
                 WriteKind::Change(_) => {}
             }
         }

@@ -109,7 +109,11 @@ pub(super) async fn drop_writes(transaction: &Transaction, writes: Vec<Write>, s
             WriteKind::DropModel(_)
             | WriteKind::DropUnavailable(_)
             | WriteKind::Change(_)
-            | WriteKind::DeleteCheckpoint(_) => {}
+            | WriteKind::DeleteCheckpoint(_)
+            | WriteKind::DeleteEvaluation(_)
+            // Small files, which go as they are dropped.
+            | WriteKind::CreateEvaluation(_)
+            | WriteKind::CreateTokenizer(_) => {}
         }
     }
     for model in changed {

@@ -6,6 +6,7 @@
 mod bases;
 mod committing;
 mod ending;
+mod files;
 mod pruning;
 mod publish;
 mod registry;

@@ -5,10 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::ending::drop_writes;
+use super::files::FileChanged;
 use super::transaction::{Transaction, Write, WriteKind};
 use crate::app::App;
-use crate::checkpoints::{self, Key, StagedCheckpoint};
+use crate::checkpoints::{self, Key};
 use crate::error::{Error, Result};
+use crate::evaluations;
 use crate::names::ModelKey;
 use crate::owner::{ModelHandle, Recorded};
 
@@ -85,6 +87,7 @@ impl App {
     async fn validate(&self, transaction: &Transaction, writes: &[Write]) -> Result<Vec<(u64, Recorded)>> {
         let mut models: HashMap<ModelKey, Option<ModelHandle>> = HashMap::new();
         let mut checkpoints: HashMap<Key, bool> = HashMap::new();
+        let mut evaluations: HashMap<u64, bool> = HashMap::new();
         for write in writes {
             match &write.kind {
                 WriteKind::CreateModel(model) => {
@@ -141,6 +144,14 @@ impl App {
                         return Err(checkpoints::not_found(key));
                     }
                 }
+                // Ids are never given twice.
+                WriteKind::CreateEvaluation(staged) => drop(evaluations.insert(staged.id(), true)),
+                WriteKind::DeleteEvaluation(id) => {
+                    let present = evaluations.entry(*id).or_insert_with(|| self.evaluations.contains(*id));
+                    if !std::mem::replace(present, false) {
+                        return Err(evaluations::not_found(*id));
+                    }
+                }
                 WriteKind::DropUnavailable(key) => {
                     if self.registry.unavailable(key).is_none() {
                         let kind = key.kind();
@@ -149,7 +160,7 @@ impl App {
                         )));
                     }
                 }
-                WriteKind::Change(_) => {}
+                WriteKind::Change(_) | WriteKind::CreateTokenizer(_) => {}
             }
         }
         let record = self.log.is_some();
@@ -176,22 +187,21 @@ impl App {
     async fn apply(self: &Arc<Self>, transaction: &Transaction, writes: Vec<Write>, logged: Option<u64>) -> Result<()> {
         let (mut failed, mut saved) = (None, Vec::new());
         let changed = changed_models(&writes);
-        let mut done: Vec<CheckpointChange> = Vec::new();
+        let mut done: Vec<FileChanged> = Vec::new();
         let mut models = Vec::new();
         for write in writes {
             match write.kind {
-                WriteKind::CreateCheckpoint(staged) => match self.checkpoints.publish(&staged) {
-                    Ok(()) => {
-                        saved.push(staged.row.model.clone());
-                        done.push(CheckpointChange::Created(staged));
+                kind @ (WriteKind::CreateCheckpoint(_)
+                | WriteKind::DeleteCheckpoint(_)
+                | WriteKind::CreateEvaluation(_)
+                | WriteKind::DeleteEvaluation(_)
+                | WriteKind::CreateTokenizer(_)) => match self.change_file(kind) {
+                    Ok(change) => {
+                        if let Some(FileChanged::CheckpointCreated(staged)) = &change {
+                            saved.push(staged.row.model.clone());
+                        }
+                        done.extend(change);
                     }
-                    Err(error) if logged.is_none() => {
-                        return self.undo(transaction, done, models, changed, error).await;
-                    }
-                    Err(error) => failed = Some(error),
-                },
-                WriteKind::DeleteCheckpoint(key) => match self.checkpoints.remove(&key) {
-                    Ok(removed) => done.push(CheckpointChange::Deleted(removed)),
                     Err(error) if logged.is_none() => {
                         return self.undo(transaction, done, models, changed, error).await;
                     }
@@ -246,17 +256,13 @@ impl App {
     async fn undo(
         &self,
         transaction: &Transaction,
-        done: Vec<CheckpointChange>,
+        done: Vec<FileChanged>,
         models: Vec<WriteKind>,
         changed: Vec<ModelHandle>,
         error: Error,
     ) -> Result<()> {
         for change in done.into_iter().rev() {
-            let undone = match &change {
-                CheckpointChange::Created(staged) => self.checkpoints.remove(&staged.key()).map(drop),
-                CheckpointChange::Deleted(removed) => self.checkpoints.publish(removed),
-            };
-            if let Err(error) = undone {
+            if let Err(error) = self.change_file_back(change) {
                 tracing::error!(%error, "a failed publish could not be taken back wholly");
             }
         }
@@ -270,12 +276,6 @@ impl App {
         drop_writes(transaction, writes, 0).await;
         Err(error)
     }
-}
-
-/// A change of checkpoints that has happened.
-enum CheckpointChange {
-    Created(StagedCheckpoint),
-    Deleted(StagedCheckpoint),
 }
 
 /// The models that writes changed, each once.

@@ -129,6 +129,37 @@ impl Reader {
         rows.into_values().collect()
     }
 
+    /// Where the tokenizer called `name` lies that the transaction itself has trained, if it has.
+    pub(crate) fn staged_tokenizer(&self, name: &str) -> Option<std::path::PathBuf> {
+        let transaction = self.transaction.as_ref()?;
+        let state = transaction.lock();
+        let trained = state.writes.iter().rev().find_map(|write| match &write.kind {
+            WriteKind::CreateTokenizer(staged) if staged.name() == name => Some(staged.path().to_owned()),
+            _ => None,
+        });
+        trained
+    }
+
+    /// All evaluations that are seen, in the order of their ids.
+    pub(crate) fn evaluations(&self) -> Vec<v1::Evaluation> {
+        let rows = self.app.evaluations.list().into_iter();
+        let mut rows: std::collections::BTreeMap<_, _> = rows.map(|row| (row.id, row)).collect();
+        if let Some(transaction) = &self.transaction {
+            for write in &transaction.lock().writes {
+                match &write.kind {
+                    WriteKind::CreateEvaluation(staged) => {
+                        rows.insert(staged.id(), staged.row().clone());
+                    }
+                    WriteKind::DeleteEvaluation(id) => {
+                        rows.remove(id);
+                    }
+                    _ => {}
+                }
+            }
+        }
+        rows.into_values().collect()
+    }
+
     /// The folder of a checkpoint that is seen.
     pub(crate) fn checkpoint_path(&self, key: &crate::checkpoints::Key) -> Option<std::path::PathBuf> {
         let published = self.app.checkpoints.path(key);

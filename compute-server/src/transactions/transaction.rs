@@ -6,8 +6,10 @@ use std::time::{Duration, Instant};
 use crate::access::Caller;
 use crate::checkpoints::{Key, StagedCheckpoint};
 use crate::error::{Error, Result};
+use crate::evaluations::StagedEvaluation;
 use crate::names::ModelKey;
 use crate::owner::{ModelHandle, TransactionId};
+use crate::tokenizers::StagedTokenizer;
 
 /// Number of a client's connection.
 pub(crate) type Connection = u64;
@@ -78,6 +80,12 @@ pub(crate) enum WriteKind {
     CreateCheckpoint(StagedCheckpoint),
     /// A checkpoint was deleted.
     DeleteCheckpoint(Key),
+    /// An evaluation was made.
+    CreateEvaluation(StagedEvaluation),
+    /// The evaluation of this id was deleted.
+    DeleteEvaluation(u64),
+    /// A tokenizer was trained.
+    CreateTokenizer(StagedTokenizer),
 }
 
 impl Transaction {

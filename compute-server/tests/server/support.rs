@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use candle_compute_proto::v1::adapters_service_client::AdaptersServiceClient;
 use candle_compute_proto::v1::checkpoints_service_client::CheckpointsServiceClient;
+use candle_compute_proto::v1::evaluations_service_client::EvaluationsServiceClient;
 use candle_compute_proto::v1::inference_service_client::InferenceServiceClient;
 use candle_compute_proto::v1::models_service_client::ModelsServiceClient;
 use candle_compute_proto::v1::telemetry_service_client::TelemetryServiceClient;
@@ -164,6 +165,7 @@ pub struct Client {
     pub inference: InferenceServiceClient<Transport>,
     pub training: TrainingServiceClient<Transport>,
     pub checkpoints: CheckpointsServiceClient<Transport>,
+    pub evaluations: EvaluationsServiceClient<Transport>,
     pub transactions: TransactionsServiceClient<Transport>,
     pub telemetry: TelemetryServiceClient<Transport>,
 }
@@ -187,6 +189,7 @@ impl Client {
             inference: InferenceServiceClient::new(transport()),
             training: TrainingServiceClient::new(transport()),
             checkpoints: CheckpointsServiceClient::new(transport()),
+            evaluations: EvaluationsServiceClient::new(transport()),
             transactions: TransactionsServiceClient::new(transport()),
             telemetry: TelemetryServiceClient::new(transport()),
             channel,
@@ -231,6 +234,7 @@ impl Client {
             "it was the best of times, it was the worst of times",
         ];
         let request = TrainTokenizerRequest {
+            transaction: None,
             name: "tiny".into(),
             vocabulary_size: 280,
             texts: texts.map(str::to_owned).to_vec(),

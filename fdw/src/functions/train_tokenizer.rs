@@ -9,8 +9,9 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use super::refuse_read_only;
 use super::server::client;
-use crate::client::{dropped_work, spawn, wait, write};
+use crate::client::{Client, dropped_work, spawn, wait, write};
 use crate::error::{Error, OrReport, Result};
+use crate::transaction;
 
 /// Texts of one message to the server.
 const TEXTS_PER_MESSAGE: i64 = 500;
@@ -33,9 +34,12 @@ fn train_tokenizer(name: Option<&str>, query: Option<&str>, vocabulary_size: Opt
         };
         let vocabulary_size = u32::try_from(size)
             .map_err(|_| Error::bad_value(format!("vocabulary_size must be at least 257, not {size}")))?;
-        let mut upload = Upload::start()?;
+        let client = client()?;
+        let transaction = transaction::writing(&client)?;
+        let mut upload = Upload::start(client.clone())?;
         // The first message carries the name, so that a query without texts fails on the server with its own error.
         let first = TrainTokenizerRequest {
+            transaction: Some(transaction),
             name: name.to_string(),
             vocabulary_size,
             texts: Vec::new(),
@@ -63,7 +67,9 @@ fn train_tokenizer(name: Option<&str>, query: Option<&str>, vocabulary_size: Opt
             }
             Ok::<(), Error>(())
         })?;
-        upload.finish()
+        let made = upload.finish()?;
+        transaction::wrote(client.session);
+        Ok(made)
     };
     let made = train().or_report();
     notice!(
@@ -84,8 +90,7 @@ struct Upload {
 }
 
 impl Upload {
-    fn start() -> Result<Self> {
-        let client = client()?;
+    fn start(client: Client) -> Result<Self> {
         let (sender, receiver) = mpsc::channel(4);
         let task = spawn(async move { write!(client, models.train_tokenizer(ReceiverStream::new(receiver))).await })?;
         Ok(Self {

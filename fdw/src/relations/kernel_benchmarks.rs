@@ -29,6 +29,7 @@ const COLUMNS: &[Column] = &[
 const WITH_BASELINE: &[&str] = &[
     "matmul",
     "linear",
+    "attention_forward",
     "gelu_tanh",
     "silu_gate",
     "rms_norm",

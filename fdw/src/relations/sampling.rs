@@ -62,6 +62,7 @@ pub(super) fn request(call: &Call, stream_tokens: bool) -> Result<GenerateReques
         n: small(inputs, "n")?,
         top_logprobs: small(inputs, "logprobs")?,
         response_format_json: inputs.text("response_format").unwrap_or_default(),
+        ignore_cache: false,
         adapter: adapters::named(inputs)?,
     })
 }

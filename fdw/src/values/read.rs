@@ -179,6 +179,11 @@ pub(crate) fn element_type(oid: Oid) -> Oid {
     unsafe { pg_sys::get_element_type(oid) }
 }
 
+/// Whether values of the type are strings.
+pub(crate) fn is_text(oid: Oid) -> bool {
+    oid != Oid::INVALID && category(oid) == b'S'
+}
+
 pub(super) fn category(oid: Oid) -> u8 {
     let (mut category, mut preferred) = (0 as c_char, false);
     // SAFETY: a catalog lookup that writes to the two places.
@@ -186,7 +191,8 @@ pub(super) fn category(oid: Oid) -> u8 {
     category as u8
 }
 
-pub(super) fn type_name(oid: Oid) -> String {
+/// A type's name in SQL.
+pub(crate) fn type_name(oid: Oid) -> String {
     // SAFETY: answers a NUL-terminated string for every oid.
     unsafe { CStr::from_ptr(pg_sys::format_type_be(oid)) }
         .to_string_lossy()

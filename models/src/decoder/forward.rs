@@ -100,7 +100,7 @@ impl Decoder {
     }
 
     /// The residual stream after the last layer, `[new tokens of all sequences, width]`; extends the caches.
-    pub(super) fn hidden(&self, batch: &mut [SequenceStep<'_>]) -> Result<Tensor> {
+    pub(crate) fn hidden(&self, batch: &mut [SequenceStep<'_>]) -> Result<Tensor> {
         self.hidden_adapted(batch, &AdapterRows::none())
     }
 
@@ -152,7 +152,7 @@ impl Decoder {
     }
 
     /// Final norm and head: `[rows, width]` to `[rows, vocabulary]`.
-    pub(super) fn head(&self, hidden: &Tensor) -> Result<Tensor> {
+    pub(crate) fn head(&self, hidden: &Tensor) -> Result<Tensor> {
         let normalized = self.normalize(hidden, &self.layout.final_norm)?;
         self.project(&normalized, &self.layout.head)
     }

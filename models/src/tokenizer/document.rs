@@ -56,6 +56,16 @@ impl<'a> Documents<'a> {
         })
     }
 
+    /// Tokens that the tokenizer puts before every text.
+    pub fn before(&self) -> &[u32] {
+        &self.before
+    }
+
+    /// The token behind every document, if there is one.
+    pub fn end(&self) -> Option<u32> {
+        self.end
+    }
+
     /// The document of a text. Special tokens written in it are recognised; an end-of-text token that it ends with is not
     /// doubled.
     ///

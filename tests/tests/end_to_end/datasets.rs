@@ -3,6 +3,7 @@
 use end_to_end_tests::cluster::Cluster;
 use end_to_end_tests::database_errors::expect_failure;
 use end_to_end_tests::fixture::Fixture;
+use end_to_end_tests::waiting::wait_for;
 use postgres::Client;
 
 /// A model with another tokenizer.
@@ -137,6 +138,59 @@ fn an_interrupted_conversion_goes_on() {
         .unwrap()
         .get(0);
     assert_eq!(rows, 0);
+    fixture.assert_idle();
+}
+
+/// A backend that is terminated in the middle of a conversion loses at most the rows that it had not committed; meanwhile
+/// others see how far it is.
+#[test]
+fn a_killed_conversion_goes_on() {
+    let fixture = Fixture::with_models();
+    let mut client = fixture.connect();
+    client.batch_execute(OTHER).unwrap();
+    // The fourth batch waits for as long as this session holds the lock.
+    client
+        .batch_execute(
+            "CALL candle.tokenize_dataset('d', 'tiny', 'SELECT i AS id, ''text – '' || i AS text FROM generate_series(1, 300) i');
+             CREATE FUNCTION wait_at() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                 IF NEW.id = 200 THEN PERFORM pg_advisory_xact_lock(1); END IF; RETURN NEW; END $$;
+             CREATE TRIGGER waiting BEFORE INSERT ON candle.dataset FOR EACH ROW EXECUTE FUNCTION wait_at();
+             SELECT pg_advisory_lock(1)",
+        )
+        .unwrap();
+    let call = "CALL candle.retokenize_dataset('d', 'tiny', 'other')";
+    let mut other = fixture.connect();
+    let process: i32 = other.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);
+    let running = std::thread::spawn(move || other.batch_execute(call));
+    wait_for("the fourth batch", || {
+        let statement =
+            "SELECT done FROM llm.requests WHERE kind = 'tokenize' AND model = 'other' AND total = 300 AND done = 192";
+        client.query_opt(statement, &[]).unwrap()
+    });
+    wait_for("the lock to be wanted", || {
+        let statement = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND pid = $1";
+        client.query_opt(statement, &[&process]).unwrap()
+    });
+    client.execute("SELECT pg_terminate_backend($1)", &[&process]).unwrap();
+    expect_failure(running.join().unwrap(), "57P01");
+    let stored = "SELECT count(*), max(id) FROM candle.dataset WHERE model = 'other'";
+    let row = client.query_one(stored, &[]).unwrap();
+    assert_eq!((row.get::<_, i64>(0), row.get::<_, i64>(1)), (192, 192));
+    client.batch_execute("SELECT pg_advisory_unlock(1)").unwrap();
+    client.batch_execute(call).unwrap();
+    let row = client.query_one(stored, &[]).unwrap();
+    assert_eq!((row.get::<_, i64>(0), row.get::<_, i64>(1)), (300, 300));
+    assert_eq!(texts(&mut client, "other"), texts(&mut client, "tiny"));
+    let report = "SELECT finished, rows, inexact,
+                         tokens_before = (SELECT sum(cardinality(tokens)) FROM candle.dataset WHERE model = 'tiny'),
+                         tokens_after = (SELECT sum(cardinality(tokens)) FROM candle.dataset WHERE model = 'other')
+                  FROM candle.dataset_conversions WHERE model = 'other'";
+    let row = client.query_one(report, &[]).unwrap();
+    assert_eq!(
+        (row.get::<_, bool>(0), row.get::<_, i64>(1), row.get::<_, i64>(2)),
+        (true, 300, 0)
+    );
+    assert!(row.get::<_, bool>(3) && row.get::<_, bool>(4));
     fixture.assert_idle();
 }
 

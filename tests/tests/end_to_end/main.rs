@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod datasets;
+mod evaluation;
 mod faults;
 mod files;
 mod gradients;

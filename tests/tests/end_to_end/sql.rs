@@ -31,6 +31,7 @@ sql_tests!(
     adapters,
     datasets,
     definitions,
+    evaluation,
     gradients,
     inference,
     input_forms,
@@ -40,5 +41,6 @@ sql_tests!(
     statistics,
     structured,
     table_semantics,
+    tokenizers,
     training
 );
