@@ -28,7 +28,7 @@ pub(crate) struct EvaluationStore {
 /// An evaluation that was written but not published.
 #[derive(Debug)]
 pub(crate) struct StagedEvaluation {
-    row: v1::Evaluation,
+    row: Box<v1::Evaluation>,
     file: Staged,
 }
 
@@ -91,6 +91,7 @@ impl EvaluationStore {
         bytes.extend(message);
         let file = self.folder.stage();
         data_folder::write_new(file.path(), &bytes).map_err(|error| Error::io("writing an evaluation", error))?;
+        let row = Box::new(row);
         Ok(StagedEvaluation { row, file })
     }
 
@@ -102,7 +103,7 @@ impl EvaluationStore {
         let id = staged.id();
         data_folder::rename(staged.file.path(), &self.folder.path(relative_path(id)))
             .map_err(|error| Error::io(format!("publishing the evaluation {id}"), error))?;
-        self.lock().insert(id, staged.row.clone());
+        self.lock().insert(id, staged.row().clone());
         Ok(())
     }
 
@@ -117,6 +118,7 @@ impl EvaluationStore {
         data_folder::rename(&self.folder.path(relative_path(id)), file.path())
             .map_err(|error| Error::io(format!("deleting the evaluation {id}"), error))?;
         self.lock().remove(&id);
+        let row = Box::new(row);
         Ok(StagedEvaluation { row, file })
     }
 
