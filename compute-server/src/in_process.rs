@@ -59,7 +59,7 @@ impl Answer {
 
     /// Whether it tells of a mistake in the server rather than in the call.
     pub fn is_defect(&self) -> bool {
-        matches!(self.code, Code::Internal | Code::Unknown | Code::DataLoss) && !self.is_undecodable()
+        matches!(self.code, Code::Internal | Code::Unknown) && !self.is_undecodable()
     }
 
     /// gRPC's table of status codes has INTERNAL for a message that cannot be parsed, and tonic gives it before any code
