@@ -76,6 +76,7 @@ fn main() {
             half: half.as_ref(),
             loss_scale: settings.precision.loss_scaling.factor(LossScale::default()),
             dropout: settings.dropout,
+            router: settings.router,
             dropout_key: DropoutKey {
                 step: step as u64,
                 ..DropoutKey::default()

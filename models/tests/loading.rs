@@ -106,11 +106,14 @@ fn experts_are_read_one_by_one_and_together() {
     }
 }
 
+/// A change of a model's tensors and of its configuration.
+type Change<'a> = dyn Fn(&mut HashMap<String, Tensor>, &mut Map<String, Value>) + 'a;
+
 #[test]
 fn experts_that_contradict_the_configuration_are_refused_by_name() {
     let expert =
         |expert: usize, matrix: &str| format!("model.layers.1.block_sparse_moe.experts.{expert}.{matrix}.weight");
-    let refused = |change: &dyn Fn(&mut HashMap<String, Tensor>, &mut Map<String, Value>), expected: &str| {
+    let refused = |change: &Change<'_>, expected: &str| {
         let folder = changed("mixtral", |tensors, config| change(tensors, config));
         let error = load(folder.path()).unwrap_err().to_string();
         assert!(error.contains(expected), "{expected}: {error}");

@@ -133,11 +133,10 @@ impl Reader {
     pub(crate) fn staged_tokenizer(&self, name: &str) -> Option<std::path::PathBuf> {
         let transaction = self.transaction.as_ref()?;
         let state = transaction.lock();
-        let trained = state.writes.iter().rev().find_map(|write| match &write.kind {
+        state.writes.iter().rev().find_map(|write| match &write.kind {
             WriteKind::CreateTokenizer(staged) if staged.name() == name => Some(staged.path().to_owned()),
             _ => None,
-        });
-        trained
+        })
     }
 
     /// All evaluations that are seen, in the order of their ids.

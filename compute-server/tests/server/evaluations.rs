@@ -208,7 +208,7 @@ async fn tokens_are_evaluated_like_their_text_and_generations_are_timed() {
         .unwrap();
     let one = tokens(&ids);
     let (of_tokens, _) = client
-        .evaluate(timed, &[&[one.clone()], &[one.clone(), one]])
+        .evaluate(timed, &[std::slice::from_ref(&one), &[one.clone(), one.clone()]])
         .await
         .unwrap();
     assert!((of_text.loss.unwrap() - of_tokens.loss.unwrap()).abs() < 1e-9);
@@ -242,7 +242,10 @@ async fn evaluations_are_part_of_transactions_and_survive_restarts() {
         ..start("m")
     };
     let (staged, _) = client.evaluate(of("a"), &[rows]).await.unwrap();
-    assert_eq!(client.list_evaluations(within("a")).await, [staged.clone()]);
+    assert_eq!(
+        client.list_evaluations(within("a")).await,
+        std::slice::from_ref(&staged)
+    );
     assert_eq!(client.list_evaluations(None).await, []);
     client.rollback("a", 1).await;
     assert_eq!(client.list_evaluations(None).await, []);
@@ -258,7 +261,7 @@ async fn evaluations_are_part_of_transactions_and_survive_restarts() {
     assert_eq!(client.list_evaluations(None).await, [after.clone(), kept.clone()]);
     // Deleted in a transaction, it is there until that commits.
     client.delete_evaluation(after.id, within("c")).await.unwrap();
-    assert_eq!(client.list_evaluations(within("c")).await, [kept.clone()]);
+    assert_eq!(client.list_evaluations(within("c")).await, std::slice::from_ref(&kept));
     assert_status(
         client.delete_evaluation(after.id, within("c")).await,
         Code::NotFound,
@@ -281,7 +284,7 @@ async fn evaluations_are_part_of_transactions_and_survive_restarts() {
     let data = server.kill();
     let server = TestServer::start_in(data, &[]);
     let client = server.connect().await;
-    assert_eq!(client.list_evaluations(None).await, [kept.clone()]);
+    assert_eq!(client.list_evaluations(None).await, std::slice::from_ref(&kept));
     client.delete_evaluation(kept.id, None).await.unwrap();
     assert_eq!(client.list_evaluations(None).await, []);
 }

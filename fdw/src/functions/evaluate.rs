@@ -141,6 +141,8 @@ impl Setter<'_> {
 
 /// What [`evaluate`] finds for each row of the query, in its order; nothing is kept. See `docs/evaluation.md`.
 #[allow(clippy::too_many_arguments)] // SQL's named arguments
+// The columns are read off the type.
+#[allow(clippy::type_complexity)]
 #[pg_extern(
     volatile,
     parallel_unsafe,

@@ -21,6 +21,8 @@ extension_sql_file!(
 );
 
 /// Running and queued work. `started_at` is in seconds since 1970.
+// The columns are read off the type.
+#[allow(clippy::type_complexity)]
 #[pg_extern(volatile, parallel_unsafe)]
 fn stat_get_requests() -> TableIterator<
     'static,
@@ -67,6 +69,8 @@ fn stat_get_metrics() -> TableIterator<'static, (name!(name, String), name!(labe
 }
 
 /// The models that the present transaction sees.
+// The columns are read off the type.
+#[allow(clippy::type_complexity)]
 #[pg_extern(volatile, parallel_unsafe)]
 fn stat_get_models() -> TableIterator<
     'static,

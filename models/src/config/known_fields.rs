@@ -87,8 +87,11 @@ const HARMLESS: &[&str] = &[
 /// Beginnings of fields that say nothing about logits either.
 const HARMLESS_BEGINNINGS: &[&str] = &["_", "summary_", "transformers.js"];
 
-/// Fields of every family whose only known value is this.
-const FIXED: &[(&str, fn() -> Value)] = &[
+/// A field and its only known value.
+type FixedField = (&'static str, fn() -> Value);
+
+/// Fields of every family with only one known value.
+const FIXED: &[FixedField] = &[
     ("add_cross_attention", || json!(false)),
     ("is_encoder_decoder", || json!(false)),
     ("pruned_heads", || json!({})),

@@ -279,7 +279,8 @@ impl Shape {
             return Err(Error::invalid_config("key_value_heads", reason));
         }
         let whole = heads.checked_mul(head_dim) == Some(self.width);
-        if !whole && !(architecture == Architecture::Gpt2 && presets::is_printed(self.width, heads, head_dim)) {
+        let printed = architecture == Architecture::Gpt2 && presets::is_printed(self.width, heads, head_dim);
+        if !whole && !printed {
             let reason = format!(
                 "{head_dim} times heads {heads} contradicts width {}; in {name} they are equal",
                 self.width

@@ -143,13 +143,10 @@ fn bad_lines_are_refused_by_the_tensors_name() {
             "shard 3 to 7 is outside of axis 0, which has 6",
         ),
         (
-            vec![plain(json!({})), plain(json!({}))].concat(),
+            [plain(json!({})), plain(json!({}))].concat(),
             "line 2, tensor t: it is described twice",
         ),
-        (
-            vec![vec![rows(0, 6)], plain(json!({}))].concat(),
-            "it is described twice",
-        ),
+        ([vec![rows(0, 6)], plain(json!({}))].concat(), "it is described twice"),
         (
             vec![
                 rows(0, 3),

@@ -220,7 +220,7 @@ unsafe fn shown_columns(
             let variables = pg_sys::pull_var_clause((*list).cast(), flags as i32);
             for variable in items::<pg_sys::Var>(variables) {
                 let attribute = i32::from((*variable).varattno);
-                if (*variable).varno as i32 == index && !attributes.contains(&attribute) {
+                if (*variable).varno == index && !attributes.contains(&attribute) {
                     attributes.push(attribute);
                     show(variable.cast());
                 }

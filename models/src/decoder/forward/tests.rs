@@ -30,8 +30,9 @@ fn layouts(config: &crate::DecoderConfig) -> AttentionLayouts {
     let mut layouts = AttentionLayouts::default();
     for layer in 0..config.layers {
         for head in 1..config.heads {
-            let present =
-                |query: usize, key: usize| key == query / 2 || (query * 31 + key * 17 + 3 * layer + head) % 4 == 0;
+            let present = |query: usize, key: usize| {
+                key == query / 2 || (query * 31 + key * 17 + 3 * layer + head).is_multiple_of(4)
+            };
             let row = |query: usize| -> Vec<u32> {
                 let keys = (0..=query).filter(|key| present(query, *key));
                 keys.map(|key| key as u32).collect()

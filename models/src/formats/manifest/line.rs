@@ -78,8 +78,11 @@ pub(super) struct Shard {
     pub(super) range: [u64; 2],
 }
 
+/// Lines with their numbers, from 1.
+pub(super) type NumberedLines = Vec<(usize, Line)>;
+
 /// Reads all lines. Empty ones are skipped.
-pub(super) fn parse(path: &Path, text: &str) -> Result<(Option<Header>, Vec<(usize, Line)>)> {
+pub(super) fn parse(path: &Path, text: &str) -> Result<(Option<Header>, NumberedLines)> {
     let (mut header, mut lines) = (None, Vec::new());
     for (index, text) in text.lines().enumerate().filter(|(_, text)| !text.trim().is_empty()) {
         let number = index + 1;

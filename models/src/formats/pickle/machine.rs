@@ -86,24 +86,24 @@ impl<'a> Machine<'a> {
                 b')' => self.push(Value::Tuple(Vec::new()))?,
                 0x85..=0x87 => {
                     let height = self.stack.len().checked_sub(usize::from(instruction - 0x84));
-                    let items = self.from_height(height.ok_or_else(empty)?)?;
+                    let items = self.pop_from_height(height.ok_or_else(empty)?)?;
                     self.push(Value::Tuple(items))?;
                 }
                 b't' => {
-                    let items = self.from_mark()?;
+                    let items = self.pop_from_mark()?;
                     self.push(Value::Tuple(items))?;
                 }
                 b']' => self.push(Value::List)?,
                 b'a' => drop(self.pop()?),
-                b'e' => drop(self.from_mark()?),
+                b'e' => drop(self.pop_from_mark()?),
                 b'}' => self.push(Value::Dictionary(Vec::new()))?,
                 b's' => {
                     let height = self.stack.len().checked_sub(2).ok_or_else(empty)?;
-                    let items = self.from_height(height)?;
+                    let items = self.pop_from_height(height)?;
                     self.set(&items)?;
                 }
                 b'u' => {
-                    let items = self.from_mark()?;
+                    let items = self.pop_from_mark()?;
                     self.set(&items)?;
                 }
                 b'c' | 0x93 => self.name(instruction)?,
@@ -157,7 +157,7 @@ impl<'a> Machine<'a> {
         }
     }
 
-    fn from_height(&mut self, height: usize) -> Outcome<Vec<Id>> {
+    fn pop_from_height(&mut self, height: usize) -> Outcome<Vec<Id>> {
         match self.marks.last() {
             Some(&mark) if mark > height => Err(empty()),
             _ if height > self.stack.len() => Err(empty()),
@@ -165,9 +165,9 @@ impl<'a> Machine<'a> {
         }
     }
 
-    fn from_mark(&mut self) -> Outcome<Vec<Id>> {
+    fn pop_from_mark(&mut self) -> Outcome<Vec<Id>> {
         let mark = self.marks.pop().ok_or_else(empty)?;
-        self.from_height(mark)
+        self.pop_from_height(mark)
     }
 
     fn top(&self) -> Outcome<Id> {
