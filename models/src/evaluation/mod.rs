@@ -2,7 +2,7 @@
 //! comes to.
 //!
 //! Everything is computed from [`Stretch`]es: tokens that are read at once, of which the last ones have targets. A text is
-//! cut into stretches by [`windows`], a choice of a question is one stretch ([`Question`]); [`Decoder::score_stretches`]
+//! cut into stretches by [`windows()`], a choice of a question is one stretch ([`Question`]); [`Decoder::score_stretches`]
 //! scores many of them in one pass.
 //!
 //! [`Decoder::score_stretches`]: crate::Decoder::score_stretches
