@@ -9,15 +9,20 @@ use crate::error::{Error, Result};
 use crate::executor::rows::{in_f32, map_rows};
 use crate::executor::{Attributes, Monitor, Operation, Prepared, TensorType};
 
-/// `softmax` over the dimension that the attribute `axis` names, by default the last.
-pub(super) struct Softmax;
-
-/// `log_softmax`, likewise.
-pub(super) struct LogSoftmax;
+/// Over the dimension that the attribute `axis` names, by default the last.
+pub(super) enum Softmax {
+    /// `softmax`.
+    Plain,
+    /// `log_softmax`.
+    Logarithm,
+}
 
 impl Operation for Softmax {
     fn name(&self) -> &'static str {
-        "softmax"
+        match self {
+            Self::Plain => "softmax",
+            Self::Logarithm => "log_softmax",
+        }
     }
 
     fn inputs(&self) -> RangeInclusive<usize> {
@@ -33,29 +38,7 @@ impl Operation for Softmax {
     }
 
     fn prepare(&self, inputs: &[TensorType], attributes: &Attributes) -> Result<Prepared> {
-        prepare(&inputs[0], attributes, false)
-    }
-}
-
-impl Operation for LogSoftmax {
-    fn name(&self) -> &'static str {
-        "log_softmax"
-    }
-
-    fn inputs(&self) -> RangeInclusive<usize> {
-        1..=1
-    }
-
-    fn attributes(&self) -> &'static [&'static str] {
-        &["axis"]
-    }
-
-    fn copies(&self) -> bool {
-        true
-    }
-
-    fn prepare(&self, inputs: &[TensorType], attributes: &Attributes) -> Result<Prepared> {
-        prepare(&inputs[0], attributes, true)
+        prepare(&inputs[0], attributes, matches!(self, Self::Logarithm))
     }
 }
 
