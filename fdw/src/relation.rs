@@ -4,7 +4,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use candle_compute_proto::v1::{GenerationSummary, TransactionContext};
+use candle_compute_proto::v1::{GenerationSummary, TokenIds, TransactionContext};
 use pgrx::PgSqlErrorCode;
 use tokio::sync::mpsc;
 use tonic::codegen::Bytes;
@@ -235,6 +235,15 @@ impl Inputs {
         match self.get(name)? {
             Value::Ints(values) => Some(values.clone()),
             _ => None,
+        }
+    }
+
+    /// The source of a request that takes a text, in the column `input`, or token ids, in `tokens`.
+    pub(crate) fn text_or_tokens<S>(&self, text: fn(String) -> S, tokens: fn(TokenIds) -> S) -> Result<S> {
+        match (self.text("input"), self.integers("tokens")) {
+            (Some(input), None) => Ok(text(input)),
+            (None, Some(ids)) => Ok(tokens(TokenIds { ids })),
+            _ => Err(Error::bad_value("give either input or tokens, not both")),
         }
     }
 

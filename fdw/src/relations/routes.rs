@@ -1,10 +1,9 @@
 //! `routes`: which experts each token of a text goes to, and with which gates.
 
+use candle_compute_proto::v1::ListRoutesRequest;
 use candle_compute_proto::v1::list_routes_request::Source;
-use candle_compute_proto::v1::{ListRoutesRequest, TokenIds};
 
 use crate::client::read;
-use crate::error::Error;
 use crate::relation::{Call, Column, Estimate, Relation, Rows, Work, input, output};
 use crate::values::{Kind, Value};
 
@@ -44,11 +43,7 @@ impl Relation for Routes {
 
     fn select(&self, call: Call, rows: Rows) -> Work<()> {
         Box::pin(async move {
-            let source = match (call.inputs.text("input"), call.inputs.integers("tokens")) {
-                (Some(input), None) => Source::Input(input),
-                (None, Some(ids)) => Source::Tokens(TokenIds { ids }),
-                _ => return Err(Error::bad_value("give either input or tokens, not both")),
-            };
+            let source = call.inputs.text_or_tokens(Source::Input, Source::Tokens)?;
             let request = ListRoutesRequest {
                 transaction: call.transaction.clone(),
                 model: call.inputs.required("model")?,

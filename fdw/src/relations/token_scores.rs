@@ -1,10 +1,9 @@
 //! `token_scores`: how probable a model finds each token of a text.
 
+use candle_compute_proto::v1::ScoreRequest;
 use candle_compute_proto::v1::score_request::Source;
-use candle_compute_proto::v1::{ScoreRequest, TokenIds};
 
 use crate::client::read;
-use crate::error::Error;
 use crate::relation::{Call, Column, Estimate, Relation, Rows, Work, input, output};
 use crate::relations::adapters;
 use crate::values::{Kind, Value};
@@ -45,11 +44,7 @@ impl Relation for TokenScores {
 
     fn select(&self, call: Call, rows: Rows) -> Work<()> {
         Box::pin(async move {
-            let source = match (call.inputs.text("input"), call.inputs.integers("tokens")) {
-                (Some(input), None) => Source::Input(input),
-                (None, Some(ids)) => Source::Tokens(TokenIds { ids }),
-                _ => return Err(Error::bad_value("give either input or tokens, not both")),
-            };
+            let source = call.inputs.text_or_tokens(Source::Input, Source::Tokens)?;
             let request = ScoreRequest {
                 transaction: call.transaction.clone(),
                 model: call.inputs.required("model")?,
