@@ -4,7 +4,7 @@ use super::fields::Fields;
 use super::gguf::{GgufTensorFacts, Keys, heads_and_width, rotary as gguf_rotary};
 use super::hugging_face::{agreeing, rotary_scaling, rotary_scaling_of};
 use super::rotary_fields::{rotary_dim, share_of};
-use super::settings::Shape;
+use super::shape::Shape;
 use super::{Activation, Architecture, DecoderConfig, Norm, Position, Residual, RotaryConfig, RotaryScaling};
 use crate::error::{Error, Result};
 use candle_kernels_cpu::RotaryLayout;

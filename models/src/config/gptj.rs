@@ -2,7 +2,7 @@
 
 use super::fields::Fields;
 use super::rotary_fields::rotary_dim;
-use super::settings::Shape;
+use super::shape::Shape;
 use super::{Activation, Architecture, DecoderConfig, Norm, Position, Residual, RotaryConfig, RotaryScaling};
 use crate::error::{Error, Result};
 use candle_kernels_cpu::RotaryLayout;

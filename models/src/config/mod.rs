@@ -14,6 +14,7 @@ mod presets;
 mod rotary;
 mod rotary_fields;
 mod settings;
+mod shape;
 
 pub use attention::AttentionPattern;
 pub use decoder_config::{Activation, Architecture, DecoderConfig, Norm, Position, Residual};

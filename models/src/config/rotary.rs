@@ -1,6 +1,7 @@
 //! Rotary positions (RoFormer, arXiv:2104.09864) and the ways models stretch them to longer contexts.
 
 use candle_kernels_cpu::RotaryLayout;
+use serde_json::{Value, json};
 
 /// How queries and keys are rotated.
 #[derive(Debug, Clone, PartialEq)]
@@ -38,6 +39,30 @@ pub enum RotaryScaling {
     },
     /// One divisor for each frequency, as GGUF's `rope_freqs.weight` stores them: `[pairs]`.
     Factors(Vec<f32>),
+}
+
+impl RotaryScaling {
+    /// As `rope_scaling` of a configuration says it, in transformers' words but for [`Factors`](Self::Factors), which only
+    /// ours have; `None` where there is nothing to say.
+    pub(crate) fn settings(&self) -> Option<Value> {
+        match self {
+            Self::None => None,
+            Self::Linear { factor } => Some(json!({"rope_type": "linear", "factor": factor})),
+            Self::Llama3 {
+                factor,
+                low_frequency_factor,
+                high_frequency_factor,
+                original_context_length,
+            } => Some(json!({
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low_frequency_factor,
+                "high_freq_factor": high_frequency_factor,
+                "original_max_position_embeddings": original_context_length,
+            })),
+            Self::Factors(factors) => Some(json!({"rope_type": "factors", "factors": factors})),
+        }
+    }
 }
 
 impl RotaryConfig {

@@ -3,8 +3,9 @@
 use super::fields::{Fields, shortened};
 use super::hugging_face::rotary_scaling;
 use super::rotary_fields::expect_whole;
+use super::shape::Shape;
 use super::{
-    Activation, Architecture, AttentionPattern, DecoderConfig, ExpertsConfig, Norm, Position, Residual, RotaryConfig,
+    Activation, Architecture, AttentionPattern, DecoderConfig, ExpertsConfig, Norm, Position, RotaryConfig,
     RotaryScaling,
 };
 use super::{gpt_neox, gptj, presets};
@@ -248,104 +249,6 @@ fn expect_sequential(fields: &Fields<'_>, architecture: Architecture) -> Result<
     Ok(())
 }
 
-/// The sizes that all families share.
-pub(super) struct Shape {
-    pub(super) layers: usize,
-    pub(super) width: usize,
-    pub(super) heads: usize,
-    pub(super) key_value_heads: usize,
-    pub(super) head_dim: usize,
-    pub(super) context_length: usize,
-    pub(super) vocabulary: usize,
-}
-
-impl Shape {
-    /// With the width divided among the heads; the fields' names are for the error.
-    pub(super) fn divided(self, heads: &str, width: &str) -> Result<Self> {
-        match self.width.checked_div(self.heads) {
-            Some(head_dim) if head_dim * self.heads == self.width => Ok(Self { head_dim, ..self }),
-            _ => Err(Error::invalid_config(
-                heads,
-                format!("{} does not divide {width} {}", self.heads, self.width),
-            )),
-        }
-    }
-
-    /// Refuses what families without grouped queries or heads of their own width do not have.
-    pub(super) fn expect_plain_heads(&self, architecture: Architecture) -> Result<()> {
-        let (name, heads, head_dim) = (architecture.name(), self.heads, self.head_dim);
-        if self.key_value_heads != heads {
-            let reason = format!("{name} has as many key-value heads as heads, which are {heads}");
-            return Err(Error::invalid_config("key_value_heads", reason));
-        }
-        let whole = heads.checked_mul(head_dim) == Some(self.width);
-        let printed = architecture == Architecture::Gpt2 && presets::is_printed(self.width, heads, head_dim);
-        if !whole && !printed {
-            let reason = format!(
-                "{head_dim} times heads {heads} contradicts width {}; in {name} they are equal",
-                self.width
-            );
-            return Err(Error::invalid_config("head_dim", reason));
-        }
-        Ok(())
-    }
-
-    pub(super) fn read(fields: &Fields<'_>, tokenizer_size: Option<usize>) -> Result<Self> {
-        let width = fields.required_size("width")?;
-        let heads = fields.required_size("heads")?;
-        let head_dim = match fields.size("head_dim")? {
-            Some(head_dim) => head_dim,
-            None if heads > 0 && width % heads == 0 => width / heads,
-            None => {
-                return Err(Error::invalid_config(
-                    "heads",
-                    format!("{heads} does not divide width {width}"),
-                ));
-            }
-        };
-        let missing = || Error::invalid_config("vocabulary", "missing, and there is no tokenizer to take it from");
-        Ok(Self {
-            layers: fields.required_size("layers")?,
-            width,
-            heads,
-            key_value_heads: fields.size("key_value_heads")?.unwrap_or(heads),
-            head_dim,
-            context_length: fields.required_size("context_length")?,
-            vocabulary: fields.size("vocabulary")?.or(tokenizer_size).ok_or_else(missing)?,
-        })
-    }
-
-    /// GPT-2's kind of decoder in this shape; the caller sets what differs.
-    pub(super) fn config(&self, architecture: Architecture) -> DecoderConfig {
-        DecoderConfig {
-            architecture,
-            layers: self.layers,
-            width: self.width,
-            heads: self.heads,
-            key_value_heads: self.key_value_heads,
-            head_dim: self.head_dim,
-            feed_forward_width: 0,
-            context_length: self.context_length,
-            vocabulary: self.vocabulary,
-            norm: Norm::Layer,
-            norm_epsilon: 1e-5,
-            activation: Activation::GeluTanh,
-            gated: false,
-            residual: Residual::Sequential,
-            position: Position::Learned,
-            attention_pattern: AttentionPattern::default(),
-            attention_bias: true,
-            attention_output_bias: true,
-            feed_forward_bias: true,
-            tied_head: true,
-            head_bias: false,
-            query_key_norm: false,
-            experts: None,
-            groups: self.layers,
-        }
-    }
-}
-
 /// How many groups of layers share their parameters: of `share`, "none" gives each layer its own, "all" gives all the
 /// same, and a number is that of the groups.
 fn groups(fields: &Fields<'_>, layers: usize) -> Result<usize> {
@@ -417,31 +320,11 @@ pub fn to_settings(config: &DecoderConfig) -> Map<String, Value> {
             set("rotary_dim", json!(rotary.dim));
         }
         set("rope_theta", json!(rotary.theta));
-        if let Some(scaling) = scaling_settings(&rotary.scaling) {
+        if let Some(scaling) = rotary.scaling.settings() {
             set("rope_scaling", scaling);
         }
     }
     settings
-}
-
-fn scaling_settings(scaling: &RotaryScaling) -> Option<Value> {
-    match scaling {
-        RotaryScaling::None => None,
-        RotaryScaling::Linear { factor } => Some(json!({"rope_type": "linear", "factor": factor})),
-        RotaryScaling::Llama3 {
-            factor,
-            low_frequency_factor,
-            high_frequency_factor,
-            original_context_length,
-        } => Some(json!({
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": low_frequency_factor,
-            "high_freq_factor": high_frequency_factor,
-            "original_max_position_embeddings": original_context_length,
-        })),
-        RotaryScaling::Factors(factors) => Some(json!({"rope_type": "factors", "factors": factors})),
-    }
 }
 
 #[cfg(test)]

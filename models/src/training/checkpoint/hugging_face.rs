@@ -202,24 +202,11 @@ fn gptj(config: &DecoderConfig) -> Map<String, Value> {
     fields
 }
 
+/// Null for what transformers has no words for.
 fn rope_scaling(scaling: &RotaryScaling) -> Value {
     match scaling {
-        RotaryScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
-        RotaryScaling::Llama3 {
-            factor,
-            low_frequency_factor,
-            high_frequency_factor,
-            original_context_length,
-        } => {
-            json!({
-                "rope_type": "llama3",
-                "factor": factor,
-                "low_freq_factor": low_frequency_factor,
-                "high_freq_factor": high_frequency_factor,
-                "original_max_position_embeddings": original_context_length,
-            })
-        }
-        RotaryScaling::None | RotaryScaling::Factors(_) => Value::Null,
+        RotaryScaling::Factors(_) => Value::Null,
+        other => other.settings().unwrap_or(Value::Null),
     }
 }
 
