@@ -3,10 +3,11 @@
 use std::path::Path;
 
 use candle_models::convert::{Conversion, ConversionOptions, Converted, Format};
-use candle_models::formats::{GgufModel, TensorData, TensorSource, open_gguf, open_hugging_face};
-use candle_models::{DType, Error, LoadOptions, Model, Tensor, WeightType};
+use candle_models::formats::{GgufModel, TensorSource, open_gguf, open_hugging_face};
+use candle_models::{Error, LoadOptions, Model, WeightType};
 
 use crate::golden;
+use crate::weight_formats::{bits, dense};
 
 fn options(format: Format) -> ConversionOptions {
     ConversionOptions {
@@ -22,18 +23,6 @@ fn convert(source: &Path, target: &Path, options: ConversionOptions) -> Result<C
 
 fn dtype(name: &str) -> Option<WeightType> {
     Some(WeightType::from_name(name).unwrap())
-}
-
-fn dense(source: &dyn TensorSource, name: &str) -> Tensor {
-    match source.load(name).unwrap().data {
-        TensorData::Dense(tensor) => tensor,
-        TensorData::Quantized(_) => panic!("{name} is quantised"),
-    }
-}
-
-fn bits(tensor: &Tensor) -> Vec<u32> {
-    let values = tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap();
-    values.to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
 }
 
 /// Names, types, shapes and bits of all tensors are the same.

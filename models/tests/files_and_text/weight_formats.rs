@@ -16,7 +16,7 @@ fn beside(model: &str, file: &str) -> (tempfile::TempDir, PathBuf) {
     (folder, path)
 }
 
-fn dense(source: &dyn TensorSource, name: &str) -> Tensor {
+pub(super) fn dense(source: &dyn TensorSource, name: &str) -> Tensor {
     match source.load(name).unwrap().data {
         TensorData::Dense(tensor) => tensor,
         TensorData::Quantized(_) => panic!("{name} is quantised"),
@@ -24,7 +24,7 @@ fn dense(source: &dyn TensorSource, name: &str) -> Tensor {
 }
 
 /// Bits of the values as f32, which every other type here fits into.
-fn bits(tensor: &Tensor) -> Vec<u32> {
+pub(super) fn bits(tensor: &Tensor) -> Vec<u32> {
     let values = tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap();
     values.to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
 }

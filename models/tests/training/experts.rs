@@ -10,7 +10,8 @@ use candle_models::{Decoder, LoadOptions, Model, SequenceStep};
 use serde_json::{Value, json};
 
 use crate::support::{
-    Golden, difference, golden_directory, random_sequence, read_gradient, read_parameter, write_element,
+    Golden, assert_logits_match, difference, golden_directory, random_sequence, read_gradient, read_parameter,
+    write_element,
 };
 
 const MODELS: [&str; 3] = ["mixtral", "olmoe", "qwen2_moe"];
@@ -71,13 +72,7 @@ fn listed(decoder: &Decoder) -> impl Iterator<Item = &candle_models::ParameterIn
 fn logits_match() {
     for name in MODELS {
         let (decoder, golden, _) = load(name);
-        for case in ["logits", "one"] {
-            let logits = decoder.logits(&golden.ids(&format!("{case}.ids"))).unwrap();
-            let logits: Vec<f32> = logits.flatten_all().unwrap().to_vec1().unwrap();
-            let (absolute, relative) = difference(&logits, &golden.floats(&format!("{case}.values")));
-            println!("{name} {case}: logits differ by {absolute:e} (relative {relative:e})");
-            assert!(relative < 1e-5, "{name} {case} {relative:e}");
-        }
+        assert_logits_match(name, &decoder, &golden);
     }
 }
 

@@ -8,7 +8,8 @@ use serde_json::json;
 use candle_models::Decoder;
 
 use crate::support::{
-    Golden, MODELS, difference, gradient, load, load_shared, load_sparse, load_with, read_gradient, read_parameter,
+    Golden, MODELS, assert_logits_match, difference, gradient, load, load_shared, load_sparse, load_with,
+    read_gradient, read_parameter,
 };
 
 /// The golden models, two more of one layer with tied heads, two with one layer's parameters for all, and three that do not see
@@ -37,13 +38,7 @@ fn cases() -> impl Iterator<Item = (String, Decoder, Golden)> {
 #[test]
 fn logits_match() {
     for (name, decoder, golden) in cases() {
-        for case in ["logits", "one"] {
-            let logits = decoder.logits(&golden.ids(&format!("{case}.ids"))).unwrap();
-            let logits: Vec<f32> = logits.flatten_all().unwrap().to_vec1().unwrap();
-            let (absolute, relative) = difference(&logits, &golden.floats(&format!("{case}.values")));
-            println!("{name} {case}: logits differ by {absolute:e} (relative {relative:e})");
-            assert!(relative < 1e-5, "{name} {case} {relative:e}");
-        }
+        assert_logits_match(&name, &decoder, &golden);
     }
 }
 

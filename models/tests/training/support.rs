@@ -232,3 +232,14 @@ pub(crate) fn difference(actual: &[f32], expected: &[f32]) -> (f32, f32) {
     let magnitude = expected.iter().map(|e| e.abs()).fold(0.0, f32::max);
     (absolute, absolute / magnitude.max(1e-12))
 }
+
+/// Asserts that a sequence and a single token have the golden logits.
+pub(crate) fn assert_logits_match(name: &str, decoder: &Decoder, golden: &Golden) {
+    for case in ["logits", "one"] {
+        let logits = decoder.logits(&golden.ids(&format!("{case}.ids"))).unwrap();
+        let logits: Vec<f32> = logits.flatten_all().unwrap().to_vec1().unwrap();
+        let (absolute, relative) = difference(&logits, &golden.floats(&format!("{case}.values")));
+        println!("{name} {case}: logits differ by {absolute:e} (relative {relative:e})");
+        assert!(relative < 1e-5, "{name} {case} {relative:e}");
+    }
+}

@@ -137,32 +137,16 @@ async fn metrics_may_be_public_and_count_what_was_done() {
         .lines()
         .find_map(|line| line.strip_prefix("candle_batch_size_sum{model_name=\"m\"} "));
     assert!(batches.is_some_and(|sum| sum != "0"), "{}", text.body);
-    let samples = client
-        .telemetry
-        .clone()
-        .list_metrics(ListMetricsRequest {})
-        .await
-        .unwrap()
-        .into_inner()
-        .samples;
-    let loss = |samples: &[MetricSample]| {
-        samples
-            .iter()
-            .find(|sample| sample.name == "candle_training_loss")
-            .map(|sample| sample.value)
+    let loss = async || {
+        let listed = client.telemetry.clone().list_metrics(ListMetricsRequest {}).await;
+        let mut samples = listed.unwrap().into_inner().samples.into_iter();
+        let loss = samples.find(|sample| sample.name == "candle_training_loss");
+        loss.map(|sample| sample.value)
     };
-    assert_eq!(loss(&samples), None);
+    assert_eq!(loss().await, None);
     client.batch("m", None, &[&[1, 2, 3]]).await.unwrap();
     let step = client.step("m", None).await.unwrap();
-    let samples = client
-        .telemetry
-        .clone()
-        .list_metrics(ListMetricsRequest {})
-        .await
-        .unwrap()
-        .into_inner()
-        .samples;
-    assert_eq!(loss(&samples), Some(step.loss));
+    assert_eq!(loss().await, Some(step.loss));
     // What a model measured goes with it.
     client.drop_model("m").await.unwrap();
     assert!(!get(&server, "/metrics").body.contains("model_name=\"m\""));
