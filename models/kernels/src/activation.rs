@@ -306,6 +306,11 @@ mod tests {
             let mut out = [0.0; 7];
             forward::<GeluErf>(level, &x, &mut out);
             assert_close(&out, &want, 1e-6);
+            // Far below zero nothing is left, however large the number.
+            let mut out = [1.0; 4];
+            forward::<GeluErf>(level, &[-6.0, -10.0, -1e30, f32::NEG_INFINITY], &mut out);
+            assert_eq!(out[..3], [0.0; 3], "{level}");
+            assert!(out[3].is_nan(), "{level}");
         }
     }
 

@@ -51,6 +51,8 @@ pub(crate) fn erf<S: Simd>(s: S, x: S::F32) -> S::F32 {
         -7.373_329_3e-3,
         -1.426_473_9e-2,
     ];
+    /// Where the error function is nearer to 1 than the next smaller number.
+    const ONE: f32 = 3.92;
     let x = s.max(s.splat(-4.0), s.min(s.splat(4.0), x));
     let square = s.mul(x, x);
     let mut numerator = s.splat(NUMERATOR[0]);
@@ -61,7 +63,10 @@ pub(crate) fn erf<S: Simd>(s: S, x: S::F32) -> S::F32 {
     for &coefficient in &DENOMINATOR[1..] {
         denominator = s.mul_add(denominator, square, s.splat(coefficient));
     }
-    s.div(s.mul(x, numerator), denominator)
+    let approximate = s.div(s.mul(x, numerator), denominator);
+    // What f32 cannot tell from one must be one: GELU multiplies the difference by any x.
+    let approximate = s.select_less(x, s.splat(-ONE), s.splat(-1.0), approximate);
+    s.select_less(s.splat(ONE), x, s.splat(1.0), approximate)
 }
 
 #[cfg(test)]
