@@ -64,7 +64,7 @@ pub use experts::{
 pub use format::{WeightFormat, Weights};
 pub use frozen::{cross_entropy_frozen_head, linear_input_gradient};
 pub use linear::{LinearGroup, LinearLayer, linear, linear_each, linear_groups};
-pub use matmul::{MatmulGroup, MatrixRef, matmul, matmul_groups};
+pub use matmul::{MatmulGroup, MatrixRef, matmul, matmul_groups, matmul_widened};
 pub use next_token::score_logits;
 pub use norm::{NormStatistics, layer_norm, layer_norm_backward, rms_norm, rms_norm_backward};
 pub use quantized::dequantize;

@@ -160,6 +160,41 @@ fn elements_that_do_not_fit_fail_the_run() {
 }
 
 #[test]
+fn products_of_halves_lose_no_small_element() {
+    let cases: [(DType, &[f32], &[f32], f32); 4] = [
+        (DType::BF16, &[1e30, 1.0], &[0.0, 1.0], 1.0),
+        (DType::F16, &[60_000.0, 0.001], &[0.0, 1.0], 0.001),
+        (DType::BF16, &[1e30, 1.0, 1.0, 1.0], &[0.0, 1.0, 1.0, 1.0], 3.0),
+        (DType::F16, &[f32::INFINITY, 1.0], &[1.0, 1.0], f32::INFINITY),
+    ];
+    for (dtype, row, column, expected) in cases {
+        let matrix = |values: &[f32], shape: (usize, usize)| {
+            let values = Tensor::from_vec(values.to_vec(), shape, &Device::Cpu).unwrap();
+            values.to_dtype(dtype).unwrap()
+        };
+        let inputs = [matrix(row, (1, row.len())), matrix(column, (column.len(), 1))];
+        let found = compute("matmul", &inputs, "").unwrap();
+        let found = found
+            .to_dtype(DType::F32)
+            .unwrap()
+            .flatten_all()
+            .unwrap()
+            .to_vec1::<f32>()
+            .unwrap();
+        let close = found[0] == expected || (found[0] - expected).abs() < 1e-6;
+        assert!(close, "{dtype:?}: {found:?}, not {expected}");
+    }
+}
+
+#[test]
+fn a_product_without_elements_is_planned_at_once() {
+    // A list of its products would take more memory than there is.
+    let many = TensorType::new(ElementType::F32, &[2_147_483_647, 100_000_000, 0, 0]).unwrap();
+    let plan = planned("matmul", &[many.clone(), many.clone()], "").unwrap();
+    assert_eq!(plan.output(), &many);
+}
+
+#[test]
 fn an_operation_stops_between_two_blocks() {
     // Four blocks of rows.
     let x = Tensor::zeros((4, 1 << 21), DType::F16, &Device::Cpu).unwrap();

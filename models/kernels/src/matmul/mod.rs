@@ -63,22 +63,35 @@ pub fn matmul_groups(groups: Vec<MatmulGroup<'_>>, accumulate: bool) {
 
 /// [`matmul`] at a given level.
 pub(crate) fn matmul_with(level: Level, a: MatrixRef<'_>, b: MatrixRef<'_>, accumulate: bool, out: &mut [f32]) {
-    let (m, k, n) = (a.rows, a.columns, b.columns);
-    assert_eq!(k, b.rows, "[{m}, {k}] times [{}, {n}]", b.rows);
-    assert_eq!(out.len(), m * n, "output is not [{m}, {n}]");
-    if out.is_empty() {
-        return;
-    }
-    if k == 0 {
-        if !accumulate {
-            out.fill(0.0);
-        }
+    if is_trivial(a, b, accumulate, out) {
         return;
     }
     if let Some(pairs) = Pairs::choose(level, a, b) {
         return pairs.product(a, b, accumulate, out);
     }
     widened(level, a, b, accumulate, out);
+}
+
+/// [`matmul`] by operations on f32 alone, whatever the types of the operands: of half types every element counts as it is.
+///
+/// # Panics
+/// Where the shapes do not fit each other.
+pub fn matmul_widened(a: MatrixRef<'_>, b: MatrixRef<'_>, accumulate: bool, out: &mut [f32]) {
+    if is_trivial(a, b, accumulate, out) {
+        return;
+    }
+    widened(level(), a, b, accumulate, out);
+}
+
+/// Whether there is nothing to multiply; then `out` is as it should be.
+fn is_trivial(a: MatrixRef<'_>, b: MatrixRef<'_>, accumulate: bool, out: &mut [f32]) -> bool {
+    let (m, k, n) = (a.rows, a.columns, b.columns);
+    assert_eq!(k, b.rows, "[{m}, {k}] times [{}, {n}]", b.rows);
+    assert_eq!(out.len(), m * n, "output is not [{m}, {n}]");
+    if k == 0 && !accumulate {
+        out.fill(0.0);
+    }
+    out.is_empty() || k == 0
 }
 
 /// The product by f32 operations; none of the matrices is empty.

@@ -3,7 +3,7 @@
 use std::ops::RangeInclusive;
 
 use candle_core::{DType, Tensor};
-use candle_kernels_cpu::{MatrixRef, matmul};
+use candle_kernels_cpu::{MatrixRef, matmul_widened};
 use half::{bf16, f16};
 
 use super::{broadcast, check_floating, check_same_element};
@@ -16,7 +16,8 @@ use crate::ops::storage::CpuSlice;
 const BLOCK: usize = 1 << 32;
 
 /// `matmul`: inputs `a` `[…, m, k]` and `b` `[…, k, n]`, output `[…, m, n]`. The dimensions before the last two are
-/// broadcast. Attributes `transpose_a`, `transpose_b`: the last two dimensions lie the other way round. Sums are f32.
+/// broadcast. Attributes `transpose_a`, `transpose_b`: the last two dimensions lie the other way round. Products and sums are
+/// f32 whatever the type.
 pub(super) struct Matmul;
 
 /// Sizes of a product: `[m, k]` times `[k, n]`.
@@ -65,7 +66,10 @@ impl Operation for Matmul {
         let batch = shape.clone();
         shape.extend([m, n]);
         let output = TensorType::new(a.element(), &shape)?;
-        let pairs = Pairs::new(&batch, batches);
+        let pairs = Pairs {
+            batch,
+            inputs: batches.map(<[usize]>::to_vec),
+        };
         let sizes = Sizes {
             m,
             k,
@@ -84,17 +88,22 @@ impl Operation for Matmul {
 }
 
 /// Which matrix of `a` and which of `b` each product takes.
-struct Pairs(Vec<[usize; 2]>);
+struct Pairs {
+    /// The dimensions before the last two, of the output.
+    batch: Vec<usize>,
+    /// Likewise, of the inputs.
+    inputs: [Vec<usize>; 2],
+}
 
 impl Pairs {
-    fn new(batch: &[usize], inputs: [&[usize]; 2]) -> Self {
-        let count: usize = batch.iter().product();
-        let of = |index: usize, shape: &[usize]| {
+    /// Indices of the matrices of product `index`, below the product of `batch`.
+    fn of(&self, index: usize) -> [usize; 2] {
+        self.inputs.each_ref().map(|shape| {
             let (mut rest, mut stride, mut found) = (index, 1, 0);
-            for (axis, size) in batch.iter().enumerate().rev() {
+            for (axis, size) in self.batch.iter().enumerate().rev() {
                 let coordinate = rest % size;
                 rest /= size;
-                if let Some(own) = (axis + shape.len()).checked_sub(batch.len()) {
+                if let Some(own) = (axis + shape.len()).checked_sub(self.batch.len()) {
                     if shape[own] > 1 {
                         found += coordinate * stride;
                     }
@@ -102,8 +111,7 @@ impl Pairs {
                 }
             }
             found
-        };
-        Self((0..count).map(|index| inputs.map(|shape| of(index, shape))).collect())
+        })
     }
 }
 
@@ -111,7 +119,7 @@ fn on_cpu(
     a: &Tensor,
     b: &Tensor,
     sizes: Sizes,
-    Pairs(pairs): &Pairs,
+    pairs: &Pairs,
     shape: &[usize],
     monitor: &Monitor<'_>,
 ) -> Result<Tensor> {
@@ -127,9 +135,10 @@ fn on_cpu(
         false => (a, sizes.transpose_a),
     };
     let (left, right) = (CpuSlice::new(a)?, CpuSlice::new(b)?);
-    let mut out = vec![0.0f32; pairs.len() * m * n];
-    let total = out.len();
-    for (batch, [first, second]) in pairs.iter().enumerate() {
+    let total = shape.iter().product();
+    let mut out = vec![0.0f32; total];
+    for batch in 0..total / (m * n).max(1) {
+        let [first, second] = pairs.of(batch);
         let b = match sizes.transpose_b {
             true => matrix(&right, b.dtype(), second * k * n, [n, k])?.transpose(),
             false => matrix(&right, b.dtype(), second * k * n, [k, n])?,
@@ -142,7 +151,7 @@ fn on_cpu(
                 false => matrix(&left, a.dtype(), (first * m + start) * k, [end - start, k])?,
             };
             let range = (batch * m + start) * n..(batch * m + end) * n;
-            matmul(a, b, false, &mut out[range.clone()]);
+            matmul_widened(a, b, false, &mut out[range.clone()]);
             monitor.advance(range.end, total)?;
         }
     }
