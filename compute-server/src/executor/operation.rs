@@ -191,8 +191,10 @@ impl StoredOperation {
 
     /// The failure of an operation that was stopped.
     pub(super) fn cancellation(&self) -> Failure {
+        let message = format!("{} was cancelled", self.facts.label());
         Failure {
-            message: format!("{} was cancelled", self.facts.label()),
+            cause: message.as_str().into(),
+            message,
             cancelled: true,
             code: tonic::Code::Cancelled,
             sqlstate: "57014",
@@ -202,8 +204,10 @@ impl StoredOperation {
     /// The failure of an operation by an error of its own.
     pub(super) fn failure(&self, error: &Error) -> Failure {
         let (code, sqlstate, _) = error.classify();
+        let message = format!("{} failed: {error}", self.facts.label());
         Failure {
-            message: format!("{} failed: {error}", self.facts.label()),
+            cause: message.as_str().into(),
+            message,
             cancelled: false,
             code,
             sqlstate,

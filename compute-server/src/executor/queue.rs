@@ -120,7 +120,7 @@ impl Queues {
 fn run(operation: &StoredOperation, work: &Work) -> Result<Tensor, Failure> {
     if let Some(failure) = work.inputs.iter().find_map(|input| input.failure()) {
         return Err(Failure {
-            message: format!("{} has no input, because {}", operation.facts.label(), failure.message),
+            message: format!("{} has no input, because {}", operation.facts.label(), failure.cause),
             ..failure
         });
     }

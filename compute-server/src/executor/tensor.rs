@@ -56,8 +56,10 @@ pub(super) struct Received {
 /// Why an operation has no result.
 #[derive(Debug, Clone)]
 pub(crate) struct Failure {
-    /// The operation that failed first, and why.
+    /// The operation, and why it failed.
     pub(crate) message: String,
+    /// The operation that failed first, and why: the message of a chain of operations names its ends, not every link.
+    pub(crate) cause: Arc<str>,
     /// Whether somebody cancelled it.
     pub(crate) cancelled: bool,
     /// How a call that wants the result fails.
