@@ -101,8 +101,8 @@ impl Model {
             &options.device,
             requested_type(options)?,
         )?;
-        if path.join(attention_layouts::FILE_NAME).is_file() {
-            decoder.load_attention_layouts(path)?;
+        if let Some(layouts) = files.document(attention_layouts::FILE_NAME)? {
+            decoder.load_attention_layouts(path, &layouts)?;
         }
         let end_tokens = text
             .end_tokens

@@ -27,6 +27,14 @@ impl ModelFiles {
         }
     }
 
+    /// The text of a document that goes with the weights; `None` if it is absent.
+    pub(crate) fn document(&self, name: &str) -> Result<Option<String>> {
+        match self {
+            Self::HuggingFace(files) => files.document(name),
+            Self::Gguf(_) => Ok(None),
+        }
+    }
+
     /// The weight of the routers' load-balancing loss that the files say the model was trained with.
     pub(crate) fn balance_loss(&self) -> Result<Option<f64>> {
         match self {

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::plan::Conversion;
+use crate::attention_layouts;
 use crate::config::{self, DecoderConfig, Position, RotaryScaling};
 use crate::decoder::WeightType;
 use crate::error::{Error, Result};
@@ -11,7 +12,8 @@ use crate::opened::ModelFiles;
 use crate::training::checkpoint;
 
 /// What is copied as it is, where it is there.
-const COPIED: [&str; 4] = [
+const COPIED: [&str; 5] = [
+    attention_layouts::FILE_NAME,
     "generation_config.json",
     "tokenizer_config.json",
     "special_tokens_map.json",

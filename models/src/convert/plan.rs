@@ -101,7 +101,7 @@ impl Conversion {
         }
         let parameters = check_source(&model.config, model.files.source())?;
         if options.format == Format::Gguf {
-            gguf::check_architecture(&model.config)?;
+            gguf::check(&model)?;
         }
         let mut conversion = Self {
             model,

@@ -81,14 +81,13 @@ impl Decoder {
         self.attention_layouts = layouts;
     }
 
-    /// Reads the attention layouts from the file [`FILE_NAME`] of a folder.
+    /// Takes the attention layouts from the document [`FILE_NAME`] of the model at `source`.
     ///
-    /// Fails with [`Error::InvalidFile`] for a file that does not hold layouts of this model, and with [`Error::Io`].
-    pub(crate) fn load_attention_layouts(&mut self, folder: &Path) -> Result<()> {
-        let path = folder.join(FILE_NAME);
-        let text = std::fs::read(&path).map_err(|error| Error::io(&path, error))?;
-        let layouts = AttentionLayouts::from_json(&self.config, &text);
-        self.attention_layouts = layouts.map_err(|error| Error::invalid_file(&path, error.to_string()))?;
+    /// Fails with [`Error::InvalidFile`] for a document that does not hold layouts of this model.
+    pub(crate) fn load_attention_layouts(&mut self, source: &Path, document: &str) -> Result<()> {
+        let layouts = AttentionLayouts::from_json(&self.config, document.as_bytes());
+        let refuse = |error: Error| Error::invalid_file(&source.join(FILE_NAME), error.to_string());
+        self.attention_layouts = layouts.map_err(refuse)?;
         Ok(())
     }
 

@@ -5,6 +5,7 @@ use std::path::Path;
 use candle_models::convert::{Conversion, ConversionOptions, Converted, Format};
 use candle_models::formats::{GgufModel, TensorSource, open_gguf, open_hugging_face};
 use candle_models::{Error, LoadOptions, Model, WeightType};
+use serde_json::{Value, json};
 
 use crate::golden;
 use crate::weight_formats::{bits, dense};
@@ -262,6 +263,50 @@ fn nothing_is_overwritten_and_nothing_half_written_stays() {
         .map(|entry| entry.unwrap().file_name())
         .collect();
     assert_eq!(left.len(), 2, "{left:?}");
+}
+
+#[test]
+fn attention_layouts_come_along_or_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = folder.path().join("source");
+    std::fs::create_dir(&source).unwrap();
+    std::fs::copy(golden("gpt2/model.safetensors"), source.join("model.safetensors")).unwrap();
+    let mut config: Value = serde_json::from_slice(&std::fs::read(golden("gpt2/config.json")).unwrap()).unwrap();
+    config["attention_block_size"] = json!(3);
+    std::fs::write(source.join("config.json"), config.to_string()).unwrap();
+    let dense = logits(&source);
+    let blocks = config["n_positions"].as_u64().unwrap().div_ceil(3);
+    let diagonal: Vec<[u64; 1]> = (0..blocks).map(|block| [block]).collect();
+    let layouts = json!({"block_size": 3, "layouts": [{"layer": 0, "head": 1, "key_blocks": diagonal}]});
+    std::fs::write(source.join("attention_layouts.json"), layouts.to_string()).unwrap();
+    let sparse = logits(&source);
+    assert_ne!(sparse, dense);
+    for (name, format) in [
+        ("folder", Format::Safetensors),
+        ("jsonl", Format::Jsonl),
+        ("one.npz", Format::Npz),
+    ] {
+        let target = folder.path().join(name);
+        convert(&source, &target, options(format)).unwrap();
+        let model = if format == Format::Jsonl {
+            target.join("model.jsonl")
+        } else {
+            target
+        };
+        assert_eq!(logits(&model), sparse, "{name}");
+    }
+    let error = Conversion::plan(&source, options(Format::Gguf))
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("attention layouts"), "{error}");
+    // A window that is shorter than the context.
+    std::fs::remove_file(source.join("attention_layouts.json")).unwrap();
+    config["attention_window"] = json!(2);
+    std::fs::write(source.join("config.json"), config.to_string()).unwrap();
+    let error = Conversion::plan(&source, options(Format::Gguf))
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("attention window of 2"), "{error}");
 }
 
 #[test]

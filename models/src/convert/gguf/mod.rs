@@ -10,9 +10,11 @@ use candle_core::{Device, Tensor};
 pub(super) use file::write;
 
 use super::plan::{Conversion, PlannedTensor};
+use crate::attention_layouts;
 use crate::config::{Activation, Architecture, DecoderConfig, Position, RotaryConfig, RotaryScaling};
 use crate::error::{Error, Result};
 use crate::formats::gguf::gguf_name;
+use crate::opened::OpenedModel;
 
 /// llama.cpp's name of an architecture.
 fn architecture_name(config: &DecoderConfig) -> Result<&'static str> {
@@ -29,8 +31,21 @@ fn architecture_name(config: &DecoderConfig) -> Result<&'static str> {
 }
 
 /// Refuses what GGUF's metadata has no key for: llama.cpp would compute something else.
-pub(super) fn check_architecture(config: &DecoderConfig) -> Result<()> {
+pub(super) fn check(model: &OpenedModel) -> Result<()> {
+    let config = &model.config;
     let name = architecture_name(config)?;
+    let window = config.attention_pattern.window;
+    if let Some(window) = window.filter(|window| *window < config.context_length) {
+        return Err(Error::Unsupported(format!(
+            "every layer of a {name} in a gguf file sees all tokens, this model has an attention window of {window}; convert \
+             it to safetensors"
+        )));
+    }
+    if model.files.document(attention_layouts::FILE_NAME)?.is_some() {
+        return Err(Error::Unsupported(format!(
+            "a {name} in a gguf file has no attention layouts, this model has; convert it to safetensors"
+        )));
+    }
     let expected = match config.architecture {
         Architecture::Gpt2 => Activation::GeluTanh,
         _ => Activation::Silu,

@@ -5,6 +5,7 @@ use std::path::{Component, Path};
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::attention_layouts;
 use crate::error::Result;
 use crate::formats::files::invalid;
 use crate::formats::values::FloatType;
@@ -28,6 +29,7 @@ pub(super) struct Header {
     tokenizer: Option<Value>,
     tokenizer_config: Option<Value>,
     chat_template: Option<String>,
+    attention_layouts: Option<Value>,
 }
 
 impl Header {
@@ -38,6 +40,7 @@ impl Header {
             ("generation_config.json", self.generation_config),
             ("tokenizer.json", self.tokenizer),
             ("tokenizer_config.json", self.tokenizer_config),
+            (attention_layouts::FILE_NAME, self.attention_layouts),
         ];
         let json = json
             .into_iter()

@@ -46,12 +46,8 @@ pub fn load(directory: &Path, device: &Device) -> Result<Restored> {
         device,
         Some(WeightType::F32),
     )?;
-    if manifest
-        .files
-        .iter()
-        .any(|file| file.name == attention_layouts::FILE_NAME)
-    {
-        decoder.load_attention_layouts(directory)?;
+    if let Some(layouts) = source.document(attention_layouts::FILE_NAME)? {
+        decoder.load_attention_layouts(directory, &layouts)?;
     }
     freeze(directory, &manifest, &mut decoder)?;
     let optimizer = load_optimizer(directory, &manifest, &decoder)?;
