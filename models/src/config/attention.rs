@@ -1,6 +1,7 @@
 //! Which layers see all tokens before one and which a band of them, and the size of block layouts' blocks.
 
 use super::Architecture;
+use super::decoder_config::check_layers;
 use super::fields::{Fields, shortened};
 use crate::error::{Error, Result};
 use serde_json::{Map, Value, json};
@@ -39,6 +40,7 @@ impl AttentionPattern {
     ///
     /// Fails with [`Error::InvalidConfig`] for unknown kinds of layers, sizes of 0, and fields that contradict each other.
     pub(super) fn read(fields: &Fields<'_>, layers: usize) -> Result<Self> {
+        check_layers(layers)?;
         let window = positive(fields, "attention_window", "a token sees at least itself")?;
         let block_size = positive(fields, "attention_block_size", "a block has at least one position")?;
         let pattern = match fields.get("attention_pattern") {
@@ -65,6 +67,7 @@ impl AttentionPattern {
         if given.iter().any(|field| fields.get(field).is_some()) {
             return Self::read(fields, layers);
         }
+        check_layers(layers)?;
         let slides = match architecture {
             Architecture::Mistral | Architecture::Mixtral => true,
             Architecture::Qwen2 | Architecture::Qwen2Moe => fields.flag("use_sliding_window")?.unwrap_or(false),
@@ -74,7 +77,7 @@ impl AttentionPattern {
         let unnamed = !fields.0.contains_key("sliding_window");
         let window = match slides {
             // transformers' default, which Mixtral does not have.
-            true if unnamed && architecture == Architecture::Mistral => Some(4096),
+            true if unnamed && architecture != Architecture::Mixtral => Some(4096),
             true => positive(fields, "sliding_window", why)?,
             false => None,
         };
@@ -88,11 +91,14 @@ impl AttentionPattern {
             },
             None if window.is_none() => vec![false; layers],
             None => {
-                let first = match architecture {
-                    Architecture::Qwen2 | Architecture::Qwen2Moe => fields.size("max_window_layers")?.unwrap_or(28),
-                    _ => 0,
+                let limit = fields.size("max_window_layers")?.unwrap_or(28);
+                let slides = |layer: usize| match architecture {
+                    Architecture::Qwen2 => layer >= limit,
+                    // transformers has every other layer slide, and those below the limit.
+                    Architecture::Qwen2Moe => layer.is_multiple_of(2) && layer < limit,
+                    _ => true,
                 };
-                (0..layers).map(|layer| layer >= first).collect()
+                (0..layers).map(slides).collect()
             }
         };
         let window = window.filter(|_| banded.contains(&true));
@@ -101,6 +107,7 @@ impl AttentionPattern {
 
     /// With one window in every layer.
     pub(super) fn of_window(window: Option<usize>, layers: usize) -> Result<Self> {
+        check_layers(layers)?;
         Self::new(window, vec![window.is_some(); layers], None)
     }
 
@@ -255,6 +262,11 @@ mod tests {
         assert_eq!(read(Architecture::Qwen2, json!({"sliding_window": 7})), [None; 3]);
         let qwen = json!({"sliding_window": 7, "use_sliding_window": true, "max_window_layers": 2});
         assert_eq!(read(Architecture::Qwen2, qwen.clone()), [None, None, Some(7)]);
+        // With experts it is every other layer, below the limit.
+        assert_eq!(read(Architecture::Qwen2Moe, qwen.clone()), [Some(7), None, None]);
+        let unnamed = json!({"use_sliding_window": true, "max_window_layers": 3});
+        let slides = [Some(4096), None, Some(4096)];
+        assert_eq!(read(Architecture::Qwen2Moe, unnamed), slides);
         let mut typed = qwen;
         typed["layer_types"] = json!(["sliding_attention", "full_attention", "sliding_attention"]);
         assert_eq!(read(Architecture::Qwen2, typed.clone()), [Some(7), None, Some(7)]);

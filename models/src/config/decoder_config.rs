@@ -200,8 +200,25 @@ pub struct DecoderConfig {
 
 /// Above any model this code can serve; keeps every product of two sizes far from overflow.
 const MAX_SIZE: usize = 1 << 28;
+/// Most layers.
+const MAX_LAYERS: usize = 1 << 12;
 /// Above this many parameters nothing is tried: it is a mistyped configuration.
 const MAX_PARAMETERS: u64 = 1 << 40;
+
+/// Refuses a number of layers before anything of that length is made.
+pub(super) fn check_layers(layers: usize) -> Result<()> {
+    check_size("layers", layers, MAX_LAYERS)
+}
+
+fn check_size(field: &str, size: usize, max: usize) -> Result<()> {
+    match (1..=max).contains(&size) {
+        true => Ok(()),
+        false => Err(Error::invalid_config(
+            field,
+            format!("{size} is not between 1 and {max}"),
+        )),
+    }
+}
 
 impl DecoderConfig {
     /// Width of all query heads together.
@@ -255,7 +272,7 @@ impl DecoderConfig {
     /// Checks sizes and the relations between them. Fails with [`Error::InvalidConfig`] naming the field.
     pub fn validate(&self) -> Result<()> {
         let sizes = [
-            ("layers", self.layers, 1 << 12),
+            ("layers", self.layers, MAX_LAYERS),
             ("width", self.width, 1 << 20),
             ("heads", self.heads, 1 << 14),
             ("key_value_heads", self.key_value_heads, 1 << 14),
@@ -265,12 +282,7 @@ impl DecoderConfig {
             ("vocabulary", self.vocabulary, MAX_SIZE),
         ];
         for (field, size, max) in sizes {
-            if size == 0 || size > max {
-                return Err(Error::invalid_config(
-                    field,
-                    format!("{size} is not between 1 and {max}"),
-                ));
-            }
+            check_size(field, size, max)?;
         }
         if self.groups == 0 || self.groups > self.layers {
             let reason = format!("{} groups of {} layers", self.groups, self.layers);

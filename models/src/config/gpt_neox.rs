@@ -62,7 +62,7 @@ pub(super) fn from_settings(fields: &Fields<'_>, tokenizer_size: Option<usize>) 
     }
     let default = share_of("rotary_pct", ROTARY_SHARE, shape.head_dim)?;
     let rotary = RotaryConfig {
-        theta: fields.number("rope_theta")?.unwrap_or(10_000.0),
+        theta: agreeing(fields, &["rope_theta"])?.unwrap_or(10_000.0),
         scaling: match fields.object("rope_scaling")? {
             Some(scaling) => rotary_scaling(&scaling)?,
             None => RotaryScaling::None,

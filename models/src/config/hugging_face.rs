@@ -128,11 +128,13 @@ fn llama(architecture: Architecture, fields: &Fields<'_>) -> Result<DecoderConfi
         context_length: fields.required_size("max_position_embeddings")?,
         vocabulary: fields.required_size("vocab_size")?,
         norm: Norm::Rms,
-        norm_epsilon: fields.number("rms_norm_eps")?.unwrap_or(1e-6),
+        norm_epsilon: fields
+            .number("rms_norm_eps")?
+            .unwrap_or(default_norm_epsilon(architecture)),
         activation: Activation::from_name("hidden_act", fields.text("hidden_act")?.unwrap_or("silu"))?,
         gated: true,
         residual: Residual::Sequential,
-        position: Position::Rotary(rotary(fields, head_dim)?),
+        position: Position::Rotary(rotary(architecture, fields, head_dim)?),
         query_key_norm: false,
         experts: None,
         attention_pattern: AttentionPattern::default(),
@@ -176,11 +178,27 @@ fn with_experts(config: DecoderConfig, fields: &Fields<'_>) -> Result<DecoderCon
     })
 }
 
+/// transformers' `rms_norm_eps` of Llama's kin where a configuration says nothing.
+pub(super) fn default_norm_epsilon(architecture: Architecture) -> f64 {
+    match architecture {
+        Architecture::Mixtral | Architecture::Olmoe => 1e-5,
+        _ => 1e-6,
+    }
+}
+
+/// transformers' `rope_theta` of Llama's kin where a configuration says nothing.
+pub(super) fn default_rope_theta(architecture: Architecture) -> f64 {
+    match architecture {
+        Architecture::Mixtral => 1e6,
+        _ => 1e4,
+    }
+}
+
 /// `rope_theta` and `rope_scaling`, or `rope_parameters` which holds both since transformers 5.
-fn rotary(fields: &Fields<'_>, dim: usize) -> Result<RotaryConfig> {
+fn rotary(architecture: Architecture, fields: &Fields<'_>, dim: usize) -> Result<RotaryConfig> {
     let theta = agreeing(fields, &["rope_theta"])?;
     Ok(RotaryConfig {
-        theta: theta.unwrap_or(10_000.0),
+        theta: theta.unwrap_or(default_rope_theta(architecture)),
         scaling: rotary_scaling_of(fields)?,
         dim,
         layout: RotaryLayout::HalfSplit,
@@ -237,9 +255,12 @@ const ROTARY_FIELDS: &[&str] = &[
 
 /// transformers' `rope_scaling` object, also the form of it in `models.config`.
 pub(super) fn rotary_scaling(scaling: &Fields<'_>) -> Result<RotaryScaling> {
-    let kind = match scaling.text("rope_type")? {
-        Some(kind) => kind,
-        None => scaling.text("type")?.unwrap_or("default"),
+    let kind = match (scaling.text("rope_type")?, scaling.text("type")?) {
+        (Some(kind), Some(older)) if kind != older => {
+            let reason = format!("{kind} contradicts type {older}");
+            return Err(Error::invalid_config("rope_scaling.rope_type", reason));
+        }
+        (kind, older) => kind.or(older).unwrap_or("default"),
     };
     let factor = || {
         let missing = || Error::invalid_config("rope_scaling.factor", "missing");
@@ -333,6 +354,45 @@ mod tests {
         let mut config = llama_json();
         config["hidden_size"] = json!(1u64 << 40);
         assert!(read(config).is_err());
+    }
+
+    #[test]
+    fn what_is_left_out_is_as_in_transformers() {
+        let experts = json!({"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8});
+        for (family, theta, epsilon) in [
+            ("llama", 1e4, 1e-6),
+            ("mistral", 1e4, 1e-6),
+            ("qwen2", 1e4, 1e-6),
+            ("mixtral", 1e6, 1e-5),
+            ("olmoe", 1e4, 1e-5),
+            ("qwen2_moe", 1e4, 1e-6),
+        ] {
+            let mut config = llama_json();
+            config["model_type"] = json!(family);
+            let fields = config.as_object_mut().unwrap();
+            fields.remove("rope_theta");
+            fields.remove("rms_norm_eps");
+            let own: &[&str] = match family {
+                "mixtral" => &["num_local_experts", "num_experts_per_tok"],
+                "olmoe" => &["num_experts", "num_experts_per_tok"],
+                "qwen2_moe" => &[
+                    "num_experts",
+                    "num_experts_per_tok",
+                    "moe_intermediate_size",
+                    "shared_expert_intermediate_size",
+                ],
+                _ => &[],
+            };
+            for name in own {
+                fields.insert((*name).to_owned(), experts[*name].clone());
+            }
+            let config = read(config).unwrap();
+            let Position::Rotary(rotary) = config.position else {
+                panic!()
+            };
+            assert_eq!((rotary.theta, config.norm_epsilon), (theta, epsilon), "{family}");
+        }
     }
 
     #[test]

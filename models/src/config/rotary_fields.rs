@@ -3,12 +3,23 @@
 use super::fields::Fields;
 use crate::error::{Error, Result};
 
-/// Elements of a head that are rotated, of `rotary_dim` or `rotary_pct`; `None` where neither is given.
+/// Elements of a head that are rotated, of `rotary_dim`, `rotary_pct` or `rope_scaling.partial_rotary_factor`; `None` where neither is given.
 ///
 /// Fails with [`Error::InvalidConfig`] where the two contradict each other.
 pub(super) fn rotary_dim(fields: &Fields<'_>, head_dim: usize) -> Result<Option<usize>> {
     let dim = fields.size("rotary_dim")?;
-    let Some(share) = fields.number("rotary_pct")? else {
+    let nested = match fields.object("rope_scaling")? {
+        Some(scaling) => scaling.number("partial_rotary_factor")?,
+        None => None,
+    };
+    let share = match (fields.number("rotary_pct")?, nested) {
+        (Some(share), Some(nested)) if share != nested => {
+            let reason = format!("{share} contradicts rope_scaling.partial_rotary_factor {nested}");
+            return Err(Error::invalid_config("rotary_pct", reason));
+        }
+        (share, nested) => share.or(nested),
+    };
+    let Some(share) = share else {
         return Ok(dim);
     };
     let shared = share_of("rotary_pct", share, head_dim)?;

@@ -1,7 +1,7 @@
 //! `models.config`: the JSON object that describes a model made from nothing, and that shows any model's shape.
 
 use super::fields::{Fields, shortened};
-use super::hugging_face::rotary_scaling;
+use super::hugging_face::{agreeing, default_norm_epsilon, default_rope_theta, rotary_scaling};
 use super::rotary_fields::expect_whole;
 use super::shape::Shape;
 use super::{
@@ -203,18 +203,15 @@ fn llama(architecture: Architecture, fields: &Fields<'_>, tokenizer_size: Option
     };
     expect_sequential(fields, architecture)?;
     expect_whole(fields, shape.head_dim, architecture.name())?;
-    let (default_theta, default_epsilon) = match architecture {
-        Architecture::Mixtral => (1e6, 1e-5),
-        Architecture::Olmoe => (1e4, 1e-5),
-        _ => (1e4, 1e-6),
-    };
-    let theta = fields.number("rope_theta")?.unwrap_or(default_theta);
+    let theta = agreeing(fields, &["rope_theta"])?.unwrap_or(default_rope_theta(architecture));
     let qwen = matches!(architecture, Architecture::Qwen2 | Architecture::Qwen2Moe);
     let mut config = shape.config(architecture);
     let inner = shape.width.saturating_mul(8).div_ceil(3).next_multiple_of(32);
     config.feed_forward_width = fields.size("feed_forward_width")?.unwrap_or(inner);
     config.norm = Norm::Rms;
-    config.norm_epsilon = fields.number("norm_epsilon")?.unwrap_or(default_epsilon);
+    config.norm_epsilon = fields
+        .number("norm_epsilon")?
+        .unwrap_or(default_norm_epsilon(architecture));
     config.activation = Activation::from_name("activation", fields.text("activation")?.unwrap_or("silu"))?;
     config.gated = true;
     config.position = Position::Rotary(RotaryConfig {
@@ -437,6 +434,32 @@ mod tests {
             ("gptj", json!({"rope_theta": 5000}), ["rope_theta", "architecture"]),
             ("gptj", json!({"attention_bias": true}), ["attention_bias", "false"]),
             ("gptj", json!({"rotary_pct": 1.5}), ["rotary_pct", "1"]),
+            (
+                "llama",
+                json!({"rope_theta": 500, "rope_scaling": {"rope_type": "default", "rope_theta": 1000}}),
+                ["rope_scaling.rope_theta", "rope_theta 500"],
+            ),
+            (
+                "llama",
+                json!({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
+                ["rotary_pct", "architecture"],
+            ),
+            (
+                "gpt_neox",
+                json!({"rotary_pct": 0.5, "rope_scaling": {"partial_rotary_factor": 0.25}}),
+                ["rotary_pct", "rope_scaling.partial_rotary_factor"],
+            ),
+            (
+                "llama",
+                json!({"rope_scaling": {"type": "linear", "rope_type": "llama3", "factor": 2}}),
+                ["rope_scaling.rope_type", "type linear"],
+            ),
+            (
+                "gpt2",
+                json!({"layers": 1_u64 << 40, "attention_window": 2}),
+                ["layers", "4096"],
+            ),
+            ("llama", json!({"layers": 1_u64 << 63}), ["layers", "4096"]),
         ] {
             let mut settings = tiny(architecture);
             for (field, value) in fields.as_object().unwrap() {
@@ -465,6 +488,8 @@ mod tests {
         assert_eq!(rotated("gptj", "layers", json!(2)), (8, 4));
         assert_eq!(rotated("gptj", "rotary_dim", json!(6)), (6, 3));
         assert_eq!(rotated("llama", "rotary_pct", json!(1)), (8, 4));
+        let nested = json!({"rope_type": "default", "partial_rotary_factor": 0.5});
+        assert_eq!(rotated("gpt_neox", "rope_scaling", nested), (4, 2));
     }
 
     #[test]
