@@ -60,6 +60,13 @@ pub enum Error {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
+    /// A model that cannot say anything: its weights are no numbers.
+    pub(crate) fn logits_not_finite() -> Self {
+        let message =
+            "the model's logits are not finite: its weights are damaged or training has diverged; restore a checkpoint";
+        Self::FailedPrecondition(message.to_owned())
+    }
+
     /// An [`Error::InvalidArgument`].
     pub fn invalid_argument(message: impl Into<String>) -> Self {
         Self::InvalidArgument(message.into())

@@ -53,7 +53,8 @@ impl Decoder {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a stretch that is empty or longer than the context, has no or too many targets, or a
-    /// token outside the vocabulary; [`Error::Cancelled`] soon after `cancelled` returns true.
+    /// token outside the vocabulary; [`Error::FailedPrecondition`] where logits are not finite; [`Error::Cancelled`] soon
+    /// after `cancelled` returns true.
     pub fn score_stretches(&self, stretches: &[Stretch], cancelled: &dyn Fn() -> bool) -> Result<Vec<Scores>> {
         for stretch in stretches {
             self.check_tokens(&stretch.inputs, self.config().context_length)?;
@@ -77,7 +78,10 @@ impl Decoder {
                 next += 1;
             }
             if begun.is_empty() {
-                return Ok(scores);
+                return match scores.iter().any(|scores| scores.log_likelihood.is_nan()) {
+                    true => Err(Error::logits_not_finite()),
+                    false => Ok(scores),
+                };
             }
             self.score_pass(stretches, &mut begun, &mut scores)?;
             begun.retain(|begun| begun.cache.len() < stretches[begun.index].inputs.len());
@@ -151,6 +155,7 @@ mod tests {
 
     use super::*;
     use crate::config::from_settings;
+    use crate::decoder::Weight;
 
     /// A decoder of the context 600, and tokens for it.
     fn decoder() -> (Decoder, Vec<u32>) {
@@ -230,5 +235,14 @@ mod tests {
         }
         let error = decoder.score_stretches(&[stretch(&[1], &[2])], &|| true).unwrap_err();
         assert!(matches!(error, Error::Cancelled));
+        // A model that has diverged has no opinion; it must not win by it.
+        let mut diverged = decoder;
+        let head = diverged
+            .parameter_id("lm_head.weight")
+            .or_else(|_| diverged.parameter_id("model.embed_tokens.weight"));
+        let head = diverged.weight_mut(head.unwrap());
+        *head = Weight::Dense((head.to_f32().unwrap() * f64::INFINITY).unwrap());
+        let error = diverged.score_stretches(&[stretch(&[1], &[2])], &|| false).unwrap_err();
+        assert!(matches!(error, Error::FailedPrecondition(_)), "{error}");
     }
 }

@@ -164,10 +164,7 @@ fn draw_in_order(candidates: &[Candidate], draw: f64) -> u32 {
 fn log_sum_exp(logits: &[f32]) -> Result<f64> {
     let (largest, invalid) = largest(logits);
     if invalid || !largest.is_finite() {
-        return Err(Error::FailedPrecondition(
-            "the model's logits are not finite: its weights are damaged or training has diverged; restore a checkpoint"
-                .to_owned(),
-        ));
+        return Err(Error::logits_not_finite());
     }
     Ok(f64::from(largest) + sum_of_exponentials(logits, largest).ln())
 }
