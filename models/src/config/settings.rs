@@ -224,6 +224,13 @@ fn llama(architecture: Architecture, fields: &Fields<'_>, tokenizer_size: Option
     config.attention_output_bias = fields
         .flag("attention_output_bias")?
         .unwrap_or(config.attention_bias && !qwen);
+    if qwen && config.attention_output_bias {
+        let reason = format!(
+            "true contradicts `architecture` {}, which has none",
+            architecture.name()
+        );
+        return Err(Error::invalid_config("attention_output_bias", reason));
+    }
     config.feed_forward_bias = fields.flag("feed_forward_bias")?.unwrap_or(false);
     config.tied_head = fields.flag("tied_head")?.unwrap_or(true);
     Ok(config)
@@ -407,6 +414,11 @@ mod tests {
                 ["parallel_residual", "architecture"],
             ),
             ("llama", json!({"rotary_pct": 0.5}), ["rotary_pct", "architecture"]),
+            (
+                "qwen2",
+                json!({"attention_output_bias": true}),
+                ["attention_output_bias", "architecture"],
+            ),
             ("qwen2", json!({"rotary_dim": 4}), ["rotary_dim", "architecture"]),
             ("gpt2", json!({"rotary_dim": 8}), ["rotary_dim", "architecture"]),
             ("gpt2", json!({"head_dim": 6}), ["head_dim", "width"]),
