@@ -6,36 +6,45 @@ use pgrx::prelude::*;
 
 use crate::error::{Error, OrReport, Result};
 
+/// Elements that are converted between two looks for interrupts: a fraction of a millisecond.
+const BLOCK: usize = 1 << 16;
+
 /// The little-endian elements of a tensor of type `dtype`; numbers that it does not hold are rounded, or refused for i32.
 #[pg_extern(immutable, parallel_safe)]
-fn tensor_data(elements: Vec<Option<f64>>, dtype: default!(&str, "'f32'")) -> Vec<u8> {
+fn tensor_data(elements: Array<'_, f64>, dtype: default!(&str, "'f32'")) -> Vec<u8> {
     let encode = || -> Result<Vec<u8>> {
-        let null = || Error::bad_value("elements must not contain NULL");
-        let elements = elements.iter().map(|element| element.ok_or_else(null));
-        let elements = elements.collect::<Result<Vec<f64>>>()?;
-        let elements = elements.iter().copied();
-        Ok(match dtype {
-            "f32" => elements.flat_map(|element| (element as f32).to_le_bytes()).collect(),
-            "f16" => elements
-                .flat_map(|element| f16::from_f64(element).to_le_bytes())
-                .collect(),
-            "bf16" => elements
-                .flat_map(|element| bf16::from_f64(element).to_le_bytes())
-                .collect(),
-            "i32" => {
-                let whole = |element: f64| {
-                    let fits = element.fract() == 0.0 && (f64::from(i32::MIN)..=f64::from(i32::MAX)).contains(&element);
-                    match fits {
-                        true => Ok((element as i32).to_le_bytes()),
-                        false => Err(Error::bad_value(format!("{element} is no 32-bit integer"))),
-                    }
-                };
-                elements.map(whole).collect::<Result<Vec<[u8; 4]>>>()?.concat()
-            }
-            other => return Err(unknown(other)),
-        })
+        match dtype {
+            "f32" => bytes(&elements, |element| Ok((element as f32).to_le_bytes())),
+            "f16" => bytes(&elements, |element| Ok(f16::from_f64(element).to_le_bytes())),
+            "bf16" => bytes(&elements, |element| Ok(bf16::from_f64(element).to_le_bytes())),
+            "i32" => bytes(&elements, |element| {
+                let fits = element.fract() == 0.0 && (f64::from(i32::MIN)..=f64::from(i32::MAX)).contains(&element);
+                match fits {
+                    true => Ok((element as i32).to_le_bytes()),
+                    false => Err(Error::bad_value(format!("{element} is no 32-bit integer"))),
+                }
+            }),
+            other => Err(unknown(other)),
+        }
     };
     encode().or_report()
+}
+
+fn bytes<const N: usize>(elements: &Array<'_, f64>, encode: impl Fn(f64) -> Result<[u8; N]>) -> Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(N * elements.len());
+    for (index, element) in elements.iter().enumerate() {
+        look_for_interrupts(index);
+        let element = element.ok_or_else(|| Error::bad_value("elements must not contain NULL"))?;
+        bytes.extend(encode(element)?);
+    }
+    Ok(bytes)
+}
+
+/// Lets PostgreSQL interrupt a conversion, every so many elements.
+fn look_for_interrupts(index: usize) {
+    if index.is_multiple_of(BLOCK) {
+        pgrx::check_for_interrupts!();
+    }
 }
 
 /// The numbers that a chunk of a tensor of type `dtype` holds.
@@ -55,7 +64,14 @@ fn tensor_elements(data: &[u8], dtype: default!(&str, "'f32'")) -> Vec<f64> {
 
 fn numbers<const N: usize>(data: &[u8], number: impl Fn([u8; N]) -> f64) -> Result<Vec<f64>> {
     match data.as_chunks() {
-        (elements, []) => Ok(elements.iter().map(|bytes| number(*bytes)).collect()),
+        (elements, []) => Ok(elements
+            .iter()
+            .enumerate()
+            .map(|(index, bytes)| {
+                look_for_interrupts(index);
+                number(*bytes)
+            })
+            .collect()),
         _ => {
             let message = format!("{} bytes are no whole elements of {N} bytes", data.len());
             Err(Error::bad_value(message))
