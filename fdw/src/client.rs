@@ -10,7 +10,7 @@ pub(crate) use runtime::{dropped_work, flush, pump, spawn, wait, wait_settled};
 
 use std::future::Future;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use candle_compute_proto::MAX_MESSAGE_BYTES;
 use candle_compute_proto::v1::adapters_service_client::AdaptersServiceClient;
@@ -26,9 +26,9 @@ use candle_compute_proto::v1::transactions_service_client::TransactionsServiceCl
 use pgrx::{PgSqlErrorCode, pg_sys};
 use tonic::metadata::AsciiMetadataValue;
 use tonic::transport::Channel;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 
-use crate::error::{Error, Result, is_transport};
+use crate::error::{Error, Result, describe, is_transport};
 use tensor_session::TensorSession;
 
 /// Whose connection to which server.
@@ -51,6 +51,9 @@ pub(crate) struct Client {
     pub(crate) batch_size: i32,
     tensor_session: Arc<TensorSession>,
 }
+
+/// Time between two attempts to reach a server that has gone.
+const PAUSE: Duration = Duration::from_millis(100);
 
 macro_rules! services {
     ($($method:ident: $client:ident),*) => {
@@ -96,7 +99,17 @@ macro_rules! write {
         })
     }};
 }
-pub(crate) use {read, write};
+/// Calls a method whose outcome must be known: `resolve!(client, patience, service.method(message))`.
+macro_rules! resolve {
+    ($client:expr, $patience:expr, $service:ident.$method:ident($message:expr)) => {{
+        let client = &$client;
+        client.resolved($patience, $message, |request| {
+            let mut service = client.$service();
+            async move { service.$method(request).await }
+        })
+    }};
+}
+pub(crate) use {read, resolve, write};
 
 impl Client {
     /// A request that carries the user's token.
@@ -127,6 +140,36 @@ impl Client {
         match self.limited(call(self.request(message.clone()))).await? {
             Err(status) if is_transport(&status) => self.once(message, call).await,
             answer => answer.map(Response::into_inner).map_err(Error::from),
+        }
+    }
+
+    /// Calls until the server answers or refuses, for at most `patience` after the first answer that got lost: for a call
+    /// whose outcome must be known, and which is answered as at first when it is repeated, also by a server that was started
+    /// again meanwhile.
+    ///
+    /// Fails with SQLSTATE 08007 where nobody knows the outcome.
+    pub(crate) async fn resolved<Q: Clone, A, F>(
+        &self,
+        patience: Duration,
+        message: Q,
+        call: impl Fn(Request<Q>) -> F,
+    ) -> Result<A>
+    where
+        F: Future<Output = std::result::Result<Response<A>, Status>>,
+    {
+        let mut lost = None;
+        loop {
+            let status = match self.limited(call(self.request(message.clone()))).await? {
+                Err(status) if is_transport(&status) || status.code() == Code::Unavailable => status,
+                answer => return answer.map(Response::into_inner).map_err(Error::from),
+            };
+            if lost.get_or_insert_with(Instant::now).elapsed() >= patience {
+                let code = PgSqlErrorCode::ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN;
+                return Err(Error::new(code, "the compute server's answer to the commit was lost")
+                    .detail(describe(&status))
+                    .hint("The server may have committed its part. Compare the model's step before you repeat the transaction."));
+            }
+            tokio::time::sleep(PAUSE).await;
         }
     }
 

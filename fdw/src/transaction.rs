@@ -14,7 +14,7 @@ use candle_compute_proto::v1::{
 use pgrx::prelude::*;
 use tokio::task::JoinHandle;
 
-use crate::client::{Client, Session, flush, pump, read, spawn, wait, wait_settled, write};
+use crate::client::{Client, Session, flush, pump, read, resolve, spawn, wait, wait_settled, write};
 use crate::error::{Error, OrReport, Result};
 use crate::relation::Participant;
 use crate::resources;
@@ -25,6 +25,9 @@ const ROLLBACK_LIMIT: Duration = Duration::from_millis(50);
 
 /// How long a cancel waits for a publish that is under way: were it cut off, nobody would know whether it happened.
 const PUBLISH_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long a server that went away while it published may take to come back and say whether it did.
+const PUBLISH_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Whose transaction: a server's, over a connection, in one of the two ways.
 type Key = (Participant, Session);
@@ -229,7 +232,16 @@ pub(crate) fn random_id() -> String {
 #[pg_guard]
 unsafe extern "C-unwind" fn on_transaction(event: pg_sys::XactEvent::Type, _argument: *mut std::ffi::c_void) {
     match event {
-        pg_sys::XactEvent::XACT_EVENT_PRE_COMMIT => publish().or_report(),
+        pg_sys::XactEvent::XACT_EVENT_PRE_COMMIT if REMOTES.with_borrow(|remotes| !remotes.is_empty()) => {
+            // PostgreSQL looks for serialization failures only after this event, and what is published stays.
+            // SAFETY: we are in the commit of a transaction; the function raises an error or marks it as prepared.
+            unsafe {
+                if pg_sys::XactIsoLevel == pg_sys::XACT_SERIALIZABLE as i32 {
+                    pg_sys::PreCommit_CheckForSerializationFailure();
+                }
+            }
+            publish().or_report();
+        }
         pg_sys::XactEvent::XACT_EVENT_PRE_PREPARE if REMOTES.with_borrow(|remotes| !remotes.is_empty()) => {
             let code = PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED;
             Error::new(
@@ -309,23 +321,31 @@ fn publish() -> Result<()> {
         let client = |key: &Key| Some((key.0, remotes.get(key)?.client.clone()));
         keys.iter().filter_map(client).collect()
     });
-    if clients.len() > 1 {
-        // A server that is gone is found before the others have published anything.
-        for (participant, client) in &clients {
-            match participant {
-                Participant::Models => drop(wait(read!(client, telemetry.get_server_info(GetServerInfoRequest {})))?),
-                Participant::Tensors => drop(wait(read!(
-                    client,
-                    tensors.describe_executor(DescribeExecutorRequest {})
-                ))?),
+    // A server that is gone is found before anybody has published anything.
+    for (participant, client) in &clients {
+        let greeted = match participant {
+            Participant::Models => wait(read!(client, telemetry.get_server_info(GetServerInfoRequest {}))).map(drop),
+            Participant::Tensors => {
+                wait(read!(client, tensors.describe_executor(DescribeExecutorRequest {}))).map(drop)
             }
-        }
+        };
+        greeted.map_err(|error| about(error, client.session, clients.len()))?;
     }
     for key in keys {
-        publish_one(key)?;
+        publish_one(key).map_err(|error| about(error, key.1, clients.len()))?;
         REMOTES.with_borrow_mut(|remotes| remotes.remove(&key));
     }
     Ok(())
+}
+
+/// The error with the name of its server, where there are several.
+fn about(error: Error, session: Session, servers: usize) -> Error {
+    if servers < 2 {
+        return error;
+    }
+    // SAFETY: the server exists as long as the transaction that wrote to it; its name is NUL-terminated.
+    let name = unsafe { std::ffi::CStr::from_ptr((*pg_sys::GetForeignServer(session.server)).servername) };
+    error.context(&format!("server \"{}\"", name.to_string_lossy()))
 }
 
 /// Publishes what was staged in one place. Repeating a publish answers as the first did, so a lost answer is asked for
@@ -350,7 +370,8 @@ fn publish_one(key: Key) -> Result<()> {
                 transaction_id,
                 expects_writes,
             };
-            wait_settled(PUBLISH_LIMIT, read!(client, transactions.publish(request)))?;
+            let answer = resolve!(client, PUBLISH_PATIENCE, transactions.publish(request));
+            wait_settled(PUBLISH_LIMIT, answer)?;
         }
         Ends::Tensors(session_id) => {
             let request = PublishTensorsRequest {

@@ -1,6 +1,7 @@
 //! The compute server dies or is not there: an error, and then the next statement works.
 
 use std::net::TcpListener;
+use std::time::Duration;
 
 use end_to_end_tests::cluster::Cluster;
 use end_to_end_tests::database_errors::sqlstate;
@@ -119,6 +120,34 @@ fn killed_before_commit_nothing_is_committed() {
         0
     );
     recover(&mut fixture, &mut client);
+}
+
+/// Wherever in a COMMIT the server dies, what COMMIT says afterwards is what the server that comes back has.
+#[test]
+fn killed_within_commit_a_step_counts_as_commit_says() {
+    let mut fixture = Fixture::with_models();
+    let mut client = fixture.connect();
+    let mut committed = 0_i64;
+    for round in 0..24_u64 {
+        let staged = client.batch_execute(
+            "BEGIN; INSERT INTO llm.batches (model, tokens) VALUES ('tiny', '{1,2,3}');
+             INSERT INTO llm.optimizer_steps (model) VALUES ('tiny')",
+        );
+        staged.unwrap();
+        let committing = std::thread::spawn(move || (client.batch_execute("COMMIT"), client));
+        std::thread::sleep(Duration::from_micros(round * 797 % 4000));
+        fixture.server.kill();
+        fixture.server.restart();
+        let (result, back) = committing.join().unwrap();
+        client = back;
+        committed += i64::from(result.is_ok());
+        let step: i64 = client
+            .query_one("SELECT step FROM llm.models WHERE name = 'tiny'", &[])
+            .unwrap()
+            .get(0);
+        assert_eq!(step, committed, "round {round}: {result:?}");
+    }
+    Cluster::shared().assert_no_crash();
 }
 
 #[test]

@@ -159,6 +159,36 @@ fn plpgsql_publishes_at_every_commit_of_its_own() {
     assert_eq!(step(&mut client, "tiny"), 3);
 }
 
+/// PostgreSQL finds out at COMMIT that two transactions cannot have run one after the other.
+#[test]
+fn a_serialization_failure_publishes_nothing() {
+    let fixture = Fixture::with_models();
+    let (mut first, mut second) = (fixture.connect(), fixture.connect());
+    first
+        .batch_execute("CREATE TABLE pairs (id int PRIMARY KEY, v int); INSERT INTO pairs VALUES (1, 0), (2, 0)")
+        .unwrap();
+    for client in [&mut first, &mut second] {
+        client
+            .batch_execute("BEGIN ISOLATION LEVEL SERIALIZABLE; SELECT sum(v) FROM pairs")
+            .unwrap();
+    }
+    second.batch_execute(&format!("{BATCH}; {STEP}")).unwrap();
+    first.batch_execute("UPDATE pairs SET v = v + 1 WHERE id = 1").unwrap();
+    second.batch_execute("UPDATE pairs SET v = v + 1 WHERE id = 2").unwrap();
+    first.batch_execute("COMMIT").unwrap();
+    expect_failure(second.batch_execute("COMMIT"), "40001");
+    assert_eq!(step(&mut second, "tiny"), 0);
+    // Repeated, as programs do then, it is done once.
+    second
+        .batch_execute(&format!(
+            "BEGIN ISOLATION LEVEL SERIALIZABLE; SELECT sum(v) FROM pairs; {BATCH}; {STEP};
+             UPDATE pairs SET v = v + 1 WHERE id = 2; COMMIT"
+        ))
+        .unwrap();
+    assert_eq!(step(&mut second, "tiny"), 1);
+    fixture.assert_idle();
+}
+
 /// Savepoints are exact or refused; a rolled back write never survives.
 #[test]
 fn a_savepoint_is_honoured_or_refused() {
