@@ -19,7 +19,7 @@ const LINE: usize = 64;
 const CACHED_ELEMENTS: usize = 6 << 10;
 
 /// Vectors of sums of a group of weight rows.
-const SUMS: usize = 128;
+const SUMS: usize = 192;
 
 /// Rows of `x` up to which weights are decoded in registers, again for each tile of [`tile_rows`] rows: as long as that is
 /// faster than decoding them once to memory.
@@ -89,28 +89,29 @@ pub(super) fn rows<F: Format, S: Simd>(
     weights: Weights<'_>,
     bias: Option<&[f32]>,
     out: &mut Tile<'_, f32>,
-    first: usize,
+    corner: [usize; 2],
 ) {
-    let m = out.rows() - first;
+    let m = out.rows() - corner[0];
     // Several rows of weights at a time give the processor independent chains of additions. The branches on constants
     // leave only the tiles that are used to be compiled.
     if S::ACCUMULATORS < 4 {
-        tile::<F, S, 1, 1>(s, x, weights, bias, out, first);
+        tile::<F, S, 1, 1>(s, x, weights, bias, out, corner);
     } else if m == 1 {
         match F::CHUNKS {
-            1 | 2 => tile::<F, S, 1, 4>(s, x, weights, bias, out, first),
-            _ => tile::<F, S, 1, 2>(s, x, weights, bias, out, first),
+            1 | 2 => tile::<F, S, 1, 4>(s, x, weights, bias, out, corner),
+            _ => tile::<F, S, 1, 2>(s, x, weights, bias, out, corner),
         }
     } else if S::ACCUMULATORS < 16 {
-        tile::<F, S, 2, 2>(s, x, weights, bias, out, first);
+        tile::<F, S, 2, 2>(s, x, weights, bias, out, corner);
     } else {
         match (m, F::CHUNKS) {
-            (2, 1 | 2) => tile::<F, S, 2, 4>(s, x, weights, bias, out, first),
-            (2, _) => tile::<F, S, 2, 2>(s, x, weights, bias, out, first),
-            (3 | 4, 1 | 2) => tile::<F, S, 4, 4>(s, x, weights, bias, out, first),
-            (3 | 4, _) => tile::<F, S, 4, 2>(s, x, weights, bias, out, first),
-            (_, 1 | 2) => tile::<F, S, 8, 2>(s, x, weights, bias, out, first),
-            _ => tile::<F, S, 8, 1>(s, x, weights, bias, out, first),
+            (2, 1 | 2) => tile::<F, S, 2, 4>(s, x, weights, bias, out, corner),
+            (2, _) => tile::<F, S, 2, 2>(s, x, weights, bias, out, corner),
+            (3 | 4, 1 | 2) => tile::<F, S, 4, 4>(s, x, weights, bias, out, corner),
+            (3 | 4, _) => tile::<F, S, 4, 2>(s, x, weights, bias, out, corner),
+            (_, 1) => tile::<F, S, 8, 3>(s, x, weights, bias, out, corner),
+            (_, 2) => tile::<F, S, 8, 2>(s, x, weights, bias, out, corner),
+            _ => tile::<F, S, 8, 1>(s, x, weights, bias, out, corner),
         }
     }
 }
@@ -123,7 +124,7 @@ fn tile<F: Format, S: Simd, const M: usize, const N: usize>(
     weights: Weights<'_>,
     bias: Option<&[f32]>,
     out: &mut Tile<'_, f32>,
-    first: usize,
+    [first, column]: [usize; 2],
 ) {
     let n = weights.rows;
     let row_bytes = weights.data.len() / n;
@@ -169,7 +170,7 @@ fn tile<F: Format, S: Simd, const M: usize, const N: usize>(
             vectors.copy_from_slice(lanes);
             let sums = s.reduce_add_each(vectors);
             for i in 0..M.min(out.rows() - first) {
-                let row = &mut out.row(first + i)[group_start..group_start + group_rows];
+                let row = &mut out.row(first + i)[column + group_start..column + group_start + group_rows];
                 for (j, out) in row[start..].iter_mut().enumerate().take(LANES / M) {
                     *out = sums[j * M + i] + bias.map_or(0.0, |bias| bias[group_start + start + j]);
                 }
@@ -213,6 +214,27 @@ fn add_dots<F: Format, S: Simd, const M: usize, const N: usize>(
         }
         let x = &x[block * x_block..(block + 1) * x_block];
         let scales = scales.of::<F>(block);
+        if F::CHUNKS == 1 {
+            // One vector of each row of weights stays in a register while those of x pass: fewer than the other way round.
+            let mut weights = [s.splat(0.0); N];
+            for l in 0..N {
+                let block = &rows[l][block * F::BYTES..(block + 1) * F::BYTES];
+                F::decode(
+                    s,
+                    block,
+                    scales[l],
+                    #[inline(always)]
+                    |_, decoded| weights[l] = decoded,
+                );
+            }
+            for i in 0..M {
+                let x = s.load_at(x, i * LANES);
+                for l in 0..N {
+                    accumulators[l][i] = s.mul_add(weights[l], x, accumulators[l][i]);
+                }
+            }
+            continue;
+        }
         unrolled::<N>(
             #[inline(always)]
             |l| {

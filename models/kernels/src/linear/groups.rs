@@ -39,7 +39,7 @@ pub(super) fn groups_with(level: Level, groups: &mut [LinearGroup<'_>]) {
             }
             let share = (work(group) * pieces).div_ceil(total.max(1)).max(1);
             let step = rows.div_ceil(share).next_multiple_of(TASK_ROWS);
-            let input = Input::new(level, group.x, m, std::slice::from_ref(&group.layer));
+            let input = Input::new(level, group.x, m);
             Some((input, LayerTasks::new(&mut group.layer, step, m)))
         })
         .collect();

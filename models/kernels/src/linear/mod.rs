@@ -6,20 +6,21 @@
 //! weights are decoded to a scratch buffer that stays in the cache.
 
 mod direct;
+mod dots;
 mod groups;
 mod panel;
 
+pub(crate) use dots::dots;
 pub use groups::{LinearGroup, linear_groups};
-pub(crate) use panel::dots;
 
 use std::borrow::Cow;
 
 use self::direct::rows as direct_rows;
+use crate::Weights;
 use crate::quantized::with_format;
 use crate::simd::{LANES, Level, dispatch, level};
 use crate::threads::{INLINE_PRODUCTS, parallel_for, range_step};
 use crate::tiles::{Cuts, Tiles};
-use crate::{WeightFormat, Weights};
 
 /// Smallest number of weight rows in a task; a multiple of every tile's height.
 const TASK_ROWS: usize = 8;
@@ -77,7 +78,7 @@ fn each_with(level: Level, x: &[f32], layers: &mut [LinearLayer<'_>]) {
         true => rows,
         false => range_step(rows, TASK_ROWS),
     };
-    let input = Input::new(level, x, m, layers);
+    let input = Input::new(level, x, m);
     let parts: Vec<_> = layers
         .iter_mut()
         .filter(|layer| layer.weights.rows > 0)
@@ -116,28 +117,18 @@ impl LinearLayer<'_> {
 /// What all tasks multiply with.
 struct Input<'a> {
     level: Level,
-    x: &'a [f32],
     rows: usize,
-    /// `x` as [`direct`] reads it, where a layer is computed so.
-    packed: Option<Cow<'a, [f32]>>,
+    /// Packed as [`direct`] reads it.
+    x: Cow<'a, [f32]>,
 }
 
 impl<'a> Input<'a> {
-    fn new(level: Level, x: &'a [f32], rows: usize, layers: &[LinearLayer<'_>]) -> Self {
-        let direct = |layer: &LinearLayer<'_>| rows <= direct::limit(level, layer.weights.format);
-        let packed = layers.iter().any(direct);
+    fn new(level: Level, x: &'a [f32], rows: usize) -> Self {
         Self {
             level,
-            x,
             rows,
-            packed: packed.then(|| direct::pack(x, rows, direct::tile_rows(level))),
+            x: direct::pack(x, rows, direct::tile_rows(level)),
         }
-    }
-
-    /// What [`direct`] multiplies weights of that format with, where it should.
-    fn direct(&self, format: WeightFormat) -> Option<&[f32]> {
-        let packed = self.packed.as_deref();
-        packed.filter(|_| self.rows <= direct::limit(self.level, format))
     }
 }
 
@@ -173,13 +164,13 @@ impl<'a> LayerTasks<'a> {
         };
         let bias = self.bias.map(|bias| &bias[rows]);
         let mut out = self.out.take(0, task);
-        let Some(x) = input.direct(weights.format) else {
-            return panel::rows(input.level, input.x, part, bias, &mut out);
-        };
+        if input.rows > direct::limit(input.level, weights.format) {
+            return panel::rows(input.level, &input.x, part, bias, &mut out);
+        }
         for first in (0..input.rows).step_by(direct::tile_rows(input.level)) {
-            let x = &x[first * weights.columns.next_multiple_of(LANES)..];
+            let x = &input.x[first * weights.columns.next_multiple_of(LANES)..];
             with_format!(weights.format, F => {
-                dispatch!(input.level, direct_rows::<F>(x, part, bias, &mut out, first))
+                dispatch!(input.level, direct_rows::<F>(x, part, bias, &mut out, [first, 0]))
             });
         }
     }
