@@ -7,6 +7,7 @@ use candle_compute_proto::v1::embed_input::Input;
 use candle_models::Pooling;
 
 use super::inputs::{check_sequence, token_ids, tokenizer};
+use super::tokenizing::tokenizing;
 use crate::access::Caller;
 use crate::app::App;
 use crate::error::{Error, Result};
@@ -63,7 +64,8 @@ pub(crate) async fn start(app: &Arc<App>, caller: &Caller, request: v1::EmbedReq
 /// The tokens of all inputs, each a sequence that the model can read.
 async fn tokenize(app: &Arc<App>, model: &ModelHandle, inputs: Vec<v1::EmbedInput>) -> Result<Vec<Vec<u32>>> {
     let (app, model) = (Arc::clone(app), model.clone());
-    let tokenized = tokio::task::spawn_blocking(move || {
+    let bytes = inputs.iter().map(prost::Message::encoded_len).sum();
+    let tokenized = tokenizing(bytes, move || {
         let ids = |input: v1::EmbedInput| match input.input {
             Some(Input::Text(text)) => Ok(tokenizer(&model)?.encode(&text)?),
             Some(Input::Tokens(ids)) => token_ids(&ids.ids, model.facts().decoder_config.vocabulary),
@@ -79,5 +81,5 @@ async fn tokenize(app: &Arc<App>, model: &ModelHandle, inputs: Vec<v1::EmbedInpu
         };
         inputs.into_iter().enumerate().map(checked).collect()
     });
-    tokenized.await.map_err(|error| Error::Internal(error.to_string()))?
+    tokenized.await
 }

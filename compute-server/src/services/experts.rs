@@ -6,6 +6,7 @@ use candle_models::ExpertRows;
 use tonic::{Request, Response, Status};
 
 use super::inputs::{check_sequence, token_ids, tokenizer};
+use super::tokenizing::encode;
 use super::{ResponseStream, Service};
 use crate::access::Caller;
 use crate::error::{Error, Result};
@@ -51,9 +52,7 @@ impl ExpertsService for Service {
         let model = reader.find(&request.model, "")?;
         check_experts(&model)?;
         let ids = match request.source {
-            Some(v1::list_routes_request::Source::Input(text)) => {
-                tokenizer(&model)?.encode(&text).map_err(Error::from)?
-            }
+            Some(v1::list_routes_request::Source::Input(text)) => encode(&tokenizer(&model)?, text).await?,
             Some(v1::list_routes_request::Source::Tokens(ids)) => {
                 token_ids(&ids.ids, model.facts().decoder_config.vocabulary)?
             }

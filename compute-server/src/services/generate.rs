@@ -9,6 +9,7 @@ use candle_models::{ChatMessage, CompletionText, Sampler, SamplingOptions, Token
 use super::constraints;
 use super::inputs::{token_ids, tokenizer};
 use super::placement::{Placement, place};
+use super::tokenizing::tokenizing;
 use crate::access::Caller;
 use crate::app::App;
 use crate::error::{Error, Result};
@@ -40,7 +41,9 @@ pub(crate) async fn start(app: &Arc<App>, caller: Caller, request: v1::GenerateR
     } = place(&reader, &request.model, &request.adapter).await?;
     let choices = choices(request.n)?;
     let tokenizer = tokenizer(&model)?;
-    let tokens = prompt_tokens(&model, &tokenizer, request.input)?;
+    let bytes = prost::Message::encoded_len(&request);
+    let (of, with, input) = (model.clone(), Arc::clone(&tokenizer), request.input);
+    let tokens = tokenizing(bytes, move || prompt_tokens(&of, &with, input)).await?;
     let max_tokens = max_tokens(&model, tokens.len(), request.max_tokens)?;
     app.check_request_tokens((choices as usize * (tokens.len() + max_tokens)) as u64)?;
     let sampling = sampling_options(request.sampling.unwrap_or_default(), request.top_logprobs)?;

@@ -6,6 +6,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::inputs::{check_sequence, token_ids, tokenizer};
 use super::placement::{Placement, place};
+use super::tokenizing::{encode, tokenizing};
 use super::{Service, embed, generate, texts};
 use crate::access::Caller;
 use crate::chunks::Assembly;
@@ -30,14 +31,16 @@ impl InferenceService for Service {
         let request = request.into_inner();
         let reader = Reader::open(&self.app, request.transaction.as_ref())?;
         let tokenizer = tokenizer(&reader.model(&request.model)?)?;
-        let ids = tokenizer.encode(&request.input).map_err(Error::from)?;
-        let token = |token_id: u32| {
-            Ok(v1::Token {
-                token_id,
-                text: tokenizer.token_text(token_id)?,
-            })
-        };
-        let tokens = ids.into_iter().map(token).collect::<Result<_>>()?;
+        let tokens = tokenizing(request.input.len(), move || {
+            let token = |token_id: u32| {
+                Ok(v1::Token {
+                    token_id,
+                    text: tokenizer.token_text(token_id)?,
+                })
+            };
+            tokenizer.encode(&request.input)?.into_iter().map(token).collect()
+        });
+        let tokens = tokens.await?;
         Ok(Response::new(v1::TokenizeResponse { tokens }))
     }
 
@@ -83,7 +86,7 @@ impl InferenceService for Service {
             model, view, adapter, ..
         } = place(&reader, &request.model, &request.adapter).await?;
         let ids = match request.source {
-            Some(v1::score_request::Source::Input(text)) => tokenizer(&model)?.encode(&text).map_err(Error::from)?,
+            Some(v1::score_request::Source::Input(text)) => encode(&tokenizer(&model)?, text).await?,
             Some(v1::score_request::Source::Tokens(ids)) => {
                 token_ids(&ids.ids, model.facts().decoder_config.vocabulary)?
             }

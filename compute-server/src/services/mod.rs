@@ -21,6 +21,7 @@ mod telemetry;
 mod tensor_streams;
 mod tensors;
 mod texts;
+mod tokenizing;
 mod tracking;
 mod training;
 mod transactions;

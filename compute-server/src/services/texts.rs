@@ -7,6 +7,7 @@ use candle_models::Tokenizer;
 use candle_models::tokenizer::Documents;
 
 use super::inputs::{token_ids, tokenizer};
+use super::tokenizing::tokenizing;
 use crate::error::{Error, Result};
 use crate::owner::ModelHandle;
 
@@ -19,7 +20,8 @@ pub(super) async fn tokenize(
     texts: Vec<String>,
     with_ends: bool,
 ) -> Result<v1::TokenizeTextsResponse> {
-    let texts = with_documents(model, move |_, documents| {
+    let bytes = texts.iter().map(String::len).sum();
+    let texts = with_documents(model, bytes, move |_, documents| {
         let tokenize = |text: &String| {
             let made = documents.document(text)?;
             Ok(v1::TokenizedText {
@@ -38,7 +40,8 @@ pub(super) async fn tokenize(
 /// # Errors
 /// `InvalidArgument` for a token id outside the vocabulary; `Precondition` for a model without a tokenizer.
 pub(super) async fn detokenize(model: &ModelHandle, lists: Vec<v1::TokenIds>) -> Result<v1::DetokenizeTextsResponse> {
-    let texts = with_documents(model, move |tokenizer, documents| {
+    let bytes = lists.iter().map(prost::Message::encoded_len).sum();
+    let texts = with_documents(model, bytes, move |tokenizer, documents| {
         let detokenize = |(index, list): (usize, &v1::TokenIds)| {
             let ids = token_ids(&list.ids, tokenizer.vocabulary_size())
                 .map_err(|error| Error::invalid(format!("document {index}: {error}")))?;
@@ -56,13 +59,14 @@ pub(super) async fn detokenize(model: &ModelHandle, lists: Vec<v1::TokenIds>) ->
 
 async fn with_documents<T: Send + 'static>(
     model: &ModelHandle,
+    bytes: usize,
     work: impl FnOnce(&Tokenizer, &Documents<'_>) -> Result<T> + Send + 'static,
 ) -> Result<T> {
     let tokenizer: Arc<Tokenizer> = tokenizer(model)?;
     let end_tokens = model.facts().end_tokens.clone();
-    let done = tokio::task::spawn_blocking(move || {
+    tokenizing(bytes, move || {
         let documents = Documents::new(&tokenizer, &end_tokens)?;
         work(&tokenizer, &documents)
-    });
-    done.await.map_err(|error| Error::Internal(error.to_string()))?
+    })
+    .await
 }

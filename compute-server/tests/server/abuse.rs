@@ -40,6 +40,27 @@ fn address(server: &TestServer) -> &str {
 }
 
 #[tokio::test]
+async fn texts_of_megabytes_hold_up_nobody() {
+    let server = TestServer::start(&[]);
+    let bystander = Bystander::new(&server).await;
+    // More than the server has threads, each some seconds of work.
+    let tokenizing: Vec<_> = (0..8)
+        .map(|_| {
+            let mut inference = bystander.client.inference.clone();
+            let request = TokenizeRequest {
+                model: "m".into(),
+                input: "ab".repeat(2 << 20),
+                ..Default::default()
+            };
+            tokio::spawn(async move { inference.tokenize(request).await.map(drop) })
+        })
+        .collect();
+    bystander.is_well(&server).await;
+    assert!(tokenizing.iter().any(|text| !text.is_finished()));
+    tokenizing.iter().for_each(tokio::task::JoinHandle::abort);
+}
+
+#[tokio::test]
 async fn a_thousand_half_open_connections_keep_nobody_out() {
     let limits = ["--max-connections", "100", "--handshake-timeout", "3600"];
     let server = TestServer::start(&limits);
