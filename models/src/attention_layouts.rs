@@ -268,6 +268,14 @@ impl AttentionLayouts {
         }
         let mut layouts = Self::default();
         for layout in &file.layouts {
+            if layouts
+                .layer(layout.layer)
+                .get(layout.head)
+                .is_some_and(Option::is_some)
+            {
+                let message = format!("it has two layouts for layer {}, head {}", layout.layer, layout.head);
+                return Err(Error::InvalidArgument(message));
+            }
             layouts.set(config, layout)?;
         }
         layouts.check(config)?;
@@ -437,6 +445,8 @@ mod tests {
             r#"{"block_size": 4, "layouts": [{"layer": 0, "head": 9, "key_blocks": [[0], [1], [2]]}]}"#,
             r#"{"block_size": 4, "layouts": [{"layer": 9, "head": 0, "key_blocks": [[], [], []]}]}"#,
             r#"{"block_size": 4, "layouts": [{"layer": 0, "head": 0, "key_blocks": [[0], [], [2]]}]}"#,
+            r#"{"block_size": 4, "layouts": [{"layer": 0, "head": 0, "key_blocks": [[0], [1], [2]]},
+                {"layer": 0, "head": 0, "key_blocks": [[0], [0, 1], [2]]}]}"#,
         ] {
             assert!(AttentionLayouts::from_json(&config, text.as_bytes()).is_err(), "{text}");
         }

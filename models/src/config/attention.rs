@@ -65,7 +65,15 @@ impl AttentionPattern {
     pub(super) fn from_hugging_face(architecture: Architecture, fields: &Fields<'_>, layers: usize) -> Result<Self> {
         let given = ["attention_window", "attention_pattern", "attention_block_size"];
         if given.iter().any(|field| fields.get(field).is_some()) {
-            return Self::read(fields, layers);
+            let own = Self::read(fields, layers)?;
+            let theirs = positive(fields, "sliding_window", "a token sees at least itself")?;
+            if let (Some(own), Some(theirs)) = (own.window, theirs)
+                && own != theirs
+            {
+                let reason = format!("{own} contradicts sliding_window {theirs}");
+                return Err(Error::invalid_config("attention_window", reason));
+            }
+            return Ok(own);
         }
         check_layers(layers)?;
         let slides = match architecture {
@@ -272,6 +280,9 @@ mod tests {
         assert_eq!(read(Architecture::Qwen2, typed.clone()), [Some(7), None, Some(7)]);
         typed["layer_types"] = json!(["sliding_attention"]);
         assert!(hugging_face(Architecture::Qwen2, typed).is_err());
+        let two = json!({"sliding_window": 3, "attention_window": 5});
+        let two = hugging_face(Architecture::Mistral, two).unwrap_err();
+        assert!(two.to_string().contains("sliding_window 3"), "{two}");
         let zero = hugging_face(Architecture::Mistral, json!({"sliding_window": 0})).unwrap_err();
         assert!(zero.to_string().contains("sliding_window"), "{zero}");
     }

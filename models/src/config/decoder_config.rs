@@ -210,6 +210,12 @@ pub(super) fn check_layers(layers: usize) -> Result<()> {
     check_size("layers", layers, MAX_LAYERS)
 }
 
+/// Whether a number is still above 0 and finite in f32, in which it is computed with.
+fn is_single(value: f64) -> bool {
+    let value = value as f32;
+    value.is_finite() && value > 0.0
+}
+
 fn check_size(field: &str, size: usize, max: usize) -> Result<()> {
     match (1..=max).contains(&size) {
         true => Ok(()),
@@ -297,7 +303,7 @@ impl DecoderConfig {
                 ),
             ));
         }
-        if !(self.norm_epsilon.is_finite() && self.norm_epsilon > 0.0 && self.norm_epsilon < 1.0) {
+        if !(is_single(self.norm_epsilon) && self.norm_epsilon < 1.0) {
             return Err(Error::invalid_config(
                 "norm_epsilon",
                 format!("{} is not between 0 and 1", self.norm_epsilon),
@@ -337,17 +343,17 @@ impl DecoderConfig {
             let reason = format!("{dim} is not even and above 0; neighbouring elements are rotated in pairs");
             return Err(Error::invalid_config("rotary_dim", reason));
         }
-        if !(rotary.theta.is_finite() && rotary.theta >= 1.0) {
+        if !(is_single(rotary.theta) && rotary.theta >= 1.0) {
             return Err(Error::invalid_config(
                 "rope_theta",
                 format!("{} is not at least 1", rotary.theta),
             ));
         }
-        let positive = |field: &str, value: f64| match value.is_finite() && value > 0.0 {
+        let positive = |field: &str, value: f64| match is_single(value) {
             true => Ok(()),
             false => Err(Error::invalid_config(
                 format!("rope_scaling.{field}"),
-                format!("{value} is not above 0"),
+                format!("{value} is not above 0 and within f32"),
             )),
         };
         match &rotary.scaling {

@@ -47,6 +47,11 @@ impl ExpertsConfig {
         };
         let shared_width = fields.size("shared_expert_intermediate_size")?;
         let shared_width = shared_width.unwrap_or(default.shared_width);
+        let gate = fields.flag("shared_expert_gate")?;
+        if gate == Some(true) && shared_width == 0 {
+            let reason = "true, but there is no shared expert: shared_expert_intermediate_size is 0";
+            return Err(Error::invalid_config("shared_expert_gate", reason));
+        }
         let normalize = fields.flag("norm_topk_prob")?.unwrap_or(default.normalize);
         if architecture == Architecture::Mixtral && !normalize {
             return Err(Error::invalid_config(
@@ -61,7 +66,7 @@ impl ExpertsConfig {
                 .unwrap_or(default.per_token.min(experts)),
             normalize,
             shared_width,
-            shared_gate: shared_width > 0 && fields.flag("shared_expert_gate")?.unwrap_or(true),
+            shared_gate: gate.unwrap_or(shared_width > 0),
         }))
     }
 

@@ -392,6 +392,7 @@ mod tests {
             ("attention_pattern", json!(["banded"])),
             ("attention_block_size", json!("large")),
             ("n_layer", json!(2)),
+            ("norm_epsilon", json!(1e-300)),
         ] {
             let mut settings = tiny("gpt2");
             settings[field] = value;
@@ -414,6 +415,22 @@ mod tests {
                 ["parallel_residual", "architecture"],
             ),
             ("llama", json!({"rotary_pct": 0.5}), ["rotary_pct", "architecture"]),
+            (
+                "llama",
+                json!({"rope_scaling": {"rope_type": "linear", "factor": 1e-300}}),
+                ["rope_scaling.factor", "f32"],
+            ),
+            ("llama", json!({"rope_theta": 1e308}), ["rope_theta", "1"]),
+            (
+                "olmoe",
+                json!({"num_experts": 2, "shared_expert_gate": true}),
+                ["shared_expert_gate", "shared_expert_intermediate_size"],
+            ),
+            (
+                "mixtral",
+                json!({"router_z_loss_coef": 1e300}),
+                ["router_z_loss_coef", "f32"],
+            ),
             (
                 "qwen2",
                 json!({"attention_output_bias": true}),

@@ -23,6 +23,9 @@ impl RouterSettings {
     pub(super) fn read(fields: &Fields<'_>) -> Result<Self> {
         let coefficient = |name: &str| match fields.number(name)? {
             Some(value) if value < 0.0 => Err(Error::invalid_config(name, format!("{value} is below 0"))),
+            Some(value) if !(value as f32).is_finite() => {
+                Err(Error::invalid_config(name, format!("{value} is beyond f32")))
+            }
             value => Ok(value.unwrap_or(0.0)),
         };
         let capacity_factor = fields.number("expert_capacity_factor")?;
