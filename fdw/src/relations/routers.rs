@@ -39,17 +39,12 @@ impl Relation for Routers {
 
     fn select(&self, call: Call, rows: Rows) -> Work<()> {
         Box::pin(async move {
-            // No layer has a number out of this range: the server refuses it by name.
-            let number = |name: &str| {
-                let given = call.inputs.integer(name);
-                given.map(|number| u32::try_from(number).unwrap_or(u32::MAX))
-            };
             let without_weights = !call.needs("weights");
             let request = ListRoutersRequest {
                 transaction: call.transaction.clone(),
                 models: call.inputs.wanted("model"),
-                layer: number("layer"),
-                expert: number("expert"),
+                layer: given(&call.inputs, "layer")?,
+                expert: given(&call.inputs, "expert")?,
                 without_weights,
             };
             let mut stream = read!(call.client, experts.list_routers(request)).await?;
@@ -104,8 +99,15 @@ impl Relation for Routers {
 }
 
 fn number(row: &Inputs, name: &str) -> Result<u32> {
-    let number = row.integer(name).ok_or_else(|| missing(name))?;
-    u32::try_from(number).map_err(|_| Error::bad_value(format!("{name} must not be {number}")))
+    given(row, name)?.ok_or_else(|| missing(name))
+}
+
+/// The number, where one is given.
+fn given(inputs: &Inputs, name: &str) -> Result<Option<u32>> {
+    let checked = |number: i64| {
+        u32::try_from(number).map_err(|_| Error::bad_value(format!("{name} must be at least 0, not {number}")))
+    };
+    inputs.integer(name).map(checked).transpose()
 }
 
 fn floats(bytes: &[u8]) -> Vec<f32> {
