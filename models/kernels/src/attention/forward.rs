@@ -216,7 +216,9 @@ fn attend<S: Simd>(
             );
             for row in 0..count {
                 let rescale = softmax.block(s, row, &mut scores[row], visible.of(row));
-                scale_row(s, rescale, &mut sums[row * stride..(row + 1) * stride]);
+                if let Some(factor) = rescale {
+                    scale_row(s, factor, &mut sums[row * stride..(row + 1) * stride]);
+                }
                 if let Some(masks) = masks {
                     let factors = masks.factors(position(first + row), first + row, keys.clone());
                     multiply(s, &mut scores[row], &factors);
@@ -245,7 +247,7 @@ fn attend<S: Simd>(
             let head = query.head + head;
             let (total, largest) = softmax.finish(s, row);
             let sums = &mut sums[row * stride..(row + 1) * stride];
-            scale_row(s, 1.0 / total, sums);
+            scale_row(s, s.splat(1.0 / total), sums);
             out.row(token)[head * head_dim..(head + 1) * head_dim].copy_from_slice(&sums[..head_dim]);
             if let Some(values) = log_sum_exp.as_deref_mut() {
                 values.row(token)[head] = largest + total.ln();
@@ -272,18 +274,22 @@ impl Softmax {
     }
 
     /// Turns a row's scores into `e^(score - largest)`, with zeros outside of `visible`, and updates the row's largest
-    /// score and its sum. Returns the factor for what was summed under the former largest score.
+    /// score and its sum. Returns the factor, in all lanes, for what was summed under the former largest score, if it has
+    /// to change.
     #[inline(always)]
-    fn block<S: Simd>(&mut self, s: S, row: usize, scores: &mut [f32; KEYS], visible: Range<usize>) -> f32 {
+    fn block<S: Simd>(&mut self, s: S, row: usize, scores: &mut [f32; KEYS], visible: Range<usize>) -> Option<S::F32> {
         if visible.is_empty() {
             scores.fill(0.0);
-            return 1.0;
+            return None;
         }
         let chunks = visible.start / LANES..visible.end.div_ceil(LANES);
-        scores[..chunks.start * LANES].fill(0.0);
-        scores[chunks.end * LANES..].fill(0.0);
-        scores[chunks.start * LANES..visible.start].fill(f32::NEG_INFINITY);
-        scores[visible.end..chunks.end * LANES].fill(f32::NEG_INFINITY);
+        // Only at the border, which few blocks lie on.
+        if visible.len() < KEYS {
+            scores[..chunks.start * LANES].fill(0.0);
+            scores[chunks.end * LANES..].fill(0.0);
+            scores[chunks.start * LANES..visible.start].fill(f32::NEG_INFINITY);
+            scores[visible.end..chunks.end * LANES].fill(f32::NEG_INFINITY);
+        }
         let (lanes, _) = scores.as_chunks_mut::<LANES>();
         let former = self.largest[row];
         let mut maximum = s.splat(former);
@@ -293,10 +299,13 @@ impl Softmax {
         let largest = s.reduce_max(maximum);
         // Nothing was summed before the first block.
         let rescale = match former == largest || former == f32::NEG_INFINITY {
-            true => 1.0,
-            false => (former - largest).exp(),
+            true => None,
+            false => Some(exp_below_88(s, s.splat(former - largest))),
         };
-        let mut total = s.mul(s.load(&self.totals[row]), s.splat(rescale));
+        let mut total = s.load(&self.totals[row]);
+        if let Some(factor) = rescale {
+            total = s.mul(total, factor);
+        }
         for lanes in &mut lanes[chunks] {
             let weight = exp_below_88(s, s.sub(s.load(lanes), s.splat(largest)));
             s.store(weight, lanes);
@@ -314,14 +323,11 @@ impl Softmax {
     }
 }
 
-/// Scales a row of whole vectors.
+/// Scales a row of whole vectors by a factor that is in all lanes.
 #[inline(always)]
-fn scale_row<S: Simd>(s: S, factor: f32, row: &mut [f32]) {
-    if factor == 1.0 {
-        return;
-    }
+fn scale_row<S: Simd>(s: S, factor: S::F32, row: &mut [f32]) {
     let (chunks, _) = row.as_chunks_mut::<LANES>();
     for chunk in chunks {
-        s.store(s.mul(s.load(chunk), s.splat(factor)), chunk);
+        s.store(s.mul(s.load(chunk), factor), chunk);
     }
 }
