@@ -130,7 +130,14 @@ fn linears(bench: &Bench) {
 }
 
 fn matrix_products(bench: &Bench) {
-    for (m, k, n) in [(64, 768, 768), (1024, 768, 3072), (1024, 3072, 768), (256, 768, 50257)] {
+    for (m, k, n) in [
+        (64, 768, 768),
+        (1024, 768, 768),
+        (1024, 768, 2304),
+        (1024, 768, 3072),
+        (1024, 3072, 768),
+        (256, 768, 50257),
+    ] {
         let (a, b, mut out) = (values(m * k), values(k * n), vec![0.0; m * n]);
         let amount = 2.0 * (m * k * n) as f64;
         let (left, right) = (MatrixRef::new(&a, m, k), MatrixRef::new(&b, k, n));
@@ -193,6 +200,7 @@ fn attention(bench: &Bench) {
     for (name, heads, key_value_heads, sequences, length) in [
         ("gpt2", 12, 12, 4, 256),
         ("gpt2", 12, 12, 1, 1024),
+        ("gpt2", 12, 12, 1, 2048),
         ("smollm2", 9, 3, 1, 512),
     ] {
         let heads = AttentionHeads {

@@ -16,6 +16,7 @@
 
 mod activation;
 mod adamw;
+mod aligned;
 mod attention;
 pub mod benchmark;
 mod blocks;

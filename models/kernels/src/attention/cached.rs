@@ -1,7 +1,8 @@
 //! Attention of new tokens over a cache in pages, for inference.
 
 use super::AttentionHeads;
-use super::forward::{Query, attend};
+use super::attend::attend;
+use super::block::Query;
 use super::page::{PageLayout, PagedPast};
 use super::rows::Rows;
 use crate::simd::{Level, dispatch, level};
@@ -105,7 +106,7 @@ pub(super) fn decode_with(
                 scale: heads.scale,
                 mask,
             };
-            dispatch!(level, attend(query, &past, head_dim, None, &mut out, None));
+            dispatch!(level, attend(query, &past, head_dim, &mut out));
         }
     });
 }

@@ -6,14 +6,20 @@
 //! `[tokens, heads * head_dim]`, `k` and `v` `[tokens, key_value_heads * head_dim]`. Query head `h` reads key-value head
 //! `h / (heads / key_value_heads)`.
 //!
-//! A token's output is computed in the same order whether its sequence is processed whole, in pieces over a cache, alone
-//! or beside others.
+//! A token's output over a cache is computed in the same order whether its sequence is processed whole or in pieces, alone
+//! or beside others. Training multiplies tiles of queries and keys out of packed panels, several times as fast, and in an
+//! order of its own.
 
+mod attend;
 mod backward;
+mod block;
 mod cached;
 mod forward;
 mod mask;
+mod packed;
 mod page;
+mod panels;
+mod product;
 mod rows;
 mod tile;
 

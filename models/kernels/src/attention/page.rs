@@ -200,15 +200,6 @@ fn dequantize<S: Simd>(s: S, scale: f32, bytes: &[u8], row: &mut [f32]) {
     }
 }
 
-/// The past of one key-value head: rows of keys and of values by position.
-pub(super) trait Past {
-    /// Elements that [`rows`](Self::rows) needs to put a block into.
-    fn scratch(&self, positions: usize) -> usize;
-
-    /// The keys (`which` 0) or values (1) of some positions, at most [`KEYS`]; the other rows are empty.
-    fn rows<'a, S: Simd>(&'a self, s: S, which: usize, keys: Runs<'_>, scratch: &'a mut [f32]) -> [&'a [f32]; KEYS];
-}
-
 /// One key-value head's past in pages.
 #[derive(Clone, Copy)]
 pub(super) struct PagedPast<'a> {
@@ -234,19 +225,25 @@ impl<'a> PagedPast<'a> {
         let index = which * self.layout.key_value_heads + self.head;
         &self.pages[page][index * words..(index + 1) * words]
     }
-}
 
-impl Past for PagedPast<'_> {
+    /// Elements that [`rows`](Self::rows) needs to put a block into.
     #[inline(always)]
-    fn scratch(&self, positions: usize) -> usize {
+    pub(super) fn scratch(&self, positions: usize) -> usize {
         match self.layout.kind {
             CacheType::F32 => 0,
             CacheType::F16 | CacheType::Q8 => positions.min(KEYS) * self.layout.head_dim,
         }
     }
 
+    /// The keys (`which` 0) or values (1) of some positions, at most [`KEYS`]; the other rows are empty.
     #[inline(always)]
-    fn rows<'a, S: Simd>(&'a self, s: S, which: usize, keys: Runs<'_>, scratch: &'a mut [f32]) -> [&'a [f32]; KEYS] {
+    pub(super) fn rows<'b, S: Simd>(
+        &'b self,
+        s: S,
+        which: usize,
+        keys: Runs<'_>,
+        scratch: &'b mut [f32],
+    ) -> [&'b [f32]; KEYS] {
         let (positions, width) = (self.layout.positions, self.layout.head_dim);
         let mut rows: [&[f32]; KEYS] = [&[]; KEYS];
         let mut scratch = scratch.chunks_exact_mut(width);

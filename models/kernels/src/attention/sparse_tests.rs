@@ -288,7 +288,15 @@ fn pages_give_bitwise_what_the_whole_sequence_gives() {
         let width = shape.query_width();
         for level in available() {
             let mut whole = vec![0.0; q.len()];
-            forward_with(level, shape, &[0, length], [&q, &k, &v], None, &mut whole, None);
+            let sequence = CachedSequence {
+                pages: &table,
+                positions: length,
+                new_tokens: length,
+            };
+            decode_with(level, shape, &layout, &q, &[sequence], &mut whole);
+            let mut trained = vec![0.0; q.len()];
+            forward_with(level, shape, &[0, length], [&q, &k, &v], None, &mut trained, None);
+            assert_close(&trained, &whole, 1e-5);
             for [start, end] in [[0, 150], [149, 150], [64, 65], [37, 130], [3, 4], [0, 1]] {
                 let sequence = CachedSequence {
                     pages: &table,

@@ -135,8 +135,18 @@ fn pages_give_bitwise_what_the_whole_sequence_gives() {
             k.zip(v).zip(pages).for_each(|((k, v), page)| layout.load(page, k, v));
         }
         for level in available() {
+            let tables = [0, 1].map(|index| pages[index].1.iter().map(Vec::as_slice).collect::<Vec<_>>());
+            let sequence = |index: usize, new_tokens| CachedSequence {
+                pages: &tables[index],
+                positions: bounds[index + 1] - bounds[index],
+                new_tokens,
+            };
             let mut whole = vec![0.0; q.len()];
-            forward_with(level, &shape, &bounds, [&q, &k, &v], None, &mut whole, None);
+            let sequences = [sequence(0, 150), sequence(1, 80)];
+            decode_with(level, &shape, &pages[0].0, &q, &sequences, &mut whole);
+            let mut trained = vec![0.0; q.len()];
+            forward_with(level, &shape, &bounds, [&q, &k, &v], None, &mut trained, None);
+            assert_close(&trained, &whole, 1e-5);
             // New tokens at the end of each sequence: one, some, all.
             for new in [[1, 1], [7, 70], [150, 80], [0, 3]] {
                 let starts = [150 - new[0], 230 - new[1]];
@@ -147,15 +157,9 @@ fn pages_give_bitwise_what_the_whole_sequence_gives() {
                     ];
                     parts.concat()
                 };
-                let tables = [0, 1].map(|index| pages[index].1.iter().map(Vec::as_slice).collect::<Vec<_>>());
-                let sequence = |index: usize| CachedSequence {
-                    pages: &tables[index],
-                    positions: bounds[index + 1] - bounds[index],
-                    new_tokens: new[index],
-                };
                 let queries = pick(&q);
                 let mut out = vec![0.0; queries.len()];
-                let sequences = [sequence(0), sequence(1)];
+                let sequences = [sequence(0, new[0]), sequence(1, new[1])];
                 decode_with(level, &shape, &pages[0].0, &queries, &sequences, &mut out);
                 assert_eq!(out, pick(&whole), "{level}, {kind:?}, {new:?} new tokens");
             }

@@ -1,14 +1,20 @@
-//! The two small matrix products of attention, on rows that are found by functions.
+//! The extents of tiles, and the two small matrix products of cached attention, on rows that are found by functions.
 
 use crate::simd::{LANES, Simd};
 
-/// Rows of queries that are processed together.
+/// Rows of queries that cached attention processes together.
 pub(super) const QUERY_ROWS: usize = 16;
 /// Keys of a block. Blocks start at multiples of it in the sequence, so that a row's result does not depend on which
 /// other rows are processed with it.
 pub(super) const KEYS: usize = 64;
 
-/// A block's scores or their gradients `[query rows, keys]`.
+/// Rows of queries of a tile of the training passes.
+pub(super) const TILE_ROWS: usize = 64;
+
+/// A tile's scores or their gradients `[query rows, keys]`.
+pub(super) type TileScores = [[f32; KEYS]; TILE_ROWS];
+
+/// A block's scores `[query rows, keys]`.
 pub(super) type Scores = [[f32; KEYS]; QUERY_ROWS];
 
 /// `scores[i][j] = a[i] . b[j]`.

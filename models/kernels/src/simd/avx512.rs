@@ -277,6 +277,16 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn apart<R>(self, body: impl FnOnce(Self) -> R) -> R {
+        #[inline(never)]
+        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
+        fn compiled<R>(s: Avx512, body: impl FnOnce(Avx512) -> R) -> R {
+            body(s)
+        }
+        intrinsic!(compiled(self, body))
+    }
+
+    #[inline(always)]
     fn prefetch(self, from: &[u8], offset: usize) {
         intrinsic!(_mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(offset).cast()))
     }

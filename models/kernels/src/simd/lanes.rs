@@ -81,6 +81,13 @@ pub(crate) trait Simd: Copy {
         self.affine_nibbles(from, affine, affine)
     }
 
+    /// Calls `body` as a function of its own: of a part of a long kernel the compiler keeps the sums in registers, where in
+    /// the whole it would give up.
+    #[inline(always)]
+    fn apart<R>(self, body: impl FnOnce(Self) -> R) -> R {
+        body(self)
+    }
+
     /// Asks for the cache line at `offset` behind the start of `from`, which may lie outside of it.
     #[inline(always)]
     fn prefetch(self, from: &[u8], offset: usize) {

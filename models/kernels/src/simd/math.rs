@@ -2,27 +2,43 @@
 
 use super::Simd;
 
+/// Below it `e^x` is denormal.
+const SMALLEST: f32 = -87.336_54;
+
 /// `e^x`, relative error below 2e-7; 0 below -87.3 (denormal results are flushed), infinity above 88.7.
 #[inline(always)]
 pub(crate) fn exp<S: Simd>(s: S, x: S::F32) -> S::F32 {
     const LARGEST: f32 = 88.722_84;
-    const SMALLEST: f32 = -87.336_54;
-    // Cody-Waite: x = n ln 2 + r with ln 2 in two parts, then a polynomial in r (Cephes expf).
     // min and max return their second operand where one is NaN, so that NaN stays NaN.
     let clamped = s.max(s.splat(SMALLEST), s.min(s.splat(LARGEST), x));
-    let n = s.round(s.mul(clamped, s.splat(std::f32::consts::LOG2_E)));
-    let r = s.mul_add(n, s.splat(-0.693_359_4), clamped);
-    let r = s.mul_add(n, s.splat(2.121_944_4e-4), r);
-    let mut p = s.splat(1.987_569_2e-4);
-    for coefficient in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5e-1] {
-        p = s.mul_add(p, r, s.splat(coefficient));
-    }
-    let p = s.add(s.mul_add(p, s.mul(r, r), r), s.splat(1.0));
+    let (p, n) = reduced_exp(s, clamped);
     // 2^128 does not exist: the power is applied in two steps.
     let half = s.round(s.mul(n, s.splat(0.5)));
     let scaled = s.scale_by_power_of_two(s.scale_by_power_of_two(p, half), s.sub(n, half));
     let scaled = s.select_less(x, s.splat(SMALLEST), s.splat(0.0), scaled);
     s.select_less(s.splat(LARGEST), x, s.splat(f32::INFINITY), scaled)
+}
+
+/// [`exp`] of numbers up to 88, with fewer instructions and the same results; e^88 above.
+#[inline(always)]
+pub(crate) fn exp_below_88<S: Simd>(s: S, x: S::F32) -> S::F32 {
+    let clamped = s.max(s.splat(SMALLEST), s.min(s.splat(88.0), x));
+    let (p, n) = reduced_exp(s, clamped);
+    let scaled = s.scale_by_power_of_two(p, n);
+    s.select_less(x, s.splat(SMALLEST), s.splat(0.0), scaled)
+}
+
+/// `e^x = p * 2^n` as `(p, n)`. Cody-Waite: x = n ln 2 + r with ln 2 in two parts, then a polynomial in r (Cephes expf).
+#[inline(always)]
+fn reduced_exp<S: Simd>(s: S, x: S::F32) -> (S::F32, S::F32) {
+    let n = s.round(s.mul(x, s.splat(std::f32::consts::LOG2_E)));
+    let r = s.mul_add(n, s.splat(-0.693_359_4), x);
+    let r = s.mul_add(n, s.splat(2.121_944_4e-4), r);
+    let mut p = s.splat(1.987_569_2e-4);
+    for coefficient in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5e-1] {
+        p = s.mul_add(p, r, s.splat(coefficient));
+    }
+    (s.add(s.mul_add(p, s.mul(r, r), r), s.splat(1.0)), n)
 }
 
 /// `1 / (1 + e^-x)`.
