@@ -47,6 +47,10 @@ impl CacheMemory {
 
     /// Gives up what no sequence uses beyond what may be kept.
     pub(crate) fn trim(&self) {
+        // Pages that are used come on top, so that they need not be told apart where all together may be kept.
+        if self.used() <= self.kept {
+            return;
+        }
         let unused = self.pools().iter().map(|pool| pool.unused_bytes()).sum::<u64>();
         if unused > self.kept {
             self.evict(unused - self.kept);

@@ -14,6 +14,7 @@ use crate::access::{Caller, Need, Roles, need};
 use crate::app::App;
 use crate::connections::{ConnectionInfo, Link};
 use crate::error::{Error, Result};
+use crate::response_end::{End, Ending};
 
 /// What the guard needs.
 pub(crate) struct Guard {
@@ -40,8 +41,8 @@ impl Guard {
     ///
     /// # Errors
     /// `Unauthenticated`, `PermissionDenied`, `Quota`; `Recovering` and `Draining`.
-    pub(crate) fn admit(&self, request: &Request) -> Result<Caller> {
-        let (path, need) = (request.uri().path(), need(request.uri().path()));
+    pub(crate) fn admit(&self, request: &Request, need: Need) -> Result<Caller> {
+        let path = request.uri().path();
         let link = link(request.extensions());
         if let Some(link) = link.filter(|_| !self.app.tenants.asks_for_tokens()) {
             link.establish();
@@ -61,6 +62,8 @@ impl Guard {
         }
         if let Need::Role(role) = need {
             caller.require(role)?;
+        }
+        if need != Need::Token {
             caller.tenant.admit_call()?;
         }
         if self.app.is_recovering() {
@@ -78,24 +81,38 @@ fn link(extensions: &Extensions) -> Option<&Link> {
     extensions.get::<ConnectionInfo>().map(|info| &*info.link)
 }
 
+/// The code that a call ended with whose answer did not begin with one.
+fn code_of(end: &End) -> Code {
+    match end {
+        End::Whole(trailers) => trailers
+            .as_ref()
+            .and_then(Status::from_header_map)
+            .map_or(Code::Ok, |status| status.code()),
+        End::Broken => Code::Cancelled,
+    }
+}
+
 /// Lets a call pass or answers it with a status.
 pub(crate) async fn guard(State(guard): State<Arc<Guard>>, mut request: Request, next: Next) -> Response {
     let path = request.uri().path().to_owned();
-    let caller = match guard.admit(&request) {
+    let caller = match guard.admit(&request, need(&path)) {
         Ok(caller) => caller,
         Err(error) => return Status::from(error).into_http(),
     };
     let tenant = Arc::clone(caller.name());
     request.extensions_mut().insert(caller);
-    let start = Instant::now();
+    let (start, app) = (Instant::now(), Arc::clone(&guard.app));
+    let ending = Ending::new(move |begun: Option<Option<Code>>, end| {
+        let code = begun.flatten().unwrap_or_else(|| code_of(&end));
+        let milliseconds = start.elapsed().as_secs_f64() * 1e3;
+        app.metrics.answered_grpc(&path, code);
+        tracing::debug!(%path, %tenant, ?code, milliseconds, "answered");
+    });
     let response = next.run(request).await;
     let status = Status::from_header_map(response.headers());
-    let code = status.as_ref().map_or(Code::Ok, Status::code);
-    let milliseconds = start.elapsed().as_secs_f64() * 1e3;
-    guard.app.metrics.answered_grpc(&path, code);
-    tracing::debug!(%path, %tenant, ?code, milliseconds, "answered");
+    let response = ending.follow(response, status.as_ref().map(Status::code));
     match status {
-        Some(status) if code == Code::OutOfRange && status.message().contains("message length too large") => {
+        Some(status) if status.code() == Code::OutOfRange && status.message().contains("message length too large") => {
             let limit = guard.app.config.limits.message_bytes as u64;
             let error = Error::Limit {
                 what: "the size of a message".to_owned(),

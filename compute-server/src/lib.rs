@@ -35,6 +35,7 @@ mod owner;
 mod recovery;
 mod registry;
 mod requests;
+mod response_end;
 mod server;
 mod services;
 mod sources;

@@ -9,6 +9,8 @@ pub(crate) enum Need {
     Open,
     /// A token, whatever its roles, and no quota: what ends or frees something must always be possible.
     Token,
+    /// A token, whatever its roles, within its tenant's quotas.
+    Known,
     /// A token that has the role, within its tenant's quotas.
     Role(Role),
 }

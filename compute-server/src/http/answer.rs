@@ -8,13 +8,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::SystemTime;
 
-use axum::Json;
+use axum::http::StatusCode;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse as _, Response};
+use axum::{Extension, Json};
 use candle_compute_proto::v1;
 use serde_json::{Value, json};
 use tokio_stream::Stream;
 
+use super::admission::Outcome;
 use super::choices::Choices;
 use super::error::ApiError;
 use super::parameters::Parameters;
@@ -120,7 +122,11 @@ impl<F: Format> Answer<F> {
     /// What a generation failed with.
     pub(super) async fn respond(self) -> Result<Response, ApiError> {
         match self.parameters.stream {
-            true => Ok(Sse::new(Events::new(self)).keep_alive(KeepAlive::new()).into_response()),
+            true => {
+                let events = Events::new(self);
+                let outcome = Extension(events.outcome.clone());
+                Ok((outcome, Sse::new(events).keep_alive(KeepAlive::new())).into_response())
+            }
             false => Ok(Json(self.whole().await?).into_response()),
         }
     }
@@ -185,6 +191,7 @@ struct Events<F> {
     answer: Answer<F>,
     ready: VecDeque<Event>,
     ended: bool,
+    outcome: Outcome,
 }
 
 impl<F: Format> Events<F> {
@@ -195,6 +202,7 @@ impl<F: Format> Events<F> {
             answer,
             ready,
             ended: false,
+            outcome: Outcome::default(),
         }
     }
 
@@ -219,12 +227,14 @@ impl<F: Format> Events<F> {
 
     fn fail(&mut self, error: &ApiError) {
         self.ended = true;
+        self.outcome.set(error.status().as_u16());
         self.answer.choices.stop();
         self.ready.push_back(Event::default().data(error.to_json().to_string()));
     }
 
     fn finish(&mut self) {
         self.ended = true;
+        self.outcome.set(StatusCode::OK.as_u16());
         if self.answer.parameters.include_usage {
             let usage = self.answer.usage.to_json();
             self.ready.push_back(self.answer.event(Vec::new(), usage));

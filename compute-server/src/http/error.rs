@@ -6,7 +6,8 @@
 //! | more tokens than a request may have | 400 | `context_length_exceeded` |
 //! | no token, or a wrong one | 401 | `invalid_api_key` |
 //! | not allowed to this token | 403 | |
-//! | no such model, path | 404 | `model_not_found` |
+//! | no such model | 404 | `model_not_found` |
+//! | no such path | 404 | `unknown_url` |
 //! | a body past the limit | 413 | |
 //! | a full queue, a quota | 429, Retry-After | `rate_limit_exceeded` |
 //! | cancelled | 499 | `cancelled` |
@@ -85,6 +86,11 @@ impl ApiError {
         Error::Cancelled.into()
     }
 
+    /// Its status.
+    pub(super) fn status(&self) -> StatusCode {
+        self.status
+    }
+
     /// The error object.
     pub(super) fn to_json(&self) -> Value {
         json!({"error": {
@@ -154,7 +160,12 @@ impl IntoResponse for ApiError {
 /// Answers a path that there is not.
 pub(super) async fn unknown_path(request: Request) -> ApiError {
     let message = format!("there is no {} {}", request.method(), request.uri().path());
-    ApiError::with_status(StatusCode::NOT_FOUND, message)
+    ApiError::new(
+        StatusCode::NOT_FOUND,
+        "invalid_request_error",
+        Some("unknown_url"),
+        message,
+    )
 }
 
 /// Answers a method that a path does not know.

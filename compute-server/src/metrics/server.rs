@@ -27,9 +27,13 @@ impl ServerMetrics {
     pub(crate) fn new() -> Result<Self> {
         let grpc = Opts::new(
             "candle_grpc_requests_total",
-            "gRPC calls by service and code; of a stream, the code that it began with",
+            "gRPC calls that have ended, by service and code; CANCELLED where the client did not wait for the end",
         );
-        let http = Opts::new("candle_http_requests_total", "HTTP requests by route and status");
+        let http = Opts::new(
+            "candle_http_requests_total",
+            "HTTP requests that have ended, by route and status; of a stream of events the status of the error that it ended \
+             with, and 499 where the client did not wait for the end",
+        );
         let operations = Opts::new(
             "candle_tensor_operations_total",
             "Operations on tensors that have ended, by operation and outcome: done, failed or cancelled",

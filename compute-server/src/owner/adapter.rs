@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use candle_models::adapters::Delta;
 
+use super::handle::Shared;
 use super::overlay::{Operation, Overlay};
 use super::state::Owner;
 use super::{Ticket, View};
@@ -13,6 +14,8 @@ use crate::memory::Reservation;
 /// An adapter's product, to be added to the weights of its model.
 pub(crate) struct StagedMerge {
     pub(super) delta: Delta,
+    /// The adapter, unless the commit log is being replayed, when nobody computes with it.
+    pub(super) adapter: Option<Arc<Shared>>,
     pub(super) _memory: Reservation,
 }
 
@@ -29,6 +32,7 @@ impl Owner {
         let memory = self.budget.reserve("merging the adapter", bytes)?;
         Ok(StagedMerge {
             delta: Delta::of(self.decoder(&view)?)?,
+            adapter: Some(Arc::clone(&self.shared)),
             _memory: memory,
         })
     }

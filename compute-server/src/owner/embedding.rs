@@ -8,7 +8,9 @@ use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 
 use super::View;
+use super::places::Queue;
 use super::state::Owner;
+use crate::access::Caller;
 use crate::error::{Error, Result};
 use crate::memory::Reservation;
 use crate::requests::{Phase, RequestGuard};
@@ -34,6 +36,8 @@ pub(crate) struct EmbeddingRequest {
     pub(crate) normalize: bool,
     /// Keeps it listed.
     pub(crate) request: RequestGuard,
+    /// Who asked.
+    pub(crate) caller: Caller,
     /// Where the vectors go. A full channel pauses the work, a closed one ends it.
     pub(crate) output: mpsc::Sender<Result<v1::EmbedResponse, Error>>,
 }
@@ -129,16 +133,16 @@ impl Owner {
     /// Queues inputs.
     ///
     /// # Errors
-    /// `Limit` when the queue is full.
+    /// `Limit` when the queue is full, or this caller's part of it.
     pub(crate) fn submit_embedding(&mut self, request: EmbeddingRequest) -> Result<()> {
         self.embeddings.tidy();
-        if self.embeddings.0.len() >= self.limits.queue {
-            return Err(Error::Limit {
-                what: format!("a further embedding in the queue of model \"{}\"", self.shared.name),
-                limit: self.limits.queue as u64,
-                flag: "max-queue",
-            });
-        }
+        let queue = Queue {
+            kind: "embedding",
+            model: &self.shared.name,
+            places: self.limits.queue,
+            waiting: self.embeddings.0.iter().map(|queued| &queued.request.caller).collect(),
+        };
+        queue.check(&request.caller, 1)?;
         request.request.wake_on_cancel(std::sync::Arc::clone(&self.shared.wake));
         request.request.set_progress(0, request.inputs.len() as u64);
         self.embeddings.0.push_back(Queued {

@@ -6,7 +6,7 @@
 //! thread, and so do the transaction's generations.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_models::adapters::AdapterWeights;
 
@@ -25,21 +25,51 @@ pub(crate) struct Factors {
 
 /// Where an adapter's thread puts the copy.
 #[derive(Default)]
-pub(super) struct PublishedFactors(Mutex<Option<(Arc<Factors>, Reservation)>>);
+pub(super) struct PublishedFactors(Mutex<Published>);
+
+#[derive(Default)]
+struct Published {
+    copy: Option<(Arc<Factors>, Reservation)>,
+    /// Whether the model's weights hold what the adapter added: a copy adds nothing then, also before the adapter's thread
+    /// knows of it.
+    merged: bool,
+}
+
+impl Published {
+    fn put(&mut self, weights: AdapterWeights, mut memory: Reservation) {
+        let weights = match self.merged {
+            true => weights.without_factors(),
+            false => weights,
+        };
+        memory.shrink(weights.memory_bytes());
+        let version = NEXT_VERSION.fetch_add(1, Ordering::Relaxed);
+        self.copy = Some((Arc::new(Factors { weights, version }), memory));
+    }
+}
 
 static NEXT_VERSION: AtomicU64 = AtomicU64::new(1);
 
 impl PublishedFactors {
     fn get(&self) -> Option<Arc<Factors>> {
-        self.lock().as_ref().map(|(factors, _)| Arc::clone(factors))
+        self.lock().copy.as_ref().map(|(factors, _)| Arc::clone(factors))
     }
 
     /// Gives the memory back.
     pub(super) fn clear(&self) {
-        *self.lock() = None;
+        self.lock().copy = None;
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Option<(Arc<Factors>, Reservation)>> {
+    /// The adapter has been merged into its model. Called on the model's thread, where generations use the copy: those that
+    /// run have it in the weights from their next token on, and not twice.
+    pub(super) fn set_merged(&self) {
+        let mut published = self.lock();
+        published.merged = true;
+        if let Some((factors, memory)) = published.copy.take() {
+            published.put(factors.weights.without_factors(), memory);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Published> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -92,30 +122,23 @@ impl Owner {
         let memory = self
             .budget
             .reserve("the factors of an adapter in its model's batch", weights.memory_bytes())?;
-        self.put_factors(weights, memory);
+        self.shared.factors.lock().put(weights, memory);
         Ok(())
     }
 
     /// Makes changed factors known, if the old ones were. Generations that run go on with them at their next token.
     pub(super) fn republish_factors(&mut self) {
         // The copy has the size of the one before, or less where the adapter was merged.
-        let Some((_, mut memory)) = self.shared.factors.lock().take() else {
+        let mut published = self.shared.factors.lock();
+        let Some((_, memory)) = published.copy.take() else {
             return;
         };
         match AdapterWeights::of(&self.model.decoder) {
-            Ok(weights) => {
-                memory.shrink(weights.memory_bytes());
-                self.put_factors(weights, memory);
-            }
+            Ok(weights) => published.put(weights, memory),
             // The next generation tries again; those that run end.
             Err(error) => {
                 tracing::error!(model = %self.shared.name, %error, "copying the factors of an adapter failed")
             }
         }
-    }
-
-    fn put_factors(&self, weights: AdapterWeights, memory: Reservation) {
-        let version = NEXT_VERSION.fetch_add(1, Ordering::Relaxed);
-        *self.shared.factors.lock() = Some((Arc::new(Factors { weights, version }), memory));
     }
 }

@@ -8,6 +8,7 @@ use candle_models::sampling::Sampler;
 use candle_models::{CompletionText, Constraint, Tokenizer};
 use tokio::sync::mpsc;
 
+use super::places::Queue;
 use super::sequence::Sequence;
 use super::state::Owner;
 use super::turns::TurnQueue;
@@ -141,22 +142,20 @@ impl Owner {
     /// Queues the completions of a request, all or none.
     ///
     /// # Errors
-    /// `Limit` when the queue has no room for them, or the cache never will.
+    /// `Limit` when the queue has no room for them, or not for this caller; or the cache never will.
     pub(crate) fn submit_generations(&mut self, requests: Vec<GenerationRequest>) -> Result<()> {
         for request in &requests {
             self.check_pages(request.tokens.len() + request.max_tokens)?;
         }
         self.generations.drop_abandoned(&self.shared.name, &self.limits);
-        let room = self.limits.queue.saturating_sub(self.generations.waiting.len());
-        if requests.len() > room {
-            return Err(Error::Limit {
-                what: match requests.len() {
-                    1 => format!("a further generation in the queue of model \"{}\"", self.shared.name),
-                    n => format!("{n} further generations in the queue of model \"{}\"", self.shared.name),
-                },
-                limit: self.limits.queue as u64,
-                flag: "max-queue",
-            });
+        let queue = Queue {
+            kind: "generation",
+            model: &self.shared.name,
+            places: self.limits.queue,
+            waiting: self.generations.waiting.callers().collect(),
+        };
+        if let Some(first) = requests.first() {
+            queue.check(&first.caller, requests.len())?;
         }
         for request in requests {
             request.request.wake_on_cancel(Arc::clone(&self.shared.wake));

@@ -19,6 +19,7 @@ mod output;
 mod overlay;
 mod paging;
 mod passes;
+mod places;
 mod precision;
 mod publishing;
 mod reading;

@@ -85,6 +85,9 @@ impl Owner {
                     if !adopted {
                         self.apply_write(&operation)?;
                     }
+                    if let Operation::Merge(merge) = &operation {
+                        merge.adapter.iter().for_each(|adapter| adapter.factors.set_merged());
+                    }
                     self.versions.weights += 1;
                 }
                 // What is left of it is in its successor.

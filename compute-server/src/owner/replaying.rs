@@ -241,7 +241,11 @@ impl Owner {
         });
         let delta = Delta::from_data(&self.model.decoder, products.collect::<Result<_>>()?)?;
         let memory = self.budget.reserve("merging the adapter", delta.memory_bytes())?;
-        Ok(StagedMerge { delta, _memory: memory })
+        Ok(StagedMerge {
+            delta,
+            adapter: None,
+            _memory: memory,
+        })
     }
 
     fn known(&self, parameter: u32) -> Result<usize> {

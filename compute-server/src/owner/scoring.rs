@@ -20,20 +20,19 @@ impl Owner {
         cancelled: &dyn Fn() -> bool,
     ) -> Result<Vec<Option<f32>>> {
         let targets = next_tokens(tokens);
-        let factors = adapter.map(AppliedAdapter::factors).transpose()?;
-        let mut pass = self.decoder(view)?.begin_losses(tokens)?;
+        let base = self.decoder(view)?;
+        let mut pass = base.begin_losses(tokens)?;
+        let over_base = |adapter: &AppliedAdapter| -> Result<_> { Ok(adapter.factors()?.weights.over(base)?) };
+        let adapted = adapter.map(over_base).transpose()?;
         loop {
             if cancelled() {
                 return Err(Error::Cancelled);
             }
-            let decoder = self.decoder(view)?;
-            let is_last = match &factors {
-                None => decoder.next_losses(tokens, &targets, &mut pass)?,
-                Some(factors) => {
-                    let adapted = factors.weights.over(decoder)?;
-                    adapted.next_losses(tokens, &targets, &mut pass)?
-                }
+            let decoder = match &adapted {
+                Some(adapted) => adapted,
+                None => self.decoder(view)?,
             };
+            let is_last = decoder.next_losses(tokens, &targets, &mut pass)?;
             if is_last {
                 return Ok(as_scores(pass.into_losses()));
             }

@@ -54,6 +54,11 @@ impl<T> TurnQueue<T> {
         self.waiting.len()
     }
 
+    /// Whose work waits.
+    pub(super) fn callers(&self) -> impl Iterator<Item = &Caller> {
+        self.waiting.iter().map(|(caller, _)| caller)
+    }
+
     pub(super) fn push(&mut self, caller: Caller, work: T) {
         self.waiting.push_back((caller, work));
     }

@@ -55,6 +55,7 @@ pub(crate) async fn start(app: &Arc<App>, caller: &Caller, request: v1::EmbedReq
         pooling,
         normalize: request.normalize.unwrap_or(true),
         request: guard,
+        caller: caller.clone(),
         output,
     };
     model.call(move |owner| owner.submit_embedding(embedding)).await?;

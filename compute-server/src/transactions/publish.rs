@@ -186,7 +186,7 @@ impl App {
     /// commit log, if there is one; nothing is taken back then, for the transaction is committed.
     async fn apply(self: &Arc<Self>, transaction: &Transaction, writes: Vec<Write>, logged: Option<u64>) -> Result<()> {
         let (mut failed, mut saved) = (None, Vec::new());
-        let changed = changed_models(&writes);
+        let mut changed = changed_models(&writes);
         let mut done: Vec<FileChanged> = Vec::new();
         let mut models = Vec::new();
         for write in writes {
@@ -214,6 +214,8 @@ impl App {
                 WriteKind::Change(_) => {}
             }
         }
+        // A model first: what is merged into its weights stops counting beside them at once, not a while before.
+        changed.sort_by_key(|model| model.key().adapter.is_some());
         for model in &changed {
             let (id, number) = (Arc::clone(&transaction.id), logged.unwrap_or(0));
             if let Err(error) = model.call(move |owner| owner.apply(&id, number)).await

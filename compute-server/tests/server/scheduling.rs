@@ -6,7 +6,7 @@ use candle_compute_proto::v1::*;
 use tonic::{Code, Request, Status};
 
 use crate::adapters::{lora, with};
-use crate::support::{Client, TestServer, assert_status, endless, random, within};
+use crate::support::{Client, TestServer, assert_status, collect, endless, random, within};
 
 const A: &[i64] = &[1, 2, 3, 4, 5, 6];
 const B: &[i64] = &[9, 8, 7, 6, 5];
@@ -170,6 +170,42 @@ async fn a_late_session_does_not_wait_for_the_flood_of_another() {
     // It was first; the client may hear of one or two others before.
     assert!(position <= 2, "{order:?}");
     assert_eq!(order.len(), 31);
+}
+
+#[tokio::test]
+async fn a_session_cannot_fill_the_queue_and_a_late_one_has_its_turn() {
+    let (server, flooding) = server(&["--max-generations", "1", "--max-queue", "20"]).await;
+    let other = server.connect().await;
+    let first = flooding.occupy(running("m")).await;
+    let mut flood = Vec::new();
+    let refused = loop {
+        match flooding.start_generation(random("m", "the", 1, 5)).await {
+            Ok(stream) => flood.push(stream),
+            Err(status) => break status,
+        }
+    };
+    let message = assert_status::<()>(Err(refused), Code::ResourceExhausted, "53400");
+    assert!(
+        message.contains("of a session that has 18") && message.contains("--max-queue"),
+        "{message}"
+    );
+    // Completions of one request are all queued, or none.
+    let two = GenerateRequest {
+        n: Some(2),
+        ..random("m", "the", 1, 5)
+    };
+    assert_status(other.generate(two).await, Code::ResourceExhausted, "53400");
+    let (client, request) = (other.clone(), random("m", "the", 1, 5));
+    let late = tokio::spawn(async move { client.generate(request).await.unwrap() });
+    flooding.queued(19).await;
+    drop(first);
+    late.await.unwrap();
+    // The places are free again when their work has ended.
+    for stream in flood {
+        collect(stream).await.unwrap();
+    }
+    flooding.wait_for_requests(<[ActiveRequest]>::is_empty).await;
+    flooding.generate(random("m", "the", 1, 5)).await.unwrap();
 }
 
 #[tokio::test]

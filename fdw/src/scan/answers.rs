@@ -16,11 +16,23 @@ pub(super) struct Kept {
     rows: RefCell<Vec<Row>>,
     /// Whether further calls may find them.
     known: Cell<bool>,
+    /// Whether there are no more.
+    complete: Cell<bool>,
 }
 
 impl Kept {
     pub(super) fn row(&self, number: usize) -> Option<Row> {
         self.rows.borrow().get(number).cloned()
+    }
+
+    /// Whether all rows are there.
+    pub(super) fn is_complete(&self) -> bool {
+        self.complete.get()
+    }
+
+    /// All rows are there.
+    pub(super) fn complete(&self) {
+        self.complete.set(true);
     }
 
     fn bytes(&self) -> usize {

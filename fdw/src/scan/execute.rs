@@ -7,7 +7,7 @@ use pgrx::prelude::*;
 
 use super::inputs::{Binding, Combinations, Echo, Inputting, check, datum_of};
 use super::plan::Private;
-use super::state::{Calls, Event, Totals};
+use super::state::{Calls, Event, Manner, Order, Totals};
 use crate::client::connect;
 use crate::error::{OrReport, Result};
 use crate::resources;
@@ -160,13 +160,12 @@ impl Scan {
             }
         }
         let client = connect(self.table.session(self.user))?;
-        let calls = Calls::new(
-            client,
-            self.table.relation,
-            Arc::from(needed),
-            self.private.limit,
-            false,
-        );
+        let manner = Manner {
+            order: Order::Arrival,
+            limit: self.private.limit,
+            share: false,
+        };
+        let calls = Calls::new(client, self.table.relation, Arc::from(needed), &manner);
         Ok((calls, combinations))
     }
 }

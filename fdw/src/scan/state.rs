@@ -1,8 +1,11 @@
-//! A running scan: the calls that are under way, their rows in the order of the inputs.
+//! A running scan: the calls that are under way, and their rows: as calls give them, or in the order of the inputs.
 
 use std::collections::VecDeque;
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll, Waker, ready};
 
 use pgrx::PgSqlErrorCode;
 use tokio::sync::{Notify, mpsc};
@@ -14,7 +17,8 @@ use crate::error::{Error, Result};
 use crate::relation::{Call, Inputs, Item, Relation, Row, Rows, Usage};
 use crate::transaction;
 
-/// Calls begun, for each that may be under way: rows of those that have ended wait here for those of the calls before them.
+/// Calls begun, for each that may be under way: rows of those that have ended wait here for the executor, and for those of
+/// the calls before them where they come in order.
 const AHEAD: usize = 4;
 
 /// Where the inputs of calls come from.
@@ -33,6 +37,24 @@ pub(super) struct Begin<T> {
     pub(super) tag: T,
 }
 
+/// In which order rows come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Order {
+    /// In that of the inputs.
+    Inputs,
+    /// As calls give them: those of one call in their order, and one that is slow holds no other up.
+    Arrival,
+}
+
+/// How the calls of a scan are made.
+pub(super) struct Manner {
+    pub(super) order: Order,
+    /// Rows that the query can use at most, if that is known and small.
+    pub(super) limit: Option<usize>,
+    /// Whether equal inputs share a call.
+    pub(super) share: bool,
+}
+
 /// What a call gives.
 pub(super) enum Event<T> {
     Row(Row, T),
@@ -49,10 +71,37 @@ struct Running<T> {
 enum Work {
     /// Rows come from the server, and are kept where equal inputs share them.
     Call(mpsc::Receiver<Item>, Task, Option<Answer>),
-    /// Rows of a call before this one, which has ended by the time that they are read, and how many have been.
+    /// Rows of a call before this one, and how many of them have been read.
     Shared(Answer, usize),
     /// No rows are left.
     Done,
+}
+
+impl Work {
+    /// What comes next, None at the end. Where rows are shared nobody is woken: the call that gives them is looked at, too.
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Result<Option<Item>>> {
+        match self {
+            Self::Call(items, task, _) => {
+                if let Some(item) = ready!(items.poll_recv(context)) {
+                    return Poll::Ready(Ok(Some(item)));
+                }
+                let outcome = ready!(Pin::new(&mut task.0).poll(context)).unwrap_or_else(|_| {
+                    let code = PgSqlErrorCode::ERRCODE_INTERNAL_ERROR;
+                    Err(Error::new(code, "a call to the compute server ended unexpectedly"))
+                });
+                Poll::Ready(outcome.map(|()| None))
+            }
+            Self::Shared(answer, read) => match answer.row(*read) {
+                Some(row) => {
+                    *read += 1;
+                    Poll::Ready(Ok(Some(Item::Row(row))))
+                }
+                None if answer.is_complete() => Poll::Ready(Ok(None)),
+                None => Poll::Pending,
+            },
+            Self::Done => Poll::Ready(Ok(None)),
+        }
+    }
 }
 
 struct Task(JoinHandle<Result<()>>);
@@ -79,6 +128,9 @@ pub(super) struct Calls<T> {
     relation: &'static dyn Relation,
     /// In the order of the inputs.
     running: VecDeque<Running<T>>,
+    order: Order,
+    /// The call whose rows are being read: the oldest where they come in order.
+    current: usize,
     ended: Arc<Ended>,
     needed: Arc<[bool]>,
     /// Calls under way at a time.
@@ -99,85 +151,84 @@ struct Ended {
 }
 
 impl<T: Clone> Calls<T> {
-    pub(super) fn new(
-        client: Client,
-        relation: &'static dyn Relation,
-        needed: Arc<[bool]>,
-        limit: Option<usize>,
-        share: bool,
-    ) -> Self {
-        let limit = limit.unwrap_or(usize::MAX).max(1);
+    pub(super) fn new(client: Client, relation: &'static dyn Relation, needed: Arc<[bool]>, manner: &Manner) -> Self {
+        let limit = manner.limit.unwrap_or(usize::MAX).max(1);
         Self {
             width: limit.min(client.fetch_size),
             most: limit.min(AHEAD * client.fetch_size),
             client,
             relation,
             running: VecDeque::new(),
+            order: manner.order,
+            current: 0,
             ended: Arc::default(),
             needed,
             more: true,
-            answers: share.then(Answers::default),
+            answers: manner.share.then(Answers::default),
         }
     }
 
-    /// What the oldest call gives next. None at the end.
+    /// What a call gives next. None at the end.
     pub(super) fn next(&mut self, source: &mut impl Source<Tag = T>, totals: &mut Totals) -> Result<Option<Event<T>>> {
         loop {
             while self.has_room() {
                 self.start(source, totals)?;
             }
-            let waits_for_room = self.more && self.running.len() < self.most;
-            let Some(first) = self.running.front_mut() else {
+            if self.running.is_empty() {
                 return Ok(None);
-            };
-            let (items, task, kept) = match &mut first.work {
-                Work::Call(items, task, kept) => (items, task, kept),
-                Work::Shared(answer, read) => {
-                    let row = answer.row(*read);
-                    *read += 1;
-                    match row {
-                        Some(row) => return Ok(Some(Event::Row(row, first.tag.clone()))),
-                        None => first.work = Work::Done,
-                    }
-                    continue;
-                }
-                Work::Done => {
-                    self.ended.count.fetch_sub(1, Ordering::Relaxed);
-                    return Ok(self.running.pop_front().map(|ended| Event::End(ended.tag)));
-                }
-            };
-            let item = match items.try_recv() {
-                Ok(item) => Some(item),
-                Err(_) => {
-                    let received = wait(async {
-                        tokio::select! {
-                            biased;
-                            item = items.recv() => Ok(Some(item)),
-                            () = self.ended.changed.notified(), if waits_for_room => Ok(None),
-                        }
-                    })?;
-                    let Some(item) = received else { continue };
-                    item
-                }
-            };
+            }
+            let Some(item) = self.wait()? else { continue };
+            let call = &self.running[self.current];
             match item {
                 Some(Item::Row(row)) => {
-                    if let (Some(answer), Some(answers)) = (kept, &mut self.answers) {
+                    if let (Work::Call(.., Some(answer)), Some(answers)) = (&call.work, &mut self.answers) {
                         answers.add(answer, &row);
                     }
-                    return Ok(Some(Event::Row(row, first.tag.clone())));
+                    return Ok(Some(Event::Row(row, call.tag.clone())));
                 }
                 Some(Item::Usage(usage)) => totals.add(usage),
                 None => {
-                    let outcome = wait(async { Ok((&mut task.0).await) })?;
-                    outcome.map_err(|_| {
-                        let code = PgSqlErrorCode::ERRCODE_INTERNAL_ERROR;
-                        Error::new(code, "a call to the compute server ended unexpectedly")
-                    })??;
-                    first.work = Work::Done;
+                    if let Work::Call(.., Some(answer)) = &call.work {
+                        answer.complete();
+                    }
+                    self.ended.count.fetch_sub(1, Ordering::Relaxed);
+                    return Ok(self.running.remove(self.current).map(|ended| Event::End(ended.tag)));
                 }
             }
         }
+    }
+
+    /// Waits for what the current call gives next, which becomes another one where the order allows it; Some(None) is its
+    /// end. None when another call may have room to begin.
+    fn wait(&mut self) -> Result<Option<Option<Item>>> {
+        if let Poll::Ready(item) = self.poll(&mut Context::from_waker(Waker::noop())) {
+            return item.map(Some);
+        }
+        let waits_for_room = self.more && self.running.len() < self.most;
+        let ended = Arc::clone(&self.ended);
+        wait(async {
+            tokio::select! {
+                biased;
+                item = poll_fn(|context| self.poll(context)) => item.map(Some),
+                () = ended.changed.notified(), if waits_for_room => Ok(None),
+            }
+        })
+    }
+
+    /// Looks at the current call, and where rows come as they arrive at all others behind and before it.
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Result<Option<Item>>> {
+        let count = self.running.len();
+        let looked_at = match self.order {
+            Order::Inputs => 1,
+            Order::Arrival => count,
+        };
+        for at in (0..looked_at).map(|step| (self.current + step) % count) {
+            if let Poll::Ready(item) = self.running[at].work.poll(context) {
+                self.current = at;
+                return Poll::Ready(item);
+            }
+        }
+        Poll::Pending
     }
 
     fn has_room(&self) -> bool {

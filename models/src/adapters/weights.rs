@@ -48,6 +48,17 @@ impl AdapterWeights {
         })
     }
 
+    /// The same adapter, adding nothing.
+    #[must_use]
+    pub fn without_factors(&self) -> Self {
+        Self {
+            factors: Vec::new(),
+            positions: vec![None; self.positions.len()],
+            scale: self.scale,
+            config: self.config.clone(),
+        }
+    }
+
     /// Bytes that the copy takes.
     #[must_use]
     pub fn memory_bytes(&self) -> u64 {

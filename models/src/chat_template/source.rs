@@ -5,15 +5,19 @@ pub(super) const ASSIGNED: &str = "__assigned";
 /// The filter of a value that is assigned to an attribute of a namespace.
 pub(super) const ASSIGNED_TO_ATTRIBUTE: &str = "__assigned_to_attribute";
 
-/// The template with two kinds of statements changed, and everything else, whitespace control included, as it is:
+/// The template with three kinds of statements changed, and everything else, whitespace control included, as it is:
 ///
 /// - transformers' `{% generation %}` … `{% endgeneration %}`, which only marks the answers for training masks, becomes a
 ///   block that always renders;
 /// - `{% set a = b %}` becomes `{% set a = (b)|filter %}`, so that what a template keeps can be bounded: fuel counts
-///   instructions, and a few of them can double a text a hundred times.
+///   instructions, and a few of them can double a text a hundred times;
+/// - behind `{% macro f(a) %}`, `{% call(a) f() %}` and `{% with a = b %}`, which give variables values, too, and behind the
+///   end of `{% set a %}` … `{% endset %}` comes `{% set a = (a)|filter %}`.
 pub(super) fn prepared(source: &str) -> String {
     let mut output = String::with_capacity(source.len() + source.len() / 8);
     let mut rest = source;
+    // Variables of the blocks that are open, the innermost last.
+    let mut captured: Vec<&str> = Vec::new();
     while let Some(start) = rest.find('{') {
         let (before, tag) = rest.split_at(start);
         output += before;
@@ -37,7 +41,17 @@ pub(super) fn prepared(source: &str) -> String {
                 rest = &after[end..];
                 continue;
             }
-            Some(inner) => output += &statement_for(inner),
+            Some(inner) => {
+                captured.extend(captures(trimmed(inner)));
+                let names = match trimmed(inner) {
+                    "endset" => captured.pop().into_iter().collect(),
+                    other => introduced(other),
+                };
+                output += &match names.is_empty() {
+                    true => statement_for(inner),
+                    false => followed_by_checks(inner, &names),
+                };
+            }
             None => output += tag,
         }
         rest = after;
@@ -77,6 +91,68 @@ fn statement_for(inner: &str) -> String {
     };
     let (first, last) = (inner.chars().next(), inner.chars().next_back());
     format!("{{%{} {statement} {}%}}", keep(first), keep(last))
+}
+
+/// The statement, with the value of each of `names` assigned anew behind it. What the template wants of the whitespace
+/// behind holds behind the last.
+fn followed_by_checks(inner: &str, names: &[&str]) -> String {
+    let control = inner.chars().next_back().filter(|last| matches!(last, '-' | '+'));
+    let inner = control.map_or(inner, |_| &inner[..inner.len() - 1]);
+    let checks: Vec<String> = names
+        .iter()
+        .map(|name| format!("{{% set {name} = ({name})|{ASSIGNED} "))
+        .collect();
+    let control = control.map(String::from).unwrap_or_default();
+    format!("{{%{inner}%}}{}{control}%}}", checks.join("%}"))
+}
+
+/// The rest of a statement that begins with the word `keyword`.
+fn after_keyword<'a>(statement: &'a str, keyword: &str) -> Option<&'a str> {
+    let rest = statement.strip_prefix(keyword)?;
+    rest.starts_with(|c: char| c.is_whitespace() || c == '(')
+        .then(|| rest.trim_start())
+}
+
+/// `a` of a block `set a` or `set a | filter`.
+fn captures(statement: &str) -> Option<&str> {
+    let target = after_keyword(statement, "set")?;
+    let name = leading_name(target)?;
+    let behind = target[name.len()..].trim_start();
+    (behind.is_empty() || behind.starts_with('|')).then_some(name)
+}
+
+/// The variables that a statement gives values to by other means than `set`.
+fn introduced(statement: &str) -> Vec<&str> {
+    if let Some(bindings) = after_keyword(statement, "with") {
+        return names(bindings);
+    }
+    let parameters = match after_keyword(statement, "macro") {
+        Some(signature) => leading_name(signature).map(|name| signature[name.len()..].trim_start()),
+        None => after_keyword(statement, "call"),
+    };
+    let parameters = parameters.and_then(|parameters| parameters.strip_prefix('('));
+    let inner = parameters.and_then(|inner| Some(&inner[..inner_end(inner, ")")?]));
+    inner.map(names).unwrap_or_default()
+}
+
+/// The name that begins each part of a list with commas.
+fn names(list: &str) -> Vec<&str> {
+    let (mut found, mut rest) = (Vec::new(), list);
+    loop {
+        let end = inner_end(rest, ",").unwrap_or(rest.len());
+        found.extend(leading_name(rest[..end].trim_start()));
+        match rest.get(end + 1..) {
+            Some(behind) => rest = behind,
+            None => return found,
+        }
+    }
+}
+
+fn leading_name(text: &str) -> Option<&str> {
+    let end = text
+        .find(|c: char| !c.is_alphanumeric() && c != '_')
+        .unwrap_or(text.len());
+    (end > 0 && !text.starts_with(|c: char| c.is_numeric())).then(|| &text[..end])
 }
 
 /// `set a` and `b` of `set a = b`.
@@ -160,8 +236,32 @@ mod tests {
                 "{% raw %}{% set x = 1 %}{% endraw %}",
                 "{% raw %}{% set x = 1 %}{% endraw %}",
             ),
+            // Values that come by other ways.
+            (
+                "{%- macro f(a, b=[1, 2], c='x,y') -%} a",
+                "{%- macro f(a, b=[1, 2], c='x,y') %}{% set a = (a)|__assigned %}{% set b = (b)|__assigned %}\
+                 {% set c = (c)|__assigned -%} a",
+            ),
+            ("{% macro f() %}", "{% macro f() %}"),
+            ("{% call(a) f(b) %}", "{% call(a) f(b) %}{% set a = (a)|__assigned %}"),
+            ("{% call f(b) %}", "{% call f(b) %}"),
+            (
+                "{% with a = f(x, y), b = 2 +%}",
+                "{% with a = f(x, y), b = 2 %}{% set a = (a)|__assigned %}{% set b = (b)|__assigned +%}",
+            ),
+            (
+                "{% set x %}{% set y | upper %}text{% endset %}{% endset -%}",
+                "{% set x %}{% set y | upper %}text{% endset %}{% set y = (y)|__assigned %}{% endset %}{% set x = (x)|__assigned -%}",
+            ),
             // None of these assigns a value.
-            ("{% set x %}text{% endset %}", "{% set x %}text{% endset %}"),
+            (
+                "{% set x = 1 %}{% endset %}",
+                "{% set x = ( 1)|__assigned %}{% endset %}",
+            ),
+            (
+                "{% macros(a) %}{% without = 1 %}{% with %}",
+                "{% macros(a) %}{% without = 1 %}{% with %}",
+            ),
             ("{% settle = 1 %}", "{% settle = 1 %}"),
             ("{% if a == b %}", "{% if a == b %}"),
             ("a { b", "a { b"),

@@ -117,7 +117,27 @@ fn what_a_template_keeps_is_bounded() {
             "{% set ns = namespace() %}{% for i in range(99) %}{% set ns.x = [ns.x] %}{% endfor %}",
             "too deeply",
         ),
+        // What has values by other means than `set`.
+        (
+            "{% macro m(x, n=0) %}{% if n < 99 %}{{ m(x ~ x, n + 1) }}{% endif %}{% endmacro %}{{ m('xx') }}",
+            "too much",
+        ),
+        (
+            "{% macro m(x) %}{{ caller(x ~ x) }}{% endmacro %}\
+             {% macro r(x, n) %}{% if n < 99 %}{% call(y) m(x) %}{{ r(y, n + 1) }}{% endcall %}{% endif %}{% endmacro %}\
+             {{ r('xx', 0) }}",
+            "too much",
+        ),
     ];
+    let withs = format!(
+        "{{% set x = 'xx' %}}{}",
+        "{% with x = x ~ x %}".repeat(40) + &"{% endwith %}".repeat(40)
+    );
+    let blocks = format!(
+        "{{% set x = 'xx' %}}{}",
+        "{% set x %}{{ x }}{{ x }}{% endset %}".repeat(40)
+    );
+    let cases = cases.into_iter().chain([(&*withs, "too much"), (&*blocks, "too much")]);
     for (source, part) in cases {
         let template = ChatTemplate::new(source, None, None).unwrap();
         // Again and again: what one rendering kept is not counted against the next.
@@ -132,6 +152,10 @@ fn what_a_template_keeps_is_bounded() {
     let fine = ChatTemplate::new(fine, None, None).unwrap();
     let messages = vec![message("user", "ab"); 3];
     assert_eq!(fine.render(&messages).unwrap(), "ababab3");
+    let fine = "{%- macro m(a, b='-') -%}\n {{ a }}{{ b }} {%- endmacro -%}\n{{ m('x') }}{{ m(messages[0].content, 1) }}\
+                {% with c = m %}\n{{ c(2) }}{% endwith %}{% set d | upper %}\ne{{ m() is defined }}{% endset %}\n{{ d }}";
+    let fine = ChatTemplate::new(fine, None, None).unwrap();
+    assert_eq!(fine.render(&messages).unwrap(), "x-ab12-ETRUE");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use end_to_end_tests::fixture::Fixture;
 use end_to_end_tests::processes::{peak_kilobytes, resident_kilobytes};
-use postgres::{Client, SimpleQueryMessage};
+use postgres::{Client, Row, SimpleQueryMessage};
 use serde_json::Value;
 
 const PROMPTS: i64 = 10_000;
@@ -73,7 +73,7 @@ fn ten_thousand_prompts_in_bounded_memory() {
 }
 
 #[test]
-fn rows_come_in_the_order_of_the_prompts_and_are_those_of_single_calls() {
+fn rows_come_in_the_order_asked_for_and_are_those_of_single_calls() {
     let fixture = Fixture::with_models();
     let mut client = fixture.connect();
     client
@@ -83,11 +83,14 @@ fn rows_come_in_the_order_of_the_prompts_and_are_those_of_single_calls() {
         )
         .unwrap();
     // Prompts and completions of different lengths end in another order than they begin.
-    let joined = "SELECT p.id, g.completion FROM (SELECT * FROM prompts ORDER BY id) p
+    let joined = "SELECT p.id, g.completion FROM prompts p
                   JOIN llm.generations g ON g.prompt = p.body AND g.max_tokens = p.length WHERE g.model = 'tiny'";
-    let rows = client.query(joined, &[]).unwrap();
-    let ids: Vec<i32> = rows.iter().map(|row| row.get(0)).collect();
-    assert_eq!(ids, (1..=200).collect::<Vec<i32>>());
+    let ids = |rows: &[Row]| -> Vec<i32> { rows.iter().map(|row| row.get(0)).collect() };
+    let mut unordered = ids(&client.query(joined, &[]).unwrap());
+    unordered.sort_unstable();
+    assert_eq!(unordered, (1..=200).collect::<Vec<i32>>());
+    let rows = client.query(&format!("{joined} ORDER BY p.id"), &[]).unwrap();
+    assert_eq!(ids(&rows), unordered);
     for row in rows.iter().step_by(23) {
         let (id, completion): (i32, String) = (row.get(0), row.get(1));
         let single = "SELECT completion FROM llm.generations WHERE model = 'tiny'
@@ -100,6 +103,55 @@ fn rows_come_in_the_order_of_the_prompts_and_are_those_of_single_calls() {
         );
     }
     fixture.assert_idle();
+}
+
+/// Tokens of a generation that takes far longer than another with one token.
+const LONG: i32 = 20_000;
+
+/// The first row of a query by a cursor, while the server still works on others.
+fn first_row(fixture: &Fixture, client: &mut Client, query: &str) -> i32 {
+    let mut transaction = client.transaction().unwrap();
+    transaction
+        .batch_execute(&format!("DECLARE c CURSOR FOR {query}"))
+        .unwrap();
+    let first = transaction.query_one("FETCH 1 FROM c", &[]).unwrap().get(0);
+    fixture.wait_for_work("generate");
+    transaction.batch_execute("CLOSE c").unwrap();
+    fixture.assert_idle();
+    first
+}
+
+#[test]
+fn a_short_generation_does_not_wait_for_a_long_one_before_it() {
+    let fixture = Fixture::with_models();
+    let mut client = fixture.connect();
+    let generations = "llm.generations g WHERE g.model = 'endless'";
+    let listed =
+        format!("SELECT max_tokens FROM {generations} AND prompt = 'a' AND max_tokens = ANY (ARRAY[{LONG}, 1])");
+    assert_eq!(first_row(&fixture, &mut client, &listed), 1);
+    client
+        .batch_execute(&format!(
+            "CREATE TABLE lengths (id int PRIMARY KEY, length int, other int);
+             INSERT INTO lengths VALUES (1, {LONG}, 1), (2, 1, 1), (3, {LONG}, {LONG}); ANALYZE lengths"
+        ))
+        .unwrap();
+    let joined = format!("SELECT l.id FROM lengths l, {generations} AND g.prompt = 'a' AND g.max_tokens = l.length");
+    assert_eq!(first_row(&fixture, &mut client, &joined), 2);
+    // A row with two calls has come when both have; the same inputs as of a row before it share that row's call.
+    let several = format!(
+        "SELECT l.id FROM lengths l LEFT JOIN llm.generations g ON g.max_tokens = ANY (ARRAY[l.length, l.other])
+         AND g.model = 'endless' AND g.prompt = 'a' AND g.completion_tokens < 0"
+    );
+    assert_eq!(first_row(&fixture, &mut client, &several), 2);
+    // In the order asked for, the first row that is there does not wait for those behind it.
+    let ordered = format!("{joined} ORDER BY l.length");
+    assert_eq!(first_row(&fixture, &mut client, &ordered), 2);
+    client
+        .batch_execute(&format!("UPDATE lengths SET length = 300 WHERE length = {LONG}"))
+        .unwrap();
+    let rows = client.query(&format!("{joined} ORDER BY l.id"), &[]).unwrap();
+    let ids: Vec<i32> = rows.iter().map(|row| row.get(0)).collect();
+    assert_eq!(ids, [1, 2, 3]);
 }
 
 #[test]

@@ -4,9 +4,11 @@ use std::net::TcpStream;
 
 use candle_compute_proto::v1::*;
 use serde_json::{Value, json};
+use tonic::Code;
 
 use super::{get, post, read, send, server_with_model, wait_for};
-use crate::support::{TestServer, endless, random};
+use crate::support::{TestServer, endless, poll, random};
+
 #[tokio::test]
 async fn a_client_that_goes_away_ends_its_generation() {
     let (server, client) = server_with_model().await;
@@ -23,6 +25,21 @@ async fn a_client_that_goes_away_ends_its_generation() {
         drop(connection);
         wait_for("nothing runs", &client, |requests| requests.is_empty().then_some(())).await;
     }
+    assert_counted(
+        &server,
+        "candle_http_requests_total{route=\"/v1/completions\",status=\"499\"} 2",
+    )
+    .await;
+    let stream = client.start_generation(endless("m")).await.unwrap();
+    wait_for("a generation runs", &client, |requests| requests.first().map(drop)).await;
+    drop(stream);
+    let cancelled = "candle_grpc_requests_total{code=\"Cancelled\",service=\"candle.compute.v1.InferenceService\"} 1";
+    assert_counted(&server, cancelled).await;
+}
+
+/// Waits until the metrics have a line: what was dropped is counted a moment later.
+async fn assert_counted(server: &TestServer, line: &str) {
+    poll(|| get(server, "/metrics").body.lines().any(|found| found == line)).await;
 }
 
 #[tokio::test]
@@ -54,6 +71,32 @@ async fn a_generation_that_somebody_cancels_says_so() {
         assert_eq!(error, (499, json!("cancelled"), Value::Null));
         // The next turn must not find this one's request.
         client.wait_for_requests(<[ActiveRequest]>::is_empty).await;
+    }
+    // An answer of events begins with 200 whatever comes.
+    assert_counted(
+        &server,
+        "candle_http_requests_total{route=\"/v1/completions\",status=\"499\"} 2",
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_stream_counts_as_what_it_ended_with() {
+    let (server, client) = server_with_model().await;
+    client.generate(random("m", "the quick", 7, 5)).await.unwrap();
+    let mut stream = client.start_generation(endless("m")).await.unwrap();
+    client.drop_model("m").await.unwrap();
+    let status = loop {
+        match stream.message().await {
+            Ok(message) => assert!(message.is_some(), "the stream ended without an error"),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(status.code(), Code::Aborted);
+    for code in ["Ok", "Aborted"] {
+        let line =
+            format!("candle_grpc_requests_total{{code=\"{code}\",service=\"candle.compute.v1.InferenceService\"}} 1");
+        assert_counted(&server, &line).await;
     }
 }
 
@@ -94,6 +137,46 @@ async fn tokens_are_asked_for_everywhere_but_at_probes() {
         (get(&server, "/healthz").status, get(&server, "/readyz").status),
         (200, 200)
     );
+}
+
+#[tokio::test]
+async fn an_unknown_path_is_not_found_for_whoever_has_a_token() {
+    let data = tempfile::tempdir().unwrap();
+    let file = data.path().join("tokens");
+    std::fs::write(
+        &file,
+        "ann t-ann roles=read requests_per_second=0.001\nbob t-bob roles=generate\n",
+    )
+    .unwrap();
+    let server = TestServer::start_in(data, &["--token-file", file.to_str().unwrap()]);
+    let ask = |method, path, token: &str| {
+        let header = format!("authorization: Bearer {token}\r\n");
+        read(send(&server, method, path, &header, "")).error()
+    };
+    for path in [
+        "/",
+        "/v1/nothing",
+        "/v1/models/",
+        "/healthz/x",
+        "/candle.compute.v1.ModelsService/LoadModel",
+    ] {
+        for method in ["GET", "POST"] {
+            assert_eq!(
+                ask(method, path, "wrong"),
+                (401, json!("invalid_api_key"), Value::Null),
+                "{path}"
+            );
+            assert_eq!(
+                ask(method, path, "t-bob"),
+                (404, json!("unknown_url"), Value::Null),
+                "{path}"
+            );
+        }
+    }
+    // A path that is there needs its role as before, and quotas hold for those that are not.
+    assert_eq!(ask("GET", "/v1/models", "t-bob").0, 403);
+    assert_eq!(ask("GET", "/v1/nothing", "t-ann").0, 404);
+    assert_eq!(ask("GET", "/v1/nothing", "t-ann").0, 429);
 }
 
 #[tokio::test]

@@ -15,7 +15,7 @@ use crate::relation::Row;
 use crate::resources;
 use crate::scan::explain::{show_inputs, show_totals};
 use crate::scan::inputs::{Binding, Echo, check, datum_of};
-use crate::scan::state::{Calls, Event, Totals};
+use crate::scan::state::{Calls, Event, Manner, Order, Totals};
 use crate::table::{Table, effective_user};
 
 /// PostgreSQL's state of the node, and ours.
@@ -244,7 +244,7 @@ impl Join {
                         return Ok(true);
                     }
                 }
-                Some(Event::End(tag)) if tag.last => {
+                Some(Event::End(tag)) if tag.row.end_call() => {
                     let alone = self.private.left && !tag.row.matched.get();
                     if alone {
                         // SAFETY: as above.
@@ -294,7 +294,14 @@ impl Join {
             }
         }
         let client = connect(self.table.session(self.user))?;
-        let limit = self.private.scan.limit;
-        Ok(Calls::new(client, relation, Arc::from(needed), limit, true))
+        let manner = Manner {
+            order: match self.private.ordered {
+                true => Order::Inputs,
+                false => Order::Arrival,
+            },
+            limit: self.private.scan.limit,
+            share: true,
+        };
+        Ok(Calls::new(client, relation, Arc::from(needed), &manner))
     }
 }

@@ -18,9 +18,25 @@ pub(super) struct OuterRow {
     pub(super) tuple: pg_sys::MinimalTuple,
     /// Whether it has found a match.
     pub(super) matched: Cell<bool>,
+    /// Calls for it that have begun and not ended.
+    calls: Cell<usize>,
+    /// Whether all of them have begun.
+    begun: Cell<bool>,
 }
 
 impl OuterRow {
+    /// A call for it begins.
+    fn begin_call(&self, is_last: bool) {
+        self.calls.update(|calls| calls + 1);
+        self.begun.set(is_last);
+    }
+
+    /// A call for it has ended; true when it was the last one to end.
+    pub(super) fn end_call(&self) -> bool {
+        self.calls.update(|calls| calls - 1);
+        self.begun.get() && self.calls.get() == 0
+    }
+
     /// Gives the memory back.
     ///
     /// # Safety
@@ -36,8 +52,6 @@ impl OuterRow {
 pub(super) struct Tag {
     pub(super) row: Rc<OuterRow>,
     pub(super) echo: Echo,
-    /// Whether it is the last call of its outer row.
-    pub(super) last: bool,
 }
 
 /// How far the outer plan has been read.
@@ -73,6 +87,7 @@ impl Source for Ahead<'_> {
         let row = Rc::clone(row);
         let next = combinations.advance(self.bindings, self.table);
         let last = combinations.is_done();
+        row.begin_call(last);
         if last {
             self.rows.pending = None;
         }
@@ -82,7 +97,7 @@ impl Source for Ahead<'_> {
         };
         Ok(Some(Begin {
             inputs,
-            tag: Tag { row, echo, last },
+            tag: Tag { row, echo },
         }))
     }
 }
@@ -114,8 +129,14 @@ impl Ahead<'_> {
             fill(self.slot, outer, |_| Ok(None))?;
             (*self.context).ecxt_scantuple = self.slot;
             let combinations = Combinations::evaluate(self.bindings, self.context, memory, self.table)?;
-            let matched = Cell::new(false);
-            self.rows.pending = Some((Rc::new(OuterRow { memory, tuple, matched }), combinations));
+            let row = OuterRow {
+                memory,
+                tuple,
+                matched: Cell::new(false),
+                calls: Cell::new(0),
+                begun: Cell::new(false),
+            };
+            self.rows.pending = Some((Rc::new(row), combinations));
             Ok(true)
         }
     }

@@ -10,6 +10,7 @@ use pgrx::prelude::*;
 use super::plan;
 use crate::error::OrReport;
 use crate::nodes::{integer_list, items, make_node};
+use crate::relation::Estimate;
 use crate::scan::clauses::{Planned, plain_clauses};
 use crate::scan::execute::iterate_foreign_scan;
 use crate::scan::paths::{ROW_COST, calls};
@@ -112,13 +113,6 @@ impl Join {
         // SAFETY: the planner's structures are valid; paths live in its memory context.
         unsafe {
             let Some(info) = self.parameters() else { return };
-            let mut outer = (*self.outer).cheapest_total_path;
-            if !outer.is_null() && self.kind == pg_sys::JoinType::JOIN_UNIQUE_OUTER {
-                outer = pg_sys::create_unique_path(self.root, self.outer, outer, (*self.extra).sjinfo).cast();
-            }
-            if outer.is_null() || !(*outer).param_info.is_null() {
-                return;
-            }
             let entry = *(*self.root).simple_rte_array.add((*self.inner).relid as usize);
             let (relation, _) = definition((*entry).relid).or_report();
             let planned = Planned {
@@ -134,8 +128,23 @@ impl Join {
             if relation.required().is_empty() || !planned.complete(&given) || !self.knows_columns(restrictions) {
                 return;
             }
-            let estimate = relation.estimate();
-            let rows = (*outer).rows * calls(&given);
+            let numbers = integer_list([(*self.inner).relid as i32, self.kind as i32]);
+            let private = pg_sys::lappend(null_mut(), numbers.cast());
+            let private = pg_sys::lappend(private, restrictions.cast());
+            let private = pg_sys::lappend(private, (*info).ppi_clauses.cast());
+            for (outer, pathkeys) in self.outer_paths() {
+                let path = self.path(outer, relation.estimate(), (*outer).rows * calls(&given));
+                (*path).path.pathkeys = pathkeys;
+                (*path).custom_private = pg_sys::list_copy(private);
+                pg_sys::add_path(self.join, path.cast());
+            }
+        }
+    }
+
+    /// A path that makes so many `calls` for the rows of `outer`.
+    unsafe fn path(&self, outer: *mut pg_sys::Path, estimate: Estimate, calls: f64) -> *mut pg_sys::CustomPath {
+        // SAFETY: as above.
+        unsafe {
             let path = make_node::<pg_sys::CustomPath>(pg_sys::NodeTag::T_CustomPath);
             (*path).path.pathtype = pg_sys::NodeTag::T_CustomScan;
             (*path).path.parent = self.join;
@@ -144,16 +153,61 @@ impl Join {
             (*path).path.startup_cost = (*outer).startup_cost + estimate.cost;
             (*path).path.total_cost = (*outer).total_cost
                 + estimate.cost
-                + estimate.cost * rows / AT_A_TIME
-                + estimate.rows * rows * ROW_COST;
-            (*path).path.pathkeys = pg_sys::build_join_pathkeys(self.root, self.join, self.kind, (*outer).pathkeys);
+                + estimate.cost * calls / AT_A_TIME
+                + estimate.rows * calls * ROW_COST;
             (*path).custom_paths = pg_sys::lappend(null_mut(), outer.cast());
-            let numbers = integer_list([(*self.inner).relid as i32, self.kind as i32]);
-            let private = pg_sys::lappend(null_mut(), numbers.cast());
-            let private = pg_sys::lappend(private, restrictions.cast());
-            (*path).custom_private = pg_sys::lappend(private, (*info).ppi_clauses.cast());
             (*path).methods = plan::path_methods();
-            pg_sys::add_path(self.join, path.cast());
+            path
+        }
+    }
+
+    /// Paths of the outer relation that are worth a join, each with the order that rows keep if the query has a use for it:
+    /// the cheapest one, those in a useful order, and the cheapest one sorted as the query asks for it, so that rows need not
+    /// wait for the last one to be sorted. Without pathkeys rows come as they arrive.
+    unsafe fn outer_paths(&self) -> Vec<(*mut pg_sys::Path, *mut pg_sys::List)> {
+        // SAFETY: as above.
+        unsafe {
+            let cheapest = (*self.outer).cheapest_total_path;
+            if cheapest.is_null() || !(*cheapest).param_info.is_null() {
+                return Vec::new();
+            }
+            if self.kind == pg_sys::JoinType::JOIN_UNIQUE_OUTER {
+                let unique = pg_sys::create_unique_path(self.root, self.outer, cheapest, (*self.extra).sjinfo);
+                return match unique.is_null() {
+                    true => Vec::new(),
+                    false => vec![(unique.cast(), null_mut())],
+                };
+            }
+            let mut paths = items::<pg_sys::Path>((*self.outer).pathlist);
+            paths.retain(|path| *path != cheapest && (**path).param_info.is_null());
+            paths.extend(self.sorted(cheapest));
+            let keep = |path: *mut pg_sys::Path| {
+                pg_sys::build_join_pathkeys(self.root, self.join, self.kind, (*path).pathkeys)
+            };
+            let mut kept: Vec<_> = paths.into_iter().map(|path| (path, keep(path))).collect();
+            kept.retain(|(_, pathkeys)| !pathkeys.is_null());
+            kept.insert(0, (cheapest, keep(cheapest)));
+            kept
+        }
+    }
+
+    /// A path sorted as the query asks for it, if that is by columns of the outer relation.
+    unsafe fn sorted(&self, path: *mut pg_sys::Path) -> Option<*mut pg_sys::Path> {
+        // SAFETY: as above.
+        unsafe {
+            let wanted = (*self.root).query_pathkeys;
+            let is_own = |key: &*mut pg_sys::PathKey| {
+                let members = items::<pg_sys::EquivalenceMember>((*(**key).pk_eclass).ec_members);
+                members.into_iter().any(|member| {
+                    is_a((*member).em_expr.cast(), pg_sys::NodeTag::T_Var)
+                        && pg_sys::bms_is_subset((*member).em_relids, (*self.outer).relids)
+                })
+            };
+            let keys = items::<pg_sys::PathKey>(wanted);
+            if keys.is_empty() || !keys.iter().all(is_own) || pg_sys::pathkeys_contained_in(wanted, (*path).pathkeys) {
+                return None;
+            }
+            Some(pg_sys::create_sort_path(self.root, self.outer, path, wanted, -1.0).cast())
         }
     }
 

@@ -53,13 +53,16 @@ pub(super) struct JoinPrivate {
     pub(super) outer_columns: usize,
     /// Whether outer rows without a match are rows, too.
     pub(super) left: bool,
+    /// Whether rows come in the order of the outer plan's, as the plan above relies on it.
+    pub(super) ordered: bool,
     /// Attributes of the relation that follow them.
     pub(super) attributes: Vec<i32>,
 }
 
 impl JoinPrivate {
     fn store(&self) -> *mut pg_sys::List {
-        let numbers = [self.rank as i32, self.outer_columns as i32, i32::from(self.left)];
+        let [left, ordered] = [self.left, self.ordered].map(i32::from);
+        let numbers = [self.rank as i32, self.outer_columns as i32, left, ordered];
         let lists = [
             self.scan.store(),
             integer_list(numbers),
@@ -85,6 +88,7 @@ impl JoinPrivate {
                 rank: numbers[0] as usize,
                 outer_columns: numbers[1] as usize,
                 left: numbers[2] != 0,
+                ordered: numbers[3] != 0,
                 attributes: integers(lists[2]),
             }
         }
@@ -145,6 +149,7 @@ unsafe extern "C-unwind" fn plan_custom_path(
             rank: pg_sys::bms_member_index((*rel).relids, index as i32).unsigned_abs() as usize,
             outer_columns: items::<pg_sys::TargetEntry>(outer_targets).len(),
             left,
+            ordered: !(*path).path.pathkeys.is_null(),
             attributes,
         };
         let node = make_node::<pg_sys::CustomScan>(pg_sys::NodeTag::T_CustomScan);

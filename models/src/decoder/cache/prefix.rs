@@ -1,7 +1,6 @@
 //! Full pages by the tokens that they hold and all tokens before them.
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -37,13 +36,20 @@ struct Entry {
 pub(super) struct PrefixIndex {
     entries: HashMap<EntryId, Entry>,
     places: HashMap<Place, EntryId>,
+    /// Pages without indexed pages behind them, by when they were used: in this order they are evicted, but for those that
+    /// sequences hold, of which there are as many as sequences at most.
+    leaves: BTreeMap<u64, EntryId>,
     /// The weights of each name, and the scope that they have now.
     scopes: HashMap<Box<str>, ([u64; 2], Scope)>,
 }
 
-/// Counts uses in all pools, so that their pages can be compared.
+/// Counts uses in all pools, so that their pages can be compared. No two pages are used at one time.
 static CLOCK: AtomicU64 = AtomicU64::new(0);
 static NEXT_ID: AtomicU64 = AtomicU64::new(0);
+
+fn now() -> u64 {
+    CLOCK.fetch_add(1, Ordering::Relaxed)
+}
 
 fn new_id() -> EntryId {
     NEXT_ID.fetch_add(1, Ordering::Relaxed)
@@ -92,8 +98,12 @@ impl PrefixIndex {
     fn remove(&mut self, id: EntryId) -> Option<Entry> {
         let entry = self.entries.remove(&id)?;
         self.places.remove(&entry.place);
+        self.leaves.remove(&entry.used);
         if let Some(parent) = self.entries.get_mut(&entry.place.parent) {
             parent.children -= 1;
+            if parent.children == 0 {
+                self.leaves.insert(parent.used, entry.place.parent);
+            }
         }
         Some(entry)
     }
@@ -106,7 +116,10 @@ impl PrefixIndex {
         };
         let id = *self.places.get(&place)?;
         let entry = self.entries.get_mut(&id)?;
-        entry.used = CLOCK.fetch_add(1, Ordering::Relaxed);
+        let before = std::mem::replace(&mut entry.used, now());
+        if self.leaves.remove(&before).is_some() {
+            self.leaves.insert(entry.used, id);
+        }
         Some((id, Arc::clone(&entry.page)))
     }
 
@@ -122,7 +135,10 @@ impl PrefixIndex {
             return Some(found);
         }
         match self.entries.get_mut(&parent) {
-            Some(entry) => entry.children += 1,
+            Some(entry) => {
+                entry.children += 1;
+                self.leaves.remove(&entry.used);
+            }
             None if self.scopes.values().any(|(_, scope)| scope.0 == parent) => {}
             None => return None,
         }
@@ -137,8 +153,9 @@ impl PrefixIndex {
             page: Arc::clone(page),
             place,
             children: 0,
-            used: CLOCK.fetch_add(1, Ordering::Relaxed),
+            used: now(),
         };
+        self.leaves.insert(entry.used, id);
         self.entries.insert(id, entry);
         self.places.insert(place, id);
         Some((id, Arc::clone(page)))
@@ -160,34 +177,35 @@ impl PrefixIndex {
 
     /// When the page that would be evicted first was used; none when all are in use.
     pub(super) fn oldest(&self) -> Option<u64> {
-        let unused = self.entries.values().filter(|entry| entry.is_unused());
-        unused.map(|entry| entry.used).min()
+        self.first_unused(0).map(|(used, _)| used)
+    }
+
+    /// Of the pages that no sequence holds, nor one behind it, the one used longest ago at `from` or later.
+    fn first_unused(&self, from: u64) -> Option<(u64, EntryId)> {
+        let mut leaves = self.leaves.range(from..).map(|(used, id)| (*used, *id));
+        leaves.find(|(_, id)| self.entries.get(id).is_some_and(Entry::is_unused))
     }
 
     /// Removes at most `count` pages that no sequence holds, those first that were not asked for the longest, and never
     /// one before a page that stays. Returns the number.
     pub(super) fn evict(&mut self, count: usize) -> usize {
-        let unused = self.entries.iter().filter(|(_, entry)| entry.is_unused());
-        let mut oldest: BinaryHeap<Reverse<(u64, EntryId)>> =
-            unused.map(|(id, entry)| Reverse((entry.used, *id))).collect();
-        let mut evicted = 0;
+        let (mut evicted, mut from) = (0, 0);
         while evicted < count
-            && let Some(Reverse((_, id))) = oldest.pop()
+            && let Some((used, id)) = self.first_unused(from)
         {
-            let Some(entry) = self.remove(id) else { continue };
+            let parent = self.remove(id).map(|entry| entry.place.parent);
             evicted += 1;
-            let parent = entry.place.parent;
-            if let Some(parent_entry) = self.entries.get(&parent).filter(|entry| entry.is_unused()) {
-                oldest.push(Reverse((parent_entry.used, parent)));
-            }
+            // The page before was used earlier, if no sequence has asked for it alone since.
+            let parent = parent.and_then(|parent| self.entries.get(&parent));
+            from = parent.map_or(used, |parent| parent.used.min(used));
         }
         evicted
     }
 }
 
 impl Entry {
-    /// Whether nothing but the index holds the page, nor one behind it.
+    /// Whether nothing but the index holds the page.
     fn is_unused(&self) -> bool {
-        self.children == 0 && Arc::strong_count(&self.page) == 1
+        Arc::strong_count(&self.page) == 1
     }
 }
