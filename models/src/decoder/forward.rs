@@ -28,6 +28,8 @@ pub(super) struct Beside<'a> {
     pub(super) adapters: &'a AdapterRows<'a>,
     /// Where the routers' decisions are collected, if anywhere.
     pub(super) routings: Option<&'a RefCell<Vec<Routing>>>,
+    /// Whether nobody waits for the result any more; asked while other servers compute experts.
+    pub(super) cancelled: &'a dyn Fn() -> bool,
 }
 
 impl Decoder {
@@ -120,14 +122,19 @@ impl Decoder {
         let beside = Beside {
             adapters: &AdapterRows::none(),
             routings: Some(&routings),
+            cancelled: &|| false,
         };
         self.hidden_beside(&mut [SequenceStep { tokens, cache }], &beside)?;
         Ok(routings.into_inner())
     }
 
     fn hidden_adapted(&self, batch: &mut [SequenceStep<'_>], adapters: &AdapterRows<'_>) -> Result<Tensor> {
-        let routings = None;
-        self.hidden_beside(batch, &Beside { adapters, routings })
+        let beside = Beside {
+            adapters,
+            routings: None,
+            cancelled: &|| false,
+        };
+        self.hidden_beside(batch, &beside)
     }
 
     fn hidden_beside(&self, batch: &mut [SequenceStep<'_>], beside: &Beside<'_>) -> Result<Tensor> {
