@@ -24,6 +24,7 @@ pub(crate) use adapted::Factors;
 pub use cache::{CacheUsage, KeyValueCache, PAGE_POSITIONS, PageMemory, PagePool, Place, Scope};
 pub use expert_weights::{ExpertDigest, ExpertGradient, ExpertWeights};
 pub use forward::SequenceStep;
+pub(crate) use fused_experts::{ExpertTensors, FusedExperts};
 pub use layout::{
     ExpertLayer, FeedForward, Layer, Layout, LowRank, NormParameters, ParameterId, ParameterInfo, ParameterRole,
     Projection, QueryKeyValue,
