@@ -28,10 +28,10 @@ impl Owner {
             }
             let decoder = self.decoder(view)?;
             let is_last = match &factors {
-                None => decoder.next_losses(tokens, &targets, &mut pass)?,
+                None => decoder.next_losses(tokens, &targets, &mut pass, cancelled)?,
                 Some(factors) => {
                     let adapted = factors.weights.over(decoder)?;
-                    adapted.next_losses(tokens, &targets, &mut pass)?
+                    adapted.next_losses(tokens, &targets, &mut pass, cancelled)?
                 }
             };
             if is_last {

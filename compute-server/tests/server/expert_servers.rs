@@ -291,3 +291,106 @@ async fn what_is_lent_has_to_be_what_it_says() {
         assert_status(sent.map(drop), Code::InvalidArgument, "22023");
     }
 }
+
+/// A server that answers whoever asks whether it is there, and nothing else. Its address, and a message for every call.
+async fn silent() -> (String, tokio::sync::mpsc::Receiver<()>) {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (asked, calls) = tokio::sync::mpsc::channel(64);
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            let asked = asked.clone();
+            tokio::spawn(async move {
+                let mut connection = h2::server::handshake(socket).await.unwrap();
+                let mut held = Vec::new();
+                while let Some(Ok(call)) = connection.accept().await {
+                    held.push(call);
+                    let _ = asked.send(()).await;
+                }
+            });
+        }
+    });
+    (format!("http://{address}"), calls)
+}
+
+#[tokio::test]
+async fn who_gives_up_does_not_leave_the_model_waiting() {
+    let here = TestServer::start(&[]);
+    let client = here.connect().await;
+    let (endpoint, mut calls) = silent().await;
+    let mut request = mixture("m");
+    request.config_json.truncate(request.config_json.rfind('}').unwrap());
+    request.config_json += &format!(r#","expert_servers":[{{"endpoint":"{endpoint}","experts":[0,1,2,3,4]}}]}}"#);
+    client.load(request).await.unwrap();
+    let asking = client.clone();
+    let score = tokio::spawn(async move { asking.scores_in("m", None).await });
+    calls.recv().await.unwrap();
+    score.abort();
+    // The model's own thread answers.
+    let patience = std::time::Duration::from_secs(30);
+    let routers = || tokio::time::timeout(patience, client.routers(None, "m"));
+    assert_eq!(routers().await.expect("the thread still waits").len(), 10);
+    let asking = client.clone();
+    let batch = tokio::spawn(async move { asking.batch("m", None, &[TOKENS]).await });
+    calls.recv().await.unwrap();
+    batch.abort();
+    assert_eq!(routers().await.expect("the thread still waits").len(), 10);
+    assert_eq!(client.batches("m", None).await, 0);
+    let generate = GenerateRequest {
+        model: "m".into(),
+        input: Some(generate_request::Input::Tokens(TokenIds { ids: TOKENS.to_vec() })),
+        max_tokens: Some(3),
+        ..Default::default()
+    };
+    let stream = client.start_generation(generate).await.unwrap();
+    calls.recv().await.unwrap();
+    drop(stream);
+    assert_eq!(routers().await.expect("the thread still waits").len(), 10);
+    // Unloading does not wait either.
+    let asking = client.clone();
+    let score = tokio::spawn(async move { asking.scores_in("m", None).await });
+    calls.recv().await.unwrap();
+    tokio::time::timeout(patience, client.drop_model("m"))
+        .await
+        .expect("the thread still waits")
+        .unwrap();
+    assert!(score.await.unwrap().is_err());
+}
+
+#[tokio::test]
+async fn a_server_that_hangs_is_named() {
+    let (here, there) = (TestServer::start(&[]), TestServer::start(&[]));
+    let (client, other) = (here.connect().await, there.connect().await);
+    other.load(mixture("m")).await.unwrap();
+    client.load(split("m", &[(&there, "m", &[0, 1, 2, 3])])).await.unwrap();
+    let before = client.scores_in("m", None).await.unwrap();
+    let signal = |name: &str| {
+        let sent = std::process::Command::new("kill")
+            .args([name, &there.process_id().to_string()])
+            .status();
+        assert!(sent.unwrap().success());
+    };
+    signal("-STOP");
+    for answer in [
+        client.scores_in("m", None).await.map(drop),
+        client.batch("m", None, &[TOKENS]).await.map(drop),
+    ] {
+        let message = assert_status(answer, Code::FailedPrecondition, "55000");
+        assert!(message.contains(&there.endpoint), "{message}");
+    }
+    let generate = GenerateRequest {
+        model: "m".into(),
+        input: Some(generate_request::Input::Tokens(TokenIds { ids: TOKENS.to_vec() })),
+        max_tokens: Some(3),
+        ..Default::default()
+    };
+    let message = assert_status(
+        client.generate(generate).await.map(drop),
+        Code::FailedPrecondition,
+        "55000",
+    );
+    assert!(message.contains(&there.endpoint), "{message}");
+    signal("-CONT");
+    assert_eq!(client.scores_in("m", None).await.unwrap(), before);
+    assert_eq!(client.batches("m", None).await, 0);
+}

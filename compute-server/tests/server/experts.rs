@@ -20,7 +20,7 @@ pub fn mixture(name: &str) -> LoadModelRequest {
 }
 
 impl Client {
-    async fn routers(&self, transaction: Option<TransactionContext>, model: &str) -> Vec<RouterExpert> {
+    pub async fn routers(&self, transaction: Option<TransactionContext>, model: &str) -> Vec<RouterExpert> {
         let request = ListRoutersRequest {
             transaction,
             models: vec![model.into()],

@@ -67,7 +67,7 @@ impl Decoder {
             if cancelled() {
                 return Err(crate::Error::Cancelled);
             }
-            let routings = self.routings(tokens, &mut cache)?;
+            let routings = self.routings(tokens, &mut cache, cancelled)?;
             for (layer, routing) in routings.iter().enumerate() {
                 routes.extend(routing.routes(block * BLOCK, layer, per_token));
             }
