@@ -201,6 +201,15 @@ impl Error {
         Self::InvalidArgument(message.into())
     }
 
+    /// The error of a pass, for one of several requests that it fails.
+    pub(crate) fn of_pass(error: &ModelError) -> Self {
+        match error {
+            ModelError::FailedPrecondition(message) => Self::Model(ModelError::FailedPrecondition(message.clone())),
+            ModelError::Cancelled => Self::Cancelled,
+            other => Self::Internal(other.to_string()),
+        }
+    }
+
     /// An [`Error::Io`].
     pub(crate) fn io(what: impl Into<String>, source: std::io::Error) -> Self {
         Self::Io {

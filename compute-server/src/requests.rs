@@ -251,6 +251,13 @@ pub(crate) struct RequestGuard {
     counted: bool,
 }
 
+impl RequestGuard {
+    /// The request, for whoever looks whether it goes on while the guard is busy elsewhere.
+    pub(crate) fn watched(&self) -> Arc<ActiveRequest> {
+        Arc::clone(&self.request)
+    }
+}
+
 impl std::ops::Deref for RequestGuard {
     type Target = ActiveRequest;
 

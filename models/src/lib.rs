@@ -35,8 +35,9 @@ pub use completion::{CompletionText, Progress};
 pub use config::DecoderConfig;
 pub use constraint::{Constraint, ResponseFormat};
 pub use decoder::{
-    CacheUsage, Decoder, ExpertLayer, ExpertRows, KeyValueCache, PAGE_POSITIONS, PageMemory, PagePool, ParameterId,
-    ParameterInfo, PendingExperts, Place, RemoteExperts, Scope, SequenceStep, Weight, WeightType,
+    CacheUsage, Decoder, ExpertDigest, ExpertGradient, ExpertLayer, ExpertRows, ExpertWeights, ExpertsCall, GatedRows,
+    KeyValueCache, PAGE_POSITIONS, PageMemory, PagePool, ParameterId, ParameterInfo, Pending, Place, RemoteExperts,
+    Scope, SequenceStep, Weight, WeightType,
 };
 pub use error::{Error, Result};
 pub use model::{LoadOptions, Model};

@@ -85,6 +85,7 @@ impl Model {
             config: stored,
             files,
             text,
+            ..
         } = OpenedModel::open(path)?;
         let (decoder_config, mut settings) = override_settings(&stored, &options.config)?;
         if stored.experts.is_some()

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use crate::config::{self, DecoderConfig};
+use crate::decoder::{ExpertTensors, FusedExperts};
 use crate::error::Result;
 use crate::formats::{
     GgufModel, HuggingFaceModel, TensorSource, TextAssets, has_documents_beside, open_gguf, open_hugging_face,
@@ -50,6 +51,8 @@ pub(crate) struct OpenedModel {
     pub(crate) config: DecoderConfig,
     pub(crate) files: ModelFiles,
     pub(crate) text: TextAssets,
+    /// Where the files have the experts of its layers.
+    experts: Option<ExpertTensors>,
 }
 
 impl OpenedModel {
@@ -59,20 +62,32 @@ impl OpenedModel {
             return Self::from_hugging_face(path);
         }
         let files = open_gguf(path)?;
-        Ok(Self {
-            config: config::from_gguf(files.metadata(), &gguf_tensor_facts(&files)?)?,
-            text: files.text_assets()?,
-            files: ModelFiles::Gguf(files),
-        })
+        let config = config::from_gguf(files.metadata(), &gguf_tensor_facts(&files)?)?;
+        let text = files.text_assets()?;
+        Self::new(config, ModelFiles::Gguf(files), text)
     }
 
     /// Opens weights that are no GGUF file, whatever their name.
     pub(crate) fn from_hugging_face(path: &Path) -> Result<Self> {
         let files = open_hugging_face(path)?;
+        let config = config::from_hugging_face(files.config())?;
+        let text = files.text_assets()?;
+        Self::new(config, ModelFiles::HuggingFace(files), text)
+    }
+
+    fn new(config: DecoderConfig, files: ModelFiles, text: TextAssets) -> Result<Self> {
+        let experts = config.experts.as_ref();
+        let experts = experts.map(|experts| ExpertTensors::new(files.source(), experts.experts));
         Ok(Self {
-            config: config::from_hugging_face(files.config())?,
-            text: files.text_assets()?,
-            files: ModelFiles::HuggingFace(files),
+            experts: experts.transpose()?,
+            config,
+            files,
+            text,
         })
+    }
+
+    /// The tensors, with experts as transformers 5 has them.
+    pub(crate) fn source(&self) -> FusedExperts<'_> {
+        FusedExperts::new(self.files.source(), self.experts.as_ref())
     }
 }

@@ -161,7 +161,7 @@ fn pooled_states_are_transformers() {
                     tokens,
                     cache: &mut cache,
                 };
-                let states = model.decoder.states(&mut [step]).unwrap();
+                let states = model.decoder.states(&mut [step], &|| false).unwrap();
                 pooled.add(&states.flatten_all().unwrap().to_vec1::<f32>().unwrap());
             }
             let length = expected.iter().map(|value| value * value).sum::<f32>().sqrt();

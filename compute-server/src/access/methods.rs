@@ -104,6 +104,8 @@ const METHODS: &[(&str, Need)] = &[
     ("/candle.compute.v1.ExpertsService/ListRouters", Need::Role(Read)),
     ("/candle.compute.v1.ExpertsService/UpdateRouter", Need::Role(Train)),
     ("/candle.compute.v1.ExpertsService/ForwardExperts", Need::Role(Generate)),
+    ("/candle.compute.v1.ExpertsService/BackwardExpert", Need::Role(Train)),
+    ("/candle.compute.v1.ExpertsService/LendExpert", Need::Role(Train)),
     (
         "/candle.compute.v1.EvaluationsService/ListEvaluations",
         Need::Role(Read),

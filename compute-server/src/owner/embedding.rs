@@ -167,6 +167,7 @@ impl Owner {
                 if !queue[queued].is_finished() {
                     queue[queued].fail(match &error {
                         Error::Stale(_) => Error::Stale(message.clone()),
+                        Error::Model(error) => Error::of_pass(error),
                         _ => Error::Internal(message.clone()),
                     });
                 }
@@ -239,6 +240,7 @@ impl Owner {
     /// One forward pass over the batch, and what it finishes.
     fn embed_batch(&mut self, queue: &mut VecDeque<Queued>, batch: &[(usize, usize)]) -> Result<()> {
         let view = queue[batch[0].0].request.view.clone();
+        let shared = std::sync::Arc::clone(&self.shared);
         let decoder = self.decoder(&view)?;
         let mut caches: Vec<KeyValueCache> = batch
             .iter()
@@ -258,7 +260,11 @@ impl Owner {
                 cache,
             })
             .collect();
-        let states = decoder.states(&mut steps)?;
+        let waited_for = |&(queued, _): &(usize, usize)| {
+            let request = &queue[queued].request;
+            !request.output.is_closed() && !request.request.is_cancelled()
+        };
+        let states = decoder.states(&mut steps, &|| shared.is_unloaded() || !batch.iter().any(waited_for))?;
         let states = states
             .flatten_all()
             .and_then(|flat| flat.to_vec1::<f32>())

@@ -325,6 +325,7 @@ impl ModelHandle {
             embeddings: Default::default(),
             training: Default::default(),
             readers: Vec::new(),
+            lent: super::experts::LentExperts::default(),
             limits,
             budget: Arc::clone(new.tenant.memory()),
             memory: new.memory,

@@ -10,6 +10,7 @@ mod attention;
 mod base;
 mod embedding;
 mod evaluating;
+mod experts;
 mod factors;
 mod generation;
 mod handle;
@@ -41,6 +42,7 @@ mod turns;
 mod writing;
 
 pub(crate) use embedding::EmbeddingRequest;
+pub(crate) use experts::{BackwardCall, Computed, ForwardCall, Loan};
 pub(crate) use factors::AppliedAdapter;
 pub(crate) use generation::GenerationRequest;
 pub(crate) use handle::{ModelHandle, NewBase, NewModel};

@@ -1,6 +1,6 @@
 //! Forward and backward over a micro-batch: for a request, and in the same way for a replay of the commit log.
 
-use candle_models::training::{self, DropoutKey, Gradient, PassReport, TrainingSequence};
+use candle_models::training::{self, DropoutKey, Gradient, PassOptions, PassReport, TrainingSequence};
 
 use super::View;
 use super::settings::TrainingSettings;
@@ -18,6 +18,8 @@ pub(super) struct PassInputs {
     pub(super) first_sequence: u64,
     /// Factor on the loss of each target.
     pub(super) loss_factor: f64,
+    /// Whether other servers are left alone: a log is replayed without them.
+    pub(super) alone: bool,
 }
 
 impl Owner {
@@ -31,6 +33,7 @@ impl Owner {
             settings: self.settings(view).clone(),
             first_sequence: visible.chain([gradient]).map(Gradient::micro_batches).sum(),
             loss_factor: self.loss_factor(view),
+            alone: false,
         }
     }
 
@@ -52,7 +55,10 @@ impl Owner {
             step: self.step_number(&View::Committed),
             first_sequence: inputs.first_sequence + done as u64,
         };
-        let options = inputs.settings.pass(self.half_weights(), inputs.loss_factor, key);
+        let options = PassOptions {
+            alone: inputs.alone,
+            ..inputs.settings.pass(self.half_weights(), inputs.loss_factor, key)
+        };
         let decoder = self.training_weights(view);
         let rest = &sequences[done..];
         let batch = &rest[..training::leading_sequences(rest, MICRO_BATCH_TOKENS, options.reuses(decoder))];

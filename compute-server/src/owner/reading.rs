@@ -301,7 +301,8 @@ impl Owner {
             reader.ended = true;
             return Ok(());
         }
-        let logits = decoder.next_logits(&tokens[first..end], cache)?;
+        let output = &reader.output;
+        let logits = decoder.next_logits(&tokens[first..end], cache, &|| output.is_closed())?;
         let logits = logits
             .flatten_all()
             .and_then(|flat| flat.to_vec1::<f32>())

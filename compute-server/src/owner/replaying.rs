@@ -102,6 +102,7 @@ impl Owner {
             settings: given.unwrap_or_else(|| self.settings(&view()).clone()),
             first_sequence: pass.first_sequence,
             loss_factor: pass.loss_factor,
+            alone: true,
         };
         let rows: Vec<v1::Sequence> = rows.take(pass.sequences as usize).collect();
         let config = &self.shared.decoder_config;

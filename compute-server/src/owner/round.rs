@@ -7,6 +7,7 @@ use candle_models::ops::storage::visit_rows;
 use candle_models::{Decoder, SequenceStep};
 
 use super::factors::Factors;
+use super::handle::Shared;
 use super::sequence::Sequence;
 use super::state::Owner;
 use super::{AppliedAdapter, View};
@@ -58,7 +59,7 @@ impl Owner {
             if writing > 0 {
                 shared.metrics.decoded(writing);
             }
-            run_pass(self.present_decoder(view), active, &parts, round, &shared.end_tokens);
+            run_pass(self.present_decoder(view), active, &parts, round, &shared);
         }
         worked
     }
@@ -124,7 +125,7 @@ fn plan(active: &[Sequence], parts: &mut Vec<Part>, budget: usize) {
 }
 
 /// One forward pass over the parts. Sequences of one adapter are neighbours in it.
-fn run_pass(decoder: &Decoder, active: &mut [Sequence], parts: &[Part], round: u64, end_tokens: &[u32]) {
+fn run_pass(decoder: &Decoder, active: &mut [Sequence], parts: &[Part], round: u64, shared: &Shared) {
     let group = active
         .iter_mut()
         .enumerate()
@@ -140,23 +141,28 @@ fn run_pass(decoder: &Decoder, active: &mut [Sequence], parts: &[Part], round: u
     let adapters: Vec<_> = adapters
         .map(|adapter| adapter.map(|factors| &factors.weights))
         .collect();
+    let waited_for: Vec<_> = group.iter().map(|(sequence, _)| sequence.watch()).collect();
+    let cancelled = || shared.is_unloaded() || !waited_for.iter().any(|is_waited_for| is_waited_for());
     let steps = group
         .iter_mut()
         .filter_map(|(sequence, part)| sequence.step(part.tokens));
     let mut steps: Vec<SequenceStep<'_>> = steps.collect();
-    let logits = decoder.forward_adapted(&mut steps, &adapters);
+    let logits = decoder.forward_adapted(&mut steps, &adapters, &cancelled);
     drop(steps);
     let count = group.len();
     let accepted = logits.and_then(|logits| {
         visit_rows(&logits, |index, row| {
             let (sequence, _) = &mut group[index];
             sequence.count_pass(round, count);
-            sequence.accept(row, end_tokens);
+            sequence.accept(row, &shared.end_tokens);
         })
     });
-    if let Err(error) = accepted {
-        let message = error.to_string();
-        let ended = group.into_iter().map(|(sequence, _)| sequence);
-        ended.for_each(|sequence| sequence.fail(Error::Internal(message.clone())));
+    match accepted {
+        // Those that gave up are ended in the next round, each in its way.
+        Ok(()) | Err(candle_models::Error::Cancelled) => {}
+        Err(error) => {
+            let ended = group.into_iter().map(|(sequence, _)| sequence);
+            ended.for_each(|sequence| sequence.fail(Error::of_pass(&error)));
+        }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_compute_proto::v1;
 use candle_models::training::ExpertLoad;
-use candle_models::{ExpertLayer, ExpertRows, ParameterId};
+use candle_models::{ExpertLayer, ParameterId};
 
 use super::overlay::{Operation, Overlay};
 use super::state::Owner;
@@ -148,36 +148,6 @@ impl Owner {
         Ok(routes.into_iter().map(route).collect())
     }
 
-    /// What experts make of rows that another server sent.
-    ///
-    /// # Errors
-    /// `Precondition` for a model without experts, or one whose experts live on other servers themselves: two that wait for
-    /// each other would wait for ever. `InvalidArgument` as [`candle_models::Decoder::expert_outputs`].
-    pub(crate) fn forward_experts(&self, layer: usize, groups: &[ExpertRows]) -> Result<Vec<Vec<f32>>> {
-        self.expert_count()?;
-        if self.model.decoder.has_remote_experts() {
-            return Err(Error::Precondition {
-                message: format!("model \"{}\" has \"expert_servers\" of its own", self.shared.name),
-                hint: "Send rows to a server whose model has no expert_servers.",
-            });
-        }
-        Ok(self.model.decoder.expert_outputs(layer, groups)?)
-    }
-
-    /// Refuses to train a model of which other servers hold experts: their weights would stay as they are.
-    pub(super) fn check_experts_are_here(&self) -> Result<()> {
-        if !self.model.decoder.has_remote_experts() {
-            return Ok(());
-        }
-        Err(Error::Precondition {
-            message: format!(
-                "experts of model \"{}\" live on other servers, which do not train",
-                self.shared.name
-            ),
-            hint: "Load the model without \"expert_servers\" to train it.",
-        })
-    }
-
     /// Experts of a layer.
     ///
     /// # Errors
@@ -192,7 +162,8 @@ impl Owner {
         }
     }
 
-    fn check_expert(&self, layer: u32, expert: u32) -> Result<()> {
+    /// Refuses a layer or an expert that the model does not have.
+    pub(super) fn check_expert(&self, layer: u32, expert: u32) -> Result<()> {
         let experts = self.expert_count()?;
         let layers = self.shared.decoder_config.layers;
         for (what, number, count) in [("layer", layer, layers), ("expert", expert, experts)] {

@@ -32,7 +32,7 @@ impl Owner {
                 Some(adapted) => adapted,
                 None => self.decoder(view)?,
             };
-            let is_last = decoder.next_losses(tokens, &targets, &mut pass)?;
+            let is_last = decoder.next_losses(tokens, &targets, &mut pass, cancelled)?;
             if is_last {
                 return Ok(as_scores(pass.into_losses()));
             }

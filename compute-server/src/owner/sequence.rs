@@ -172,6 +172,12 @@ impl Sequence {
         self.cache.as_ref().map_or(0, KeyValueCache::len)
     }
 
+    /// What tells whether anybody waits for its next token, while it is in a pass.
+    pub(super) fn watch(&self) -> impl Fn() -> bool + use<> {
+        let (output, request) = (self.request.output.clone(), self.request.request.watched());
+        move || !output.is_closed() && !request.is_cancelled()
+    }
+
     /// Looks whether the client is gone or asked for an end, and sends what waits.
     pub(super) fn poll(&mut self) {
         if self.request.output.is_closed() || self.request.request.is_given_up() {

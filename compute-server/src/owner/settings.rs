@@ -79,6 +79,7 @@ impl TrainingSettings {
             dropout: self.read.dropout,
             dropout_key,
             router: self.read.router,
+            alone: false,
         }
     }
 

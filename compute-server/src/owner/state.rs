@@ -11,6 +11,7 @@ use candle_models::{Decoder, Model};
 use super::accumulated::Accumulated;
 use super::base::Followed;
 use super::embedding::Embeddings;
+use super::experts::LentExperts;
 use super::generation::Generations;
 use super::handle::{Shared, Work};
 use super::overlay::{Operation, Overlay, StagedState, TransactionId, View};
@@ -60,6 +61,8 @@ pub(crate) struct Owner {
     pub(super) embeddings: Embeddings,
     pub(super) training: Training,
     pub(super) readers: Vec<ChunkReader>,
+    /// Weights of experts that other servers train.
+    pub(super) lent: LentExperts,
     pub(super) limits: Limits,
     pub(super) budget: Arc<MemoryBudget>,
     /// Memory of the weights and of the optimizer's moments.

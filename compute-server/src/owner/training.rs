@@ -156,7 +156,6 @@ impl Owner {
             Target::Stage(ticket) => View::Transaction(Arc::clone(&ticket.transaction)),
         };
         self.check_not_merged(&view)?;
-        self.check_experts_are_here()?;
         self.make_trainable()?;
         let ticket = match &request.target {
             Target::Stage(ticket) => ticket,

@@ -2,16 +2,16 @@
 
 use candle_compute_proto::v1;
 use candle_compute_proto::v1::experts_service_server::ExpertsService;
-use candle_models::ExpertRows;
-use tonic::{Request, Response, Status};
+use candle_models::{ExpertDigest, ExpertRows};
+use tonic::{Request, Response, Status, Streaming};
 
 use super::inputs::{check_sequence, token_ids, tokenizer};
 use super::tokenizing::encode;
 use super::{ResponseStream, Service};
 use crate::access::Caller;
 use crate::error::{Error, Result};
-use crate::expert_servers::{floats, to_proto};
-use crate::owner::ModelHandle;
+use crate::expert_servers::{bytes_of, chunks_of, floats};
+use crate::owner::{BackwardCall, Computed, ForwardCall, Loan, ModelHandle};
 use crate::requests::Phase;
 use crate::transactions::{Reader, Scope};
 
@@ -24,6 +24,7 @@ const WEIGHTS: usize = 1 << 18;
 impl ExpertsService for Service {
     type ListRoutesStream = ResponseStream<v1::ListRoutesResponse>;
     type ListRoutersStream = ResponseStream<v1::ListRoutersResponse>;
+    type BackwardExpertStream = ResponseStream<v1::BackwardExpertResponse>;
 
     async fn list_experts(
         &self,
@@ -137,19 +138,182 @@ impl ExpertsService for Service {
         let reader = Reader::open(&self.app, None)?;
         let model = reader.find(&request.model, "")?;
         check_experts(&model)?;
-        let rows = |group: &v1::ExpertRows| ExpertRows {
-            expert: group.expert as usize,
-            rows: floats(&group.rows),
+        let products = match request.products() {
+            v1::DataType::Unspecified => None,
+            dtype => Some(floating(dtype)?),
         };
-        let groups: Vec<ExpertRows> = request.groups.iter().map(rows).collect();
-        let layer = request.layer as usize;
-        let outputs = model.call(move |owner| {
-            let outputs = owner.forward_experts(layer, &groups)?;
-            let experts = groups.into_iter().map(|group| group.expert);
-            let rows = experts.zip(outputs).map(|(expert, rows)| ExpertRows { expert, rows });
-            Ok(rows.map(|group| to_proto(&group)).collect())
+        let group = |group: &v1::ExpertRows| {
+            let rows = ExpertRows {
+                expert: group.expert as usize,
+                rows: floats(&group.rows),
+            };
+            Ok((rows, digest(&group.weights)?))
+        };
+        let call = ForwardCall {
+            layer: request.layer,
+            groups: request.groups.iter().map(group).collect::<Result<_>>()?,
+            products,
+        };
+        let computed = model.start_work(move |owner, reply| {
+            let computed = owner.forward_experts(&call, &|| reply.is_closed());
+            reply.send(computed.map(|computed| (computed, call)));
         });
-        Ok(Response::new(v1::ForwardExpertsResponse { groups: outputs.await? }))
+        Ok(Response::new(match computed.await? {
+            (Computed::Missing(missing), _) => v1::ForwardExpertsResponse {
+                missing,
+                ..Default::default()
+            },
+            (Computed::Done(outputs), call) => {
+                let groups = call.groups.into_iter().zip(outputs);
+                let group = |((group, _), rows): ((ExpertRows, _), _)| v1::ExpertRows {
+                    expert: group.expert as u32,
+                    rows: bytes_of(rows).into(),
+                    ..Default::default()
+                };
+                v1::ForwardExpertsResponse {
+                    groups: groups.map(group).collect(),
+                    ..Default::default()
+                }
+            }
+        }))
+    }
+
+    async fn backward_expert(
+        &self,
+        request: Request<Streaming<v1::BackwardExpertRequest>>,
+    ) -> Result<Response<Self::BackwardExpertStream>, Status> {
+        let caller = Caller::of(&request)?;
+        let mut messages = request.into_inner();
+        let first = messages.message().await?.ok_or_else(empty)?;
+        let model = Reader::open(&self.app, None)?.find(&first.model, "")?;
+        check_experts(&model)?;
+        let width = model.facts().decoder_config.width;
+        let (rows, elements) = (first.rows as usize, first.rows as usize * width);
+        // What came, and as much again that goes back, but for the weights.
+        let bytes = 4 * (2 * elements + rows);
+        let memory = caller.tenant.memory().reserve("rows of an expert", 2 * bytes as u64)?;
+        let products = match first.products() {
+            v1::DataType::Unspecified => candle_models::DType::F32,
+            dtype => floating(dtype)?,
+        };
+        let (layer, expert, weights) = (first.layer, first.expert, digest(&first.weights)?);
+        let mut data = received(&mut messages, first.data, bytes, |message| message.data).await?;
+        let gradient = floats(&data[bytes - 4 * elements..]);
+        let gates = floats(&data[4 * elements..4 * (elements + rows)]);
+        data.truncate(4 * elements);
+        let call = BackwardCall {
+            layer,
+            expert,
+            weights,
+            products,
+            rows: floats(&data),
+            gates,
+            gradient,
+        };
+        let computed = model.call(move |owner| owner.backward_expert(&call)).await?;
+        drop(memory);
+        let first = match &computed {
+            Computed::Missing(_) => v1::BackwardExpertResponse {
+                missing: true,
+                ..Default::default()
+            },
+            Computed::Done(gradient) => v1::BackwardExpertResponse {
+                overflows: gradient.overflows,
+                underflows: gradient.underflows,
+                ..Default::default()
+            },
+        };
+        let parts = match computed {
+            Computed::Missing(_) => vec![],
+            Computed::Done(gradient) => vec![gradient.rows, gradient.gates, gradient.up, gradient.down],
+        };
+        let data = parts.into_iter().flat_map(|part| chunks_of(bytes_of(part)));
+        let data = data.map(|data| v1::BackwardExpertResponse {
+            data,
+            ..Default::default()
+        });
+        let messages: Vec<_> = std::iter::once(first).chain(data).map(Ok).collect();
+        Ok(Response::new(Box::pin(tokio_stream::iter(messages))))
+    }
+
+    async fn lend_expert(
+        &self,
+        request: Request<Streaming<v1::LendExpertRequest>>,
+    ) -> Result<Response<v1::LendExpertResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let mut messages = request.into_inner();
+        let first = messages.message().await?.ok_or_else(empty)?;
+        let model = Reader::open(&self.app, None)?.find(&first.model, "")?;
+        check_experts(&model)?;
+        let dtype = floating(first.dtype())?;
+        let config = &model.facts().decoder_config;
+        let matrix = config.width * config.feed_forward_width * dtype.size_in_bytes();
+        let memory = caller
+            .tenant
+            .memory()
+            .reserve("weights of an expert that are lent", 3 * matrix as u64)?;
+        let missing = || Error::invalid("the digest of the weights is missing");
+        let (layer, expert, digest) = (first.layer, first.expert, digest(&first.weights)?.ok_or_else(missing)?);
+        let mut up = received(&mut messages, first.data, 3 * matrix, |message| message.data).await?;
+        let down = up.split_off(2 * matrix);
+        let loan = Loan {
+            layer,
+            expert,
+            digest,
+            dtype,
+            elements: [up, down],
+            memory,
+        };
+        model.call(move |owner| owner.lend_expert(loan)).await?;
+        Ok(Response::new(v1::LendExpertResponse {}))
+    }
+}
+
+/// The bytes of a stream's messages, of which `first` are the first ones.
+async fn received<M>(
+    messages: &mut Streaming<M>,
+    first: prost::bytes::Bytes,
+    expected: usize,
+    data_of: fn(M) -> prost::bytes::Bytes,
+) -> Result<Vec<u8>, Status> {
+    let mut data = Vec::from(first);
+    while let Some(message) = messages.message().await? {
+        data.extend_from_slice(&data_of(message));
+        if data.len() > expected {
+            break;
+        }
+    }
+    match data.len() == expected {
+        true => Ok(data),
+        false => Err(Error::invalid(format!("the data of the stream is not {expected} bytes long")).into()),
+    }
+}
+
+fn empty() -> Status {
+    Error::invalid("the stream has no message").into()
+}
+
+/// The type of elements that experts compute with.
+fn floating(dtype: v1::DataType) -> Result<candle_models::DType> {
+    match dtype {
+        v1::DataType::F32 => Ok(candle_models::DType::F32),
+        v1::DataType::F16 => Ok(candle_models::DType::F16),
+        v1::DataType::Bf16 => Ok(candle_models::DType::BF16),
+        other => Err(Error::invalid(format!(
+            "{} is not a type that experts compute with; these are f32, f16 and bf16",
+            other.as_str_name()
+        ))),
+    }
+}
+
+/// A digest of an expert's weights; none for no bytes.
+fn digest(bytes: &[u8]) -> Result<Option<ExpertDigest>> {
+    match bytes.is_empty() {
+        true => Ok(None),
+        false => bytes.try_into().map(Some).map_err(|_| {
+            let length = bytes.len();
+            Error::invalid(format!("the digest of an expert's weights has {length} bytes, not 32"))
+        }),
     }
 }
 

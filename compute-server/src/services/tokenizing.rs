@@ -7,10 +7,10 @@ use tokio::sync::Semaphore;
 
 use crate::error::{Error, Result};
 
-/// Longest text, in bytes, that does not wait for its turn: it takes milliseconds.
+/// Longest text, in bytes, that is not worth a thread: it takes milliseconds at worst.
 const SHORT: usize = 1 << 12;
 
-/// Turns of longer texts: the others have the rest of the machine.
+/// Turns of longer texts: others have the rest of the machine.
 static TURNS: LazyLock<Arc<Semaphore>> = LazyLock::new(|| {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     Arc::new(Semaphore::new(cores.div_ceil(2)))
@@ -25,8 +25,8 @@ pub(super) async fn encode(tokenizer: &Arc<Tokenizer>, text: String) -> Result<V
     tokenizing(text.len(), move || Ok(tokenizer.encode(&text)?)).await
 }
 
-/// What `work` makes of so many bytes of text, on a thread of its own. A caller that goes away gives up its turn, unless
-/// the work has begun.
+/// What `work` makes of so many bytes of text; of many on a thread of its own. A caller that goes away gives up its turn,
+/// unless the work has begun.
 ///
 /// # Errors
 /// Those of `work`; `Internal` if it panics.
@@ -34,10 +34,10 @@ pub(super) async fn tokenizing<T: Send + 'static>(
     bytes: usize,
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
-    let turn = match bytes > SHORT {
-        true => Some(Arc::clone(&TURNS).acquire_owned().await),
-        false => None,
-    };
+    if bytes <= SHORT {
+        return work();
+    }
+    let turn = Arc::clone(&TURNS).acquire_owned().await;
     let done = tokio::task::spawn_blocking(move || {
         let _turn = turn;
         work()

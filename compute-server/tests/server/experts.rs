@@ -6,9 +6,9 @@ use tonic::{Code, Status};
 use crate::durability::small;
 use crate::support::{Client, TestServer, assert_status, collect};
 
-const TOKENS: &[i64] = &[1, 2, 3, 4, 5, 6, 7, 8, 9];
+pub const TOKENS: &[i64] = &[1, 2, 3, 4, 5, 6, 7, 8, 9];
 
-fn mixture(name: &str) -> LoadModelRequest {
+pub fn mixture(name: &str) -> LoadModelRequest {
     let config = r#"{"architecture":"olmoe","layers":2,"width":10,"heads":1,"context_length":32,"vocabulary":40,
         "num_experts":5,"num_experts_per_tok":2,"feed_forward_width":3}"#;
     LoadModelRequest {
@@ -20,7 +20,7 @@ fn mixture(name: &str) -> LoadModelRequest {
 }
 
 impl Client {
-    async fn routers(&self, transaction: Option<TransactionContext>, model: &str) -> Vec<RouterExpert> {
+    pub async fn routers(&self, transaction: Option<TransactionContext>, model: &str) -> Vec<RouterExpert> {
         let request = ListRoutersRequest {
             transaction,
             models: vec![model.into()],
@@ -102,67 +102,6 @@ async fn routers_and_load_survive_a_kill() {
     assert_eq!(client.routers(None, "m").await, routers);
     assert_eq!(client.routes("m").await, routes);
     assert_eq!(client.load_of_experts("m").await, load);
-}
-
-#[tokio::test]
-async fn experts_may_live_on_other_servers() {
-    let (here, there, far) = (TestServer::start(&[]), TestServer::start(&[]), TestServer::start(&[]));
-    let client = here.connect().await;
-    client.load(mixture("whole")).await.unwrap();
-    let other = there.connect().await;
-    other.load(mixture("m")).await.unwrap();
-    let third = far.connect().await;
-    third.load(mixture("copy")).await.unwrap();
-    let mut split = mixture("m");
-    split.config_json.truncate(split.config_json.rfind('}').unwrap());
-    split.config_json += &format!(
-        r#","expert_servers":[{{"endpoint":"{}","experts":[0,3]}},{{"endpoint":"{}","model":"copy","experts":[4]}}]}}"#,
-        there.endpoint, far.endpoint
-    );
-    client.load(split.clone()).await.unwrap();
-    let scores = async |model: &str| -> Result<Vec<Option<u32>>, Status> {
-        let request = ScoreRequest {
-            model: model.into(),
-            source: Some(score_request::Source::Tokens(TokenIds { ids: TOKENS.to_vec() })),
-            ..Default::default()
-        };
-        let tokens = client.inference.clone().score(request).await?.into_inner().tokens;
-        Ok(tokens.iter().map(|token| token.logprob.map(f32::to_bits)).collect())
-    };
-    let whole = scores("whole").await.unwrap();
-    assert_eq!(whole.len(), TOKENS.len());
-    assert_eq!(scores("m").await.unwrap(), whole);
-    // They do not train, and do not send on what was sent to them.
-    let trained = client.batch("m", None, &[TOKENS]).await;
-    assert_status(trained.map(drop), Code::FailedPrecondition, "55000");
-    let request = ForwardExpertsRequest {
-        model: "m".into(),
-        layer: 0,
-        groups: vec![ExpertRows {
-            expert: 1,
-            rows: vec![0; 40].into(),
-        }],
-    };
-    let sent = client.experts.clone().forward_experts(request.clone()).await.map(drop);
-    assert_status(sent, Code::FailedPrecondition, "55000");
-    for (layer, expert, bytes) in [(2, 1, 40), (0, 5, 40), (0, 1, 44), (0, 1, 0)] {
-        let bad = ForwardExpertsRequest {
-            layer,
-            groups: vec![ExpertRows {
-                expert,
-                rows: vec![0; bytes].into(),
-            }],
-            ..request.clone()
-        };
-        let sent = other.experts.clone().forward_experts(bad).await.map(drop);
-        assert_status(sent, Code::InvalidArgument, "22023");
-    }
-    // A server that dies is named.
-    let endpoint = there.endpoint.clone();
-    drop(there.kill());
-    let message = assert_status(scores("m").await, Code::FailedPrecondition, "55000");
-    assert!(message.contains(&endpoint), "{message}");
-    assert_eq!(scores("whole").await.unwrap(), whole);
 }
 
 #[tokio::test]

@@ -2,7 +2,8 @@
 
 use super::gpt_neox;
 use super::{
-    Activation, Architecture, AttentionPattern, DecoderConfig, Norm, Position, Residual, RotaryConfig, RotaryScaling,
+    Activation, Architecture, AttentionPattern, DecoderConfig, ExpertsConfig, Norm, Position, Residual, RotaryConfig,
+    RotaryScaling,
 };
 use crate::error::{Error, Result};
 use crate::formats::GgufMetadata;
@@ -78,9 +79,14 @@ pub fn from_gguf(metadata: &GgufMetadata, facts: &GgufTensorFacts) -> Result<Dec
     let config = match architecture {
         // GGUF has names of its own.
         gpt_neox::GGUF_NAME => gpt_neox::from_gguf(&keys, facts)?,
+        "qwen2moe" => llama(Architecture::Qwen2Moe, &keys, facts)?,
+        // To llama.cpp a Mixtral is a Llama.
+        "llama" if keys.size("expert_count")?.is_some_and(|experts| experts > 0) => {
+            llama(Architecture::Mixtral, &keys, facts)?
+        }
         name => match Architecture::from_name(name)? {
             Architecture::Gpt2 => gpt2(&keys, facts)?,
-            Architecture::GptNeox | Architecture::GptJ => {
+            Architecture::GptNeox | Architecture::GptJ | Architecture::Mixtral | Architecture::Qwen2Moe => {
                 let message = format!("GGUF files of architecture `{name}` are not supported: llama.cpp writes none");
                 return Err(Error::Unsupported(message));
             }
@@ -147,9 +153,7 @@ fn gpt2(keys: &Keys<'_>, facts: &GgufTensorFacts) -> Result<DecoderConfig> {
 
 fn llama(architecture: Architecture, keys: &Keys<'_>, facts: &GgufTensorFacts) -> Result<DecoderConfig> {
     let (heads, width, head_dim) = heads_and_width(keys)?;
-    if keys.size("expert_count")?.is_some_and(|experts| experts > 0) {
-        return Err(Error::Unsupported("GGUF files with experts are not supported".into()));
-    }
+    let (experts, feed_forward_width) = experts(architecture, keys)?;
     let rotated = keys.size("rope.dimension_count")?;
     if rotated.is_some_and(|rotated| rotated != head_dim) {
         return Err(Error::Unsupported(format!(
@@ -166,7 +170,7 @@ fn llama(architecture: Architecture, keys: &Keys<'_>, facts: &GgufTensorFacts) -
         heads,
         key_value_heads: keys.size("attention.head_count_kv")?.unwrap_or(heads),
         head_dim,
-        feed_forward_width: keys.required_size("feed_forward_length")?,
+        feed_forward_width,
         context_length: keys.required_size("context_length")?,
         vocabulary: facts.vocabulary,
         norm: Norm::Rms,
@@ -174,8 +178,8 @@ fn llama(architecture: Architecture, keys: &Keys<'_>, facts: &GgufTensorFacts) -
         activation: Activation::Silu,
         gated: true,
         residual: Residual::Sequential,
-        query_key_norm: false,
-        experts: None,
+        query_key_norm: architecture == Architecture::Olmoe,
+        experts,
         position: Position::Rotary(rotary(keys, facts, head_dim)?),
         attention_pattern: AttentionPattern::of_window(window, layers)?,
         attention_bias: facts.attention_bias,
@@ -185,6 +189,78 @@ fn llama(architecture: Architecture, keys: &Keys<'_>, facts: &GgufTensorFacts) -
         head_bias: false,
         groups: layers,
     })
+}
+
+/// The experts that llama.cpp computes by the metadata, and the width of the inner layer of each, or of the one network.
+fn experts(architecture: Architecture, keys: &Keys<'_>) -> Result<(Option<ExpertsConfig>, usize)> {
+    let number = keys.size("expert_count")?.filter(|experts| *experts > 0);
+    let normalize = match architecture {
+        Architecture::Mixtral => true,
+        Architecture::Olmoe | Architecture::Qwen2Moe => false,
+        other => {
+            return match number {
+                None => Ok((None, keys.required_size("feed_forward_length")?)),
+                Some(_) => {
+                    let message = format!("GGUF files of `{}` with experts are not supported", other.name());
+                    Err(Error::Unsupported(message))
+                }
+            };
+        }
+    };
+    let refuse = |key: &str| {
+        let message = format!(
+            "{}.{key} of another value than llama.cpp's own is not supported",
+            keys.architecture
+        );
+        Err(Error::Unsupported(message))
+    };
+    if keys
+        .number("expert_weights_scale")?
+        .is_some_and(|scale| scale != 0.0 && scale != 1.0)
+    {
+        return refuse("expert_weights_scale");
+    }
+    // 1 is the softmax, which these architectures have where the key is missing or 0.
+    if keys.size("expert_gating_func")?.is_some_and(|function| function > 1) {
+        return refuse("expert_gating_func");
+    }
+    if keys
+        .flag("expert_weights_norm")?
+        .is_some_and(|given| given != normalize)
+    {
+        return refuse("expert_weights_norm");
+    }
+    let own_width = keys.size("expert_feed_forward_length")?.filter(|width| *width > 0);
+    let (inner, shared_width) = match architecture {
+        Architecture::Qwen2Moe => {
+            let shared = keys
+                .size("expert_shared_feed_forward_length")?
+                .filter(|width| *width > 0);
+            let shared = match shared {
+                Some(shared) => shared,
+                None => keys.required_size("feed_forward_length")?,
+            };
+            let inner = own_width.ok_or_else(|| {
+                Error::invalid_config(format!("{}.expert_feed_forward_length", keys.architecture), "missing")
+            })?;
+            (inner, shared)
+        }
+        _ => match own_width {
+            Some(inner) => (inner, 0),
+            None => (keys.required_size("feed_forward_length")?, 0),
+        },
+    };
+    let config = ExpertsConfig {
+        experts: match number {
+            Some(number) => number,
+            None => keys.required_size("expert_count")?,
+        },
+        per_token: keys.required_size("expert_used_count")?,
+        normalize,
+        shared_width,
+        shared_gate: shared_width > 0,
+    };
+    Ok((Some(config), inner))
 }
 
 pub(super) fn rotary(keys: &Keys<'_>, facts: &GgufTensorFacts, dim: usize) -> Result<RotaryConfig> {

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use candle_core::quantized::GgmlDType;
 
 use super::gguf;
-use crate::decoder::{ParameterInfo, WeightType, check_source, stored_name};
+use crate::decoder::{ParameterInfo, ParameterRole, WeightType, check_source, stored_name};
 use crate::error::{Error, Result};
-use crate::formats::Orientation;
+use crate::formats::{Orientation, TensorSource};
 use crate::opened::OpenedModel;
 
 /// A format that is written.
@@ -75,6 +75,8 @@ pub struct PlannedTensor {
     /// Its bytes there.
     pub bytes: u64,
     pub(super) info: ParameterInfo,
+    /// Which half of each expert's rows it has, where it does not have all.
+    pub(super) half: Option<usize>,
 }
 
 /// A checked plan.
@@ -94,12 +96,7 @@ impl Conversion {
     /// architecture that the format does not have.
     pub fn plan(source: &Path, options: ConversionOptions) -> Result<Self> {
         let model = OpenedModel::open(source)?;
-        if model.config.experts.is_some() {
-            return Err(Error::Unsupported(
-                "models with experts are not converted; save a checkpoint of the loaded model instead".to_owned(),
-            ));
-        }
-        let parameters = check_source(&model.config, model.files.source())?;
+        let parameters = check_source(&model.config, &model.source())?;
         if options.format == Format::Gguf {
             gguf::check(&model)?;
         }
@@ -109,10 +106,10 @@ impl Conversion {
             options,
             tensors: Vec::new(),
         };
-        conversion.tensors = parameters
-            .into_iter()
-            .map(|info| conversion.plan_tensor(info))
-            .collect::<Result<_>>()?;
+        for info in parameters {
+            let planned = conversion.plan_tensors(info)?;
+            conversion.tensors.extend(planned);
+        }
         Ok(conversion)
     }
 
@@ -131,37 +128,48 @@ impl Conversion {
         self.options.format
     }
 
-    fn plan_tensor(&self, info: ParameterInfo) -> Result<PlannedTensor> {
-        let dtype = match self.options.format {
-            Format::Gguf => self.gguf_type(&info)?,
-            _ => self.dense_type(&info)?,
-        };
-        let (name, shape) = match self.options.format {
-            Format::Gguf => (gguf::tensor_name(&self.model.config, &info.name)?, info.held_shape()),
-            _ => (
-                stored_name(self.model.config.architecture, &info.name),
+    /// What is written of a parameter: one tensor, but two of the experts' gate and up projections in GGUF, and none of
+    /// switches of routers that the source does not have.
+    fn plan_tensors(&self, info: ParameterInfo) -> Result<Vec<PlannedTensor>> {
+        let config = &self.model.config;
+        if !info.is_listed() && self.model.source().shape(&info.name).is_none() {
+            return Ok(vec![]);
+        }
+        if self.options.format != Format::Gguf {
+            let (name, shape) = (stored_name(config.architecture, &info.name), info.shape.clone());
+            return Ok(vec![planned(name, shape, self.dense_type(&info)?, None, &info)]);
+        }
+        let dtype = self.gguf_type(&info)?;
+        let name = |name: &str| gguf::tensor_name(config, name);
+        if let (Some(layer), &[experts, rows, columns]) =
+            (info.name.strip_suffix("gate_up_proj"), info.shape.as_slice())
+        {
+            let half = |half: usize, part: &str| -> Result<PlannedTensor> {
+                let (name, shape) = (name(&format!("{layer}{part}"))?, vec![experts, rows / 2, columns]);
+                Ok(planned(name, shape, dtype, Some(half), &info))
+            };
+            return Ok(vec![half(0, "gate_projs.weight")?, half(1, "up_projs.weight")?]);
+        }
+        Ok(vec![match info.shape.as_slice() {
+            &[_, _, _] => planned(
+                name(&format!("{}s.weight", info.name))?,
                 info.shape.clone(),
+                dtype,
+                None,
+                &info,
             ),
-        };
-        let elements = info.elements() as u64;
-        let bytes = match dtype {
-            WeightType::F32 => 4 * elements,
-            WeightType::F16 | WeightType::Bf16 => 2 * elements,
-            WeightType::Quantized(kind) => elements / kind.block_size() as u64 * kind.type_size() as u64,
-        };
-        Ok(PlannedTensor {
-            name,
-            shape,
-            dtype,
-            bytes,
-            info,
-        })
+            // The gate of the shared expert is a vector to llama.cpp.
+            &[1, width] if info.role == ParameterRole::Router && info.name.ends_with("_gate.weight") => {
+                planned(name(&info.name)?, vec![width], dtype, None, &info)
+            }
+            _ => planned(name(&info.name)?, info.held_shape(), dtype, None, &info),
+        }])
     }
 
     /// The type of a tensor in the formats that hold dense ones.
     fn dense_type(&self, info: &ParameterInfo) -> Result<WeightType> {
         match self.options.dtype {
-            None => Ok(match self.model.files.source().stored_type(&info.name) {
+            None => Ok(match self.model.source().stored_type(&info.name) {
                 Some(WeightType::Quantized(_)) | None => WeightType::F32,
                 Some(dense) => dense,
             }),
@@ -184,7 +192,8 @@ impl Conversion {
                 "gguf is written in f32, f16, bf16 or q8_0, not in {}",
                 name_of(self.options.dtype)
             ))),
-            _ if !info.role.is_matrix() => Ok(WeightType::F32),
+            // llama.cpp keeps routers as f32.
+            _ if !info.role.is_matrix() || info.role == ParameterRole::Router => Ok(WeightType::F32),
             Q8_0 if !row.is_multiple_of(GgmlDType::Q8_0.block_size()) => Ok(WeightType::F16),
             dtype => Ok(dtype),
         }
@@ -193,6 +202,29 @@ impl Conversion {
     /// Whether matrices lie `[out, in]` in the source.
     pub(super) fn source_is_out_in(&self) -> bool {
         self.model.files.source().orientation() == Orientation::OutIn
+    }
+}
+
+fn planned(
+    name: String,
+    shape: Vec<usize>,
+    dtype: WeightType,
+    half: Option<usize>,
+    info: &ParameterInfo,
+) -> PlannedTensor {
+    let elements = shape.iter().map(|size| *size as u64).product::<u64>();
+    let bytes = match dtype {
+        WeightType::F32 => 4 * elements,
+        WeightType::F16 | WeightType::Bf16 => 2 * elements,
+        WeightType::Quantized(kind) => elements / kind.block_size() as u64 * kind.type_size() as u64,
+    };
+    PlannedTensor {
+        name,
+        shape,
+        dtype,
+        bytes,
+        info: info.clone(),
+        half,
     }
 }
 

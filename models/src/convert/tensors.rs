@@ -7,20 +7,29 @@ use half::{bf16, f16};
 use super::plan::{Conversion, PlannedTensor};
 use crate::decoder::WeightType;
 use crate::error::{Error, Result};
-use crate::formats::TensorData;
+use crate::formats::{TensorData, TensorSource};
 use crate::ops::storage::CpuSlice;
 
 impl Conversion {
     /// A tensor in transformers' layout, or held `[out, in]`, in the type of the source; quantised ones as f32.
     pub(super) fn read(&self, planned: &PlannedTensor, out_in: bool) -> Result<Tensor> {
-        let stored = self.model.files.source().load(&planned.info.name)?;
+        let stored = self.model.source().load(&planned.info.name)?;
         let tensor = match stored.data {
             TensorData::Dense(tensor) => tensor,
             TensorData::Quantized(tensor) => tensor.dequantize(&Device::Cpu)?,
         };
-        match planned.info.transposed && self.source_is_out_in() != out_in {
-            true => Ok(tensor.t()?.contiguous()?),
-            false => Ok(tensor),
+        match (&planned.half, planned.shape.as_slice()) {
+            (None, _) if planned.info.transposed && self.source_is_out_in() != out_in => {
+                Ok(tensor.t()?.contiguous()?)
+            }
+            (Some(half), &[experts, rows, columns]) => {
+                let both = tensor.reshape((experts, 2, rows, columns))?;
+                Ok(both
+                    .narrow(1, *half, 1)?
+                    .contiguous()?
+                    .reshape((experts, rows, columns))?)
+            }
+            _ => Ok(tensor),
         }
     }
 }

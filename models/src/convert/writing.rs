@@ -72,7 +72,7 @@ impl Conversion {
             Format::Npz => OpenedModel::from_hugging_face(partial)?,
             _ => OpenedModel::open(partial)?,
         };
-        check_source(&written.config, written.files.source()).map(drop)
+        check_source(&written.config, &written.source()).map(drop)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::expert_weights::ExpertDigests;
 use super::layout::Layer;
 use super::{Decoder, LowRank, ParameterId, ParameterInfo, ParameterRole, Weight};
 use crate::adapters::LoraConfig;
@@ -46,7 +47,9 @@ impl Decoder {
             inverse_frequencies: self.inverse_frequencies.clone(),
             attention_layouts: self.attention_layouts.clone(),
             adapted: self.adapted.clone(),
-            remote: self.remote.clone(),
+            // The weights may change under it, which it would not notice: it computes its experts itself.
+            remote: None,
+            expert_digests: ExpertDigests::default(),
         }
     }
 

@@ -1,5 +1,6 @@
 //! Puts a decoder together from its parameters' values.
 
+use super::expert_weights::ExpertDigests;
 use super::layout::lay_out;
 use super::{Decoder, ParameterInfo, Weight, WeightType};
 use crate::attention_layouts::AttentionLayouts;
@@ -47,6 +48,7 @@ impl Decoder {
             attention_layouts: AttentionLayouts::default(),
             adapted: None,
             remote: None,
+            expert_digests: ExpertDigests::default(),
         })
     }
 

@@ -40,7 +40,7 @@ impl Decoder {
             observer.borrow_mut().push(routing.clone());
         }
         let x = gather_rows(normalized, &routing.groups.tokens)?;
-        let y = self.run_experts_everywhere(index, layer, &x, &routing.groups.bounds)?;
+        let y = self.run_experts_everywhere(index, layer, &x, &routing.groups.bounds, beside.cancelled)?;
         let output = combine(&routing.groups, &y, Some(&routing.gates), normalized)?;
         if let Some(shared) = &experts.shared {
             let own = self.network(shared, normalized, beside)?;
@@ -67,7 +67,7 @@ impl Decoder {
             if cancelled() {
                 return Err(crate::Error::Cancelled);
             }
-            let routings = self.routings(tokens, &mut cache)?;
+            let routings = self.routings(tokens, &mut cache, cancelled)?;
             for (layer, routing) in routings.iter().enumerate() {
                 routes.extend(routing.routes(block * BLOCK, layer, per_token));
             }

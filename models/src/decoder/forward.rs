@@ -28,6 +28,8 @@ pub(super) struct Beside<'a> {
     pub(super) adapters: &'a AdapterRows<'a>,
     /// Where the routers' decisions are collected, if anywhere.
     pub(super) routings: Option<&'a RefCell<Vec<Routing>>>,
+    /// Whether nobody waits for the result any more; asked while other servers compute experts.
+    pub(super) cancelled: &'a dyn Fn() -> bool,
 }
 
 impl Decoder {
@@ -38,22 +40,24 @@ impl Decoder {
     /// vocabulary, or more tokens than the context holds, and with [`Error::ResourceExhausted`] when the pool of a cache
     /// has no page left; the caches then hold what they held before.
     pub fn forward(&self, batch: &mut [SequenceStep<'_>]) -> Result<Tensor> {
-        self.forward_adapted(batch, &[])
+        self.forward_adapted(batch, &[], &|| false)
     }
 
     /// As [`forward`](Self::forward), with the adapter of each sequence, if it has one, added to its rows alone: the same
     /// numbers, bit for bit, as those of [`AdapterWeights::over`]. Sequences past the end of `adapters` have none;
     /// neighbours of one adapter are computed together.
     ///
-    /// Fails as [`forward`](Self::forward) and [`AdapterWeights::over`].
+    /// Fails as [`forward`](Self::forward) and [`AdapterWeights::over`]; while other servers compute experts, with
+    /// [`Error::Cancelled`] soon after `cancelled` returns true.
     pub fn forward_adapted(
         &self,
         batch: &mut [SequenceStep<'_>],
         adapters: &[Option<&AdapterWeights>],
+        cancelled: &dyn Fn() -> bool,
     ) -> Result<Tensor> {
         let adapters = batch.iter().zip(adapters);
         let rows = AdapterRows::new(self, adapters.map(|(step, adapter)| (step.tokens.len(), *adapter)))?;
-        let hidden = self.hidden_adapted(batch, &rows)?;
+        let hidden = self.hidden_adapted(batch, &rows, cancelled)?;
         let mut end = 0;
         let last_rows: Vec<u32> = batch
             .iter()
@@ -67,19 +71,20 @@ impl Decoder {
     }
 
     /// Runs the new tokens of all sequences. Returns their states after the last norm, `[new tokens of all sequences, width]`
-    /// f32: what transformers calls the last hidden state. Fails as [`forward`](Self::forward).
-    pub fn states(&self, batch: &mut [SequenceStep<'_>]) -> Result<Tensor> {
-        let hidden = self.hidden(batch)?;
+    /// f32: what transformers calls the last hidden state. Fails as [`forward_adapted`](Self::forward_adapted).
+    pub fn states(&self, batch: &mut [SequenceStep<'_>], cancelled: &dyn Fn() -> bool) -> Result<Tensor> {
+        let hidden = self.hidden(batch, cancelled)?;
         self.normalize(&hidden, &self.layout.final_norm)
     }
 
     /// The logits after every token of one sequence, `[tokens, vocabulary]` f32. Fails as [`forward`](Self::forward).
     pub fn logits(&self, tokens: &[u32]) -> Result<Tensor> {
         let mut cache = self.new_cache();
-        let hidden = self.hidden(&mut [SequenceStep {
+        let step = SequenceStep {
             tokens,
             cache: &mut cache,
-        }])?;
+        };
+        let hidden = self.hidden(&mut [step], &|| false)?;
         self.head(&hidden)
     }
 
@@ -110,24 +115,39 @@ impl Decoder {
     }
 
     /// The residual stream after the last layer, `[new tokens of all sequences, width]`; extends the caches.
-    pub(crate) fn hidden(&self, batch: &mut [SequenceStep<'_>]) -> Result<Tensor> {
-        self.hidden_adapted(batch, &AdapterRows::none())
+    pub(crate) fn hidden(&self, batch: &mut [SequenceStep<'_>], cancelled: &dyn Fn() -> bool) -> Result<Tensor> {
+        self.hidden_adapted(batch, &AdapterRows::none(), cancelled)
     }
 
     /// What the router of each layer with experts decides of the next tokens of a sequence; extends the cache.
-    pub(super) fn routings(&self, tokens: &[u32], cache: &mut KeyValueCache) -> Result<Vec<Routing>> {
+    pub(super) fn routings(
+        &self,
+        tokens: &[u32],
+        cache: &mut KeyValueCache,
+        cancelled: &dyn Fn() -> bool,
+    ) -> Result<Vec<Routing>> {
         let routings = RefCell::new(Vec::new());
         let beside = Beside {
             adapters: &AdapterRows::none(),
             routings: Some(&routings),
+            cancelled,
         };
         self.hidden_beside(&mut [SequenceStep { tokens, cache }], &beside)?;
         Ok(routings.into_inner())
     }
 
-    fn hidden_adapted(&self, batch: &mut [SequenceStep<'_>], adapters: &AdapterRows<'_>) -> Result<Tensor> {
-        let routings = None;
-        self.hidden_beside(batch, &Beside { adapters, routings })
+    fn hidden_adapted(
+        &self,
+        batch: &mut [SequenceStep<'_>],
+        adapters: &AdapterRows<'_>,
+        cancelled: &dyn Fn() -> bool,
+    ) -> Result<Tensor> {
+        let beside = Beside {
+            adapters,
+            routings: None,
+            cancelled,
+        };
+        self.hidden_beside(batch, &beside)
     }
 
     fn hidden_beside(&self, batch: &mut [SequenceStep<'_>], beside: &Beside<'_>) -> Result<Tensor> {

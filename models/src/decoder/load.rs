@@ -1,7 +1,7 @@
 //! A decoder from the tensors of a file. Names and shapes are checked before any tensor is read.
 
 use super::build::dense;
-use super::fused_experts::FusedExperts;
+use super::fused_experts::{ExpertTensors, FusedExperts};
 use super::initialize::default_switches;
 use super::layout::shared_names;
 use super::names::ignored_tensor;
@@ -27,14 +27,10 @@ pub fn load_decoder(
     device: &Device,
     kind: Option<WeightType>,
 ) -> Result<Decoder> {
-    let fused;
-    let source: &dyn TensorSource = match &config.experts {
-        None => source,
-        Some(experts) => {
-            fused = FusedExperts::new(source, experts.experts)?;
-            &fused
-        }
-    };
+    let experts = config.experts.as_ref();
+    let tensors = experts.map(|experts| ExpertTensors::new(source, experts.experts));
+    let tensors = tensors.transpose()?;
+    let source: &dyn TensorSource = &FusedExperts::new(source, tensors.as_ref());
     let per_token = config.experts.as_ref().map_or(0, |experts| experts.per_token);
     let parameters = check_source(&config, source)?;
     check_memory(

@@ -3,6 +3,7 @@
 mod adapted;
 mod build;
 mod cache;
+mod expert_weights;
 mod experts;
 mod forward;
 mod fused_experts;
@@ -21,7 +22,9 @@ mod weight;
 use adapted::Adapted;
 pub(crate) use adapted::Factors;
 pub use cache::{CacheUsage, KeyValueCache, PAGE_POSITIONS, PageMemory, PagePool, Place, Scope};
+pub use expert_weights::{ExpertDigest, ExpertGradient, ExpertWeights};
 pub use forward::SequenceStep;
+pub(crate) use fused_experts::{ExpertTensors, FusedExperts};
 pub use layout::{
     ExpertLayer, FeedForward, Layer, Layout, LowRank, NormParameters, ParameterId, ParameterInfo, ParameterRole,
     Projection, QueryKeyValue,
@@ -32,7 +35,7 @@ pub use memory::check_memory;
 pub use names::ignored_tensor;
 pub(crate) use names::{name_of_stored, stored_name};
 pub use parameters::ParameterData;
-pub use remote::{ExpertRows, PendingExperts, RemoteExperts};
+pub use remote::{ExpertRows, ExpertsCall, GatedRows, Pending, RemoteExperts};
 pub use score::{LossPass, as_scores, next_tokens};
 pub use structure::Decoder;
 pub use weight::{Weight, WeightType};

@@ -49,6 +49,7 @@ impl Decoder {
     /// Fails with [`Error::NotFound`] for an unknown name, [`Error::InvalidArgument`] for a range outside of it, and
     /// [`Error::Unsupported`] for a quantised parameter. Nothing is changed then.
     pub fn write_parameter(&mut self, name: &str, start: usize, values: &[f32]) -> Result<()> {
+        self.weights_change();
         let id = self.parameter_id(name)?;
         let info = &self.parameters[id.0];
         let elements = info.elements();

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use super::expert_weights::ExpertDigests;
 use super::layout::lay_out;
 use super::{Decoder, ParameterId};
 use crate::config::DecoderConfig;
@@ -52,6 +53,7 @@ impl Decoder {
             attention_layouts: self.attention_layouts.clone(),
             adapted: None,
             remote: None,
+            expert_digests: ExpertDigests::default(),
         };
         Ok((decoder, sources))
     }

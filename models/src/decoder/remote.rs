@@ -3,9 +3,9 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
-use super::{Decoder, Layer};
+use super::{Decoder, ExpertGradient, Layer};
 use crate::error::{Error, Result};
 use crate::ops::storage::with_slice;
 
@@ -18,24 +18,55 @@ pub struct ExpertRows {
     pub rows: Vec<f32>,
 }
 
-/// What is under way on other servers: gives the experts' outputs, as many rows as they got, in the order in which they were
-/// asked for.
-pub type PendingExperts = Box<dyn FnOnce() -> Result<Vec<Vec<f32>>>>;
+/// The rows of one expert on the way back.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GatedRows {
+    /// Number of the expert.
+    pub expert: usize,
+    /// Its rows, `[rows, width]`.
+    pub rows: Vec<f32>,
+    /// What its outputs were multiplied by, `[rows]`.
+    pub gates: Vec<f32>,
+    /// The gradient of the products, `[rows, width]`.
+    pub gradient: Vec<f32>,
+}
 
-/// Other servers that hold the same model and compute some of its experts.
+/// Whose experts are asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct ExpertsCall<'a> {
+    /// The decoder whose weights they have.
+    pub decoder: &'a Decoder,
+    /// Number of the layer.
+    pub layer: usize,
+    /// In training, what products read: f32, f16 or bf16. None in inference, whose products read weights as they are held.
+    pub products: Option<DType>,
+}
+
+/// What is under way on other servers: waits for the results, in the order in which they were asked for. Ends with
+/// [`Error::Cancelled`] soon after the function that it is given returns true.
+pub type Pending<'a, T> = Box<dyn FnOnce(&dyn Fn() -> bool) -> Result<T> + 'a>;
+
+/// Other servers, which compute some of the experts with the decoder's weights.
 pub trait RemoteExperts: Debug + Send + Sync {
     /// Whether an expert is computed elsewhere.
     fn holds(&self, expert: usize) -> bool;
 
-    /// Sends rows of the experts of a layer on their way.
+    /// Sends rows on their way to their experts, each group to one that is held elsewhere. Gives the outputs, as many rows
+    /// as were sent.
     ///
     /// # Errors
     /// Of a server that cannot be reached, naming it; here or of what is returned.
-    fn begin(&self, layer: usize, groups: Vec<ExpertRows>) -> Result<PendingExperts>;
+    fn forward<'a>(&self, call: ExpertsCall<'a>, groups: Vec<ExpertRows>) -> Result<Pending<'a, Vec<Vec<f32>>>>;
+
+    /// Sends rows on the way back through their experts, each group to one that is held elsewhere.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    fn backward<'a>(&self, call: ExpertsCall<'a>, groups: Vec<GatedRows>) -> Result<Pending<'a, Vec<ExpertGradient>>>;
 }
 
 impl Decoder {
-    /// Lets other servers compute some of its experts in inference. Training computes all of them here.
+    /// Lets other servers compute some of its experts, with the weights that it has at the time.
     pub fn set_remote_experts(&mut self, remote: Option<Arc<dyn RemoteExperts>>) {
         self.remote = remote;
     }
@@ -43,6 +74,11 @@ impl Decoder {
     /// Whether other servers compute some of its experts.
     pub fn has_remote_experts(&self) -> bool {
         self.remote.is_some()
+    }
+
+    /// The servers that compute some of its experts, if any.
+    pub(crate) fn remote_experts(&self) -> Option<&dyn RemoteExperts> {
+        self.remote.as_deref()
     }
 
     /// What experts of layer number `layer` make of rows, here.
@@ -84,6 +120,7 @@ impl Decoder {
         layer: &Layer,
         x: &Tensor,
         bounds: &[usize],
+        cancelled: &dyn Fn() -> bool,
     ) -> Result<Tensor> {
         let Some(remote) = &self.remote else {
             return self.run_experts(layer, x, bounds);
@@ -107,7 +144,12 @@ impl Decoder {
             return self.run_experts(layer, x, bounds);
         }
         let asked: Vec<(usize, usize)> = away.iter().map(|group| (group.expert, group.rows.len())).collect();
-        let pending = remote.begin(index, away)?;
+        let call = ExpertsCall {
+            decoder: self,
+            layer: index,
+            products: None,
+        };
+        let pending = remote.forward(call, away)?;
         let own = match here.len() / width {
             0 => Vec::new(),
             rows => {
@@ -115,7 +157,7 @@ impl Decoder {
                 self.run_experts(layer, &x, &here_bounds)?.flatten_all()?.to_vec1()?
             }
         };
-        let mut outputs = asked.into_iter().zip(pending()?).peekable();
+        let mut outputs = asked.into_iter().zip(pending(cancelled)?).peekable();
         let mut all = Vec::with_capacity(rows * width);
         for (expert, bounds) in here_bounds.windows(2).enumerate() {
             all.extend_from_slice(&own[bounds[0] * width..bounds[1] * width]);

@@ -53,7 +53,7 @@ impl Decoder {
     ) -> Result<Vec<Option<f32>>> {
         let mut pass = self.begin_losses(tokens)?;
         while !cancelled() {
-            if self.next_losses(tokens, targets, &mut pass)? {
+            if self.next_losses(tokens, targets, &mut pass, cancelled)? {
                 return Ok(pass.losses);
             }
         }
@@ -72,14 +72,21 @@ impl Decoder {
     }
 
     /// Computes the losses of the next block; true when it was the last. `tokens` and `targets` are those of the whole pass.
-    /// Fails as [`forward`](Self::forward).
-    pub fn next_losses(&self, tokens: &[u32], targets: &[Option<u32>], pass: &mut LossPass) -> Result<bool> {
+    /// Fails as [`forward_adapted`](Self::forward_adapted).
+    pub fn next_losses(
+        &self,
+        tokens: &[u32],
+        targets: &[Option<u32>],
+        pass: &mut LossPass,
+        cancelled: &dyn Fn() -> bool,
+    ) -> Result<bool> {
         let block = pass.losses.len()..tokens.len().min(pass.losses.len() + BLOCK);
         let (last, targets) = (block.end == tokens.len(), &targets[block.clone()]);
-        let hidden = self.hidden(&mut [SequenceStep {
+        let step = SequenceStep {
             tokens: &tokens[block],
             cache: &mut pass.cache,
-        }])?;
+        };
+        let hidden = self.hidden(&mut [step], cancelled)?;
         if targets.iter().all(Option::is_none) {
             pass.losses.extend(std::iter::repeat_n(None, targets.len()));
             return Ok(last);
@@ -95,9 +102,14 @@ impl Decoder {
     }
 
     /// The logits after each of the new `tokens` of one sequence, `[tokens, vocabulary]` f32; `cache` is extended by them.
-    /// Fails as [`forward`](Self::forward).
-    pub fn next_logits(&self, tokens: &[u32], cache: &mut KeyValueCache) -> Result<Tensor> {
-        let hidden = self.hidden(&mut [SequenceStep { tokens, cache }])?;
+    /// Fails as [`forward_adapted`](Self::forward_adapted).
+    pub fn next_logits(
+        &self,
+        tokens: &[u32],
+        cache: &mut KeyValueCache,
+        cancelled: &dyn Fn() -> bool,
+    ) -> Result<Tensor> {
+        let hidden = self.hidden(&mut [SequenceStep { tokens, cache }], cancelled)?;
         self.head(&hidden)
     }
 
@@ -130,10 +142,11 @@ impl Decoder {
             if cancelled() {
                 return Err(Error::Cancelled);
             }
-            let hidden = self.hidden(&mut [SequenceStep {
+            let step = SequenceStep {
                 tokens,
                 cache: &mut cache,
-            }])?;
+            };
+            let hidden = self.hidden(&mut [step], cancelled)?;
             visit(block * BLOCK, &hidden)?;
         }
         Ok(())

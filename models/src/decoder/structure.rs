@@ -1,5 +1,6 @@
 //! The decoder's state: its configuration, its weights, and what is known of each.
 
+use super::expert_weights::ExpertDigests;
 use super::layout::shared_names;
 use super::{Adapted, KeyValueCache, Layout, ParameterId, ParameterInfo, RemoteExperts, Weight, WeightType};
 use crate::attention_layouts::{AttentionLayouts, FILE_NAME};
@@ -31,6 +32,8 @@ pub struct Decoder {
     pub(super) adapted: Option<Adapted>,
     /// Other servers that compute some of the experts.
     pub(super) remote: Option<Arc<dyn RemoteExperts>>,
+    /// What tells the weights of its experts from others.
+    pub(super) expert_digests: ExpertDigests,
 }
 
 impl Decoder {
@@ -118,7 +121,13 @@ impl Decoder {
 
     /// The values of a parameter, to be replaced or changed in place. The shape must stay.
     pub fn weight_mut(&mut self, id: ParameterId) -> &mut Weight {
+        self.weights_change();
         &mut self.weights[id.0]
+    }
+
+    /// Forgets what was derived from the weights, which are about to change.
+    pub(crate) fn weights_change(&mut self) {
+        self.expert_digests.clear();
     }
 
     /// The number of its own parameter of that name. Fails with [`Error::NotFound`].
@@ -183,6 +192,7 @@ impl Decoder {
             attention_layouts: self.attention_layouts.clone(),
             adapted: self.adapted.clone(),
             remote: self.remote.clone(),
+            expert_digests: ExpertDigests::default(),
         })
     }
 
@@ -206,6 +216,7 @@ impl Decoder {
             .iter()
             .map(|weight| Ok(Weight::Dense(weight.to_f32()?)))
             .collect::<Result<_>>()?;
+        self.weights_change();
         self.weights = expanded;
         for info in &mut self.parameters {
             info.dtype = WeightType::F32.name();

@@ -83,13 +83,19 @@ impl Decoder {
                     false => Ok(scores),
                 };
             }
-            self.score_pass(stretches, &mut begun, &mut scores)?;
+            self.score_pass(stretches, &mut begun, &mut scores, cancelled)?;
             begun.retain(|begun| begun.cache.len() < stretches[begun.index].inputs.len());
         }
     }
 
     /// One pass over the next tokens of every begun stretch.
-    fn score_pass(&self, stretches: &[Stretch], begun: &mut [Begun], scores: &mut [Scores]) -> Result<()> {
+    fn score_pass(
+        &self,
+        stretches: &[Stretch],
+        begun: &mut [Begun],
+        scores: &mut [Scores],
+        cancelled: &dyn Fn() -> bool,
+    ) -> Result<()> {
         let mut rows: Vec<u32> = Vec::new();
         let mut targets: Vec<i64> = Vec::new();
         // Of each begun stretch, how many of the targets are its.
@@ -109,7 +115,7 @@ impl Decoder {
             let tokens = &stretch.inputs[range];
             steps.push(SequenceStep { tokens, cache });
         }
-        let hidden = self.hidden(&mut steps)?;
+        let hidden = self.hidden(&mut steps, cancelled)?;
         if rows.is_empty() {
             return Ok(());
         }

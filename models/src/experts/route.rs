@@ -1,4 +1,6 @@
-//! Routing of tokens to experts, as in a mixture-of-experts layer (arXiv:2101.03961, arXiv:2401.04088).
+//! Routing of tokens to experts apart from a model, by what its layers compute with (arXiv:2101.03961, arXiv:2401.04088).
+
+use candle_kernels_cpu::{Router, Weights, linear};
 
 use crate::error::{Error, Result};
 
@@ -40,42 +42,26 @@ pub fn route(hidden: &[f32], router: &[f32], width: usize, top_k: usize, normali
             )));
         }
     }
-    let mut routes = Routes {
-        experts: Vec::new(),
-        gates: Vec::new(),
-    };
-    let mut order: Vec<u32> = Vec::with_capacity(experts);
-    for token in hidden.chunks_exact(width) {
-        let mut gates: Vec<f32> = router.chunks_exact(width).map(|expert| dot(token, expert)).collect();
-        softmax(&mut gates);
-        if gates.iter().any(|gate| !gate.is_finite()) {
-            return Err(Error::InvalidArgument(
-                "the router's scores overflow f32; scale hidden or router down".into(),
-            ));
-        }
-        order.clear();
-        order.extend(0..experts as u32);
-        order.sort_by(|&a, &b| gates[b as usize].total_cmp(&gates[a as usize]).then(a.cmp(&b)));
-        let chosen = &order[..top_k];
-        let sum: f32 = chosen.iter().map(|&expert| gates[expert as usize]).sum();
-        let factor = if normalize { 1.0 / sum } else { 1.0 };
-        routes.experts.extend_from_slice(chosen);
-        routes
-            .gates
-            .extend(chosen.iter().map(|&expert| gates[expert as usize] * factor));
+    let tokens = hidden.len() / width;
+    let mut scores = vec![0.0; tokens * experts];
+    linear(hidden, Weights::from_f32(router, experts, width), None, &mut scores);
+    if scores.iter().any(|score| !score.is_finite()) {
+        return Err(Error::InvalidArgument(
+            "the router's scores overflow f32; scale hidden or router down".into(),
+        ));
     }
+    let mut routes = Routes {
+        experts: vec![0; tokens * top_k],
+        gates: vec![0.0; tokens * top_k],
+    };
+    let router = Router {
+        per_token: top_k,
+        normalize,
+        bias: &vec![0.0; experts],
+        enabled: &vec![1.0; experts],
+    };
+    candle_kernels_cpu::route(router, &scores, &mut routes.experts, &mut routes.gates);
     Ok(routes)
-}
-
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
-}
-
-fn softmax(values: &mut [f32]) {
-    let largest = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    values.iter_mut().for_each(|value| *value = (*value - largest).exp());
-    let sum: f32 = values.iter().sum();
-    values.iter_mut().for_each(|value| *value /= sum);
 }
 
 #[cfg(test)]
@@ -91,6 +77,15 @@ mod tests {
         assert!((routes.gates[0] - 2f32.exp() / total).abs() < 1e-6);
         let normalized = route(&[2.0, 1.0], &router, 2, 2, true).unwrap();
         assert!((normalized.gates.iter().sum::<f32>() - 1.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn equal_scores_are_taken_in_order() {
+        let routes = route(&[1.0, 1.0], &[0.5, 0.5, 1.0, 0.0, 0.0, 1.0], 2, 3, true).unwrap();
+        assert_eq!(routes.experts, [0, 1, 2]);
+        assert_eq!(routes.gates, [1.0 / 3.0; 3]);
+        let one = route(&[7.0, -3.0, 4.0], &[1.0], 1, 1, false).unwrap();
+        assert_eq!((one.experts, one.gates), (vec![0; 3], vec![1.0; 3]));
     }
 
     #[test]

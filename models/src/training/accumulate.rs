@@ -42,6 +42,9 @@ pub struct PassOptions<'a> {
     pub dropout_key: DropoutKey,
     /// Losses and capacity of routers.
     pub router: RouterSettings,
+    /// Whether experts that other servers compute are computed here, with the same result bit for bit (on a processor of the
+    /// same kind). Default false.
+    pub alone: bool,
 }
 
 impl Default for PassOptions<'_> {
@@ -53,6 +56,7 @@ impl Default for PassOptions<'_> {
             dropout: DropoutSettings::default(),
             dropout_key: DropoutKey::default(),
             router: RouterSettings::default(),
+            alone: false,
         }
     }
 }
@@ -96,6 +100,8 @@ pub(super) struct Pass<'a> {
     pub(super) factors: Vec<f32>,
     pub(super) dropout: PassDropout,
     pub(super) router: RouterSettings,
+    /// Whether experts that other servers compute are computed here.
+    pub(super) alone: bool,
     /// Where the tokens go in each layer with experts, once it has been run: the same when it is run again.
     pub(super) routings: RefCell<Vec<Option<Arc<Routing>>>>,
     /// The losses of the routers, once all layers have been run.
@@ -202,6 +208,7 @@ impl<'a> Pass<'a> {
             factors: batch.factors.iter().map(|factor| factor * scale).collect(),
             dropout: PassDropout::new(options.dropout, options.dropout_key, &batch.members),
             router: options.router,
+            alone: options.alone,
             routings: RefCell::new(vec![None; decoder.layout().layers.len()]),
             router_losses: RefCell::new(None),
             batch,

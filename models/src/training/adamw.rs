@@ -161,6 +161,7 @@ impl AdamW {
                 None => 1.0,
             };
             let factor = clipping / gradient.divisor();
+            decoder.weights_change();
             self.update(decoder, gradient, options, factor)?;
             self.step += 1;
         }

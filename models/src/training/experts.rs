@@ -56,10 +56,12 @@ impl Pass<'_> {
     ) -> Result<Tensor> {
         let normed = self.decoder.normalize(&tape.middle, &layer.feed_forward_norm)?;
         let routing = self.routing(index, experts, &normed)?;
+        let pending = self.begin_away(index, &routing, &normed)?;
         let inner = self.activate(tape.gate.as_ref(), &tape.up)?;
         let y = self.with_parts(&layer.feed_forward, |[_, _, down]| {
             self.experts_linear(down, &routing, &inner)
         })?;
+        self.take_outputs(pending, &y)?;
         let output = combine(&routing.groups, &y, Some(&routing.gates), &normed)?;
         if let Some(shared) = &experts.shared {
             let (_, _, y) = self.shared_forward(shared, &normed)?;
@@ -84,7 +86,9 @@ impl Pass<'_> {
     ) -> Result<Tensor> {
         let config = self.decoder.experts_config()?;
         let routing = self.routing(index, experts, normed)?;
-        let (drows, dgates) = self.backward_rows(layer, &routing, tape, normed, dy)?;
+        let pending = self.begin_away_backward(index, &routing, normed, dy)?;
+        let (drows, mut dgates) = self.backward_rows(layer, &routing, tape, normed, dy)?;
+        self.take_gradients(pending, layer, &routing, &drows, &mut dgates)?;
         let dnormed = combine(&routing.groups, &drows, None, normed)?;
         drop(drows);
         let dscores = self.router_gradient(config, &routing, &dgates)?;
@@ -258,6 +262,7 @@ impl Pass<'_> {
             rows: part.rows,
             dweight: self.gradient_of(part.parameter),
             bounds: &routing.groups.bounds,
+            elsewhere: self.decoder.remote_experts(),
         })
     }
 

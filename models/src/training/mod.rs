@@ -22,6 +22,7 @@ mod listing;
 mod options;
 mod packed;
 mod precision;
+mod remote;
 mod retention;
 mod router;
 mod schedule;

@@ -332,7 +332,7 @@ fn what_a_format_cannot_hold_is_refused() {
             .unwrap_err()
             .to_string();
         assert!(
-            error.contains("gguf is written for gpt2, llama, mistral and qwen2"),
+            error.contains("gguf is written for gpt2, llama, mistral, qwen2, mixtral"),
             "{error}"
         );
     }
@@ -353,4 +353,170 @@ fn what_a_format_cannot_hold_is_refused() {
         .unwrap_err()
         .to_string();
     assert!(error.contains("tensor transformer.ln_f.bias holds a number"), "{error}");
+}
+
+/// With the matrices of each expert by themselves, as transformers saves them.
+const MIXTURES: [&str; 3] = ["mixtral", "olmoe", "qwen2_moe"];
+
+/// A copy of a golden model with another field in its configuration.
+fn with_field(model: &str, field: &str, value: serde_json::Value) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let text = std::fs::read_to_string(golden(model).join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
+    config[field] = value;
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    let weights = "model.safetensors";
+    std::fs::copy(golden(model).join(weights), folder.path().join(weights)).unwrap();
+    folder
+}
+
+#[test]
+fn mixtures_follow_each_other_bit_for_bit() {
+    for model in MIXTURES {
+        let folder = tempfile::tempdir().unwrap();
+        let steps = [
+            ("jsonl", Format::Jsonl, 3000),
+            ("model.npz", Format::Npz, 1),
+            ("shards", Format::Safetensors, 2000),
+            ("one-file", Format::Jsonl, 5 << 30),
+        ];
+        let mut source = golden(model);
+        for (name, format, shard_bytes) in steps {
+            let target = folder.path().join(name);
+            let step = ConversionOptions {
+                shard_bytes,
+                ..options(format)
+            };
+            convert(&source, &target, step).unwrap();
+            assert_eq!(logits(&golden(model)), logits(&target), "{model} as {name}");
+            if source != golden(model) {
+                assert_same(&source, &target);
+            }
+            source = target;
+        }
+    }
+}
+
+#[test]
+fn mixtures_become_gguf_and_come_back() {
+    let as_trained = with_field("qwen2_moe", "norm_topk_prob", false.into());
+    for source in [golden("mixtral"), golden("olmoe"), as_trained.path().to_owned()] {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let as_f32 = ConversionOptions {
+            dtype: dtype("f32"),
+            ..options(Format::Gguf)
+        };
+        convert(&source, &at("m.gguf"), as_f32).unwrap();
+        let names: Vec<String> = open_gguf(&at("m.gguf"))
+            .unwrap()
+            .names()
+            .into_iter()
+            .map(str::to_owned)
+            .collect();
+        assert!(
+            names
+                .iter()
+                .any(|name| name == "model.layers.1.mlp.experts.up_projs.weight"),
+            "{names:?}"
+        );
+        convert(&at("m.gguf"), &at("back"), options(Format::Safetensors)).unwrap();
+        convert(&source, &at("direct"), options(Format::Safetensors)).unwrap();
+        assert_same(&at("direct"), &at("back"));
+        let (before, after) = (logits(&source), logits(&at("m.gguf")));
+        for (before, after) in before.into_iter().zip(after) {
+            let (before, after) = (f32::from_bits(before), f32::from_bits(after));
+            assert!((before - after).abs() < 1e-4, "{before} {after}");
+        }
+    }
+    // What llama.cpp would compute in another way.
+    for (model, field, value) in [
+        ("qwen2_moe", "norm_topk_prob", serde_json::Value::from(true)),
+        ("olmoe", "norm_topk_prob", true.into()),
+    ] {
+        let source = with_field(model, field, value);
+        let error = Conversion::plan(source.path(), options(Format::Gguf)).unwrap_err();
+        assert!(matches!(error, Error::Unsupported(_)), "{error}");
+        assert!(error.to_string().contains(field), "{error}");
+    }
+}
+
+/// A mixture whose rows are whole blocks, written as transformers 5 holds it.
+fn mixture_of_blocks(folder: &Path, experts: usize, per_token: usize) {
+    let config = serde_json::json!({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "vocab_size": 40,
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 32, "num_local_experts": experts,
+        "num_experts_per_tok": per_token, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true});
+    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    let settings = serde_json::json!({"architecture": "mixtral", "layers": 1, "width": 32, "heads": 2,
+        "key_value_heads": 1, "head_dim": 16, "feed_forward_width": 64, "context_length": 32, "vocabulary": 40,
+        "num_experts": experts, "num_experts_per_tok": per_token});
+    let settings = candle_models::config::from_settings(settings.as_object().unwrap(), None).unwrap();
+    let decoder = candle_models::Decoder::initialize(settings, &candle_models::Device::Cpu, None, 5).unwrap();
+    let mut tensors = std::collections::HashMap::new();
+    for info in decoder.parameters().iter().filter(|info| info.is_listed()) {
+        let values = decoder
+            .weight(decoder.parameter_id(&info.name).unwrap())
+            .to_f32()
+            .unwrap();
+        let factor = if info.name.contains("norm") { 1.0 } else { 10.0 };
+        let values = (values.reshape(info.shape.as_slice()).unwrap() * factor).unwrap();
+        tensors.insert(info.name.clone(), values);
+    }
+    candle_core::safetensors::save(&tensors, folder.join("model.safetensors")).unwrap();
+}
+
+#[test]
+fn quantised_experts_are_served_as_they_are() {
+    for (experts, per_token) in [(1, 1), (3, 3), (5, 2)] {
+        let folder = tempfile::tempdir().unwrap();
+        let gguf = folder.path().join("m.gguf");
+        mixture_of_blocks(folder.path(), experts, per_token);
+        let step = ConversionOptions {
+            dtype: dtype("q8_0"),
+            ..options(Format::Gguf)
+        };
+        convert(folder.path(), &gguf, step).unwrap();
+        let model = Model::load(&gguf, &LoadOptions::default()).unwrap();
+        for info in model
+            .decoder
+            .parameters()
+            .iter()
+            .filter(|info| info.name.contains(".experts."))
+        {
+            assert_eq!(info.dtype, "q8_0", "{}", info.name);
+        }
+        let exact = Model::load(folder.path(), &LoadOptions::default()).unwrap();
+        let [near, exact] = [&model, &exact].map(|model| {
+            let logits = model.decoder.logits(&[3, 1, 4, 1, 5, 9, 2, 6]).unwrap();
+            logits.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        });
+        let largest = exact.iter().fold(0f32, |largest, value| largest.max(value.abs()));
+        for (near, exact) in near.iter().zip(&exact) {
+            assert!((near - exact).abs() < 0.1 * largest, "{experts}: {near} {exact} of {largest}");
+        }
+    }
+}
+
+#[test]
+fn a_gguf_without_half_of_its_experts_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let gguf = folder.path().join("m.gguf");
+    convert(&golden("olmoe"), &gguf, options(Format::Gguf)).unwrap();
+    let bytes = std::fs::read(&gguf).unwrap();
+    for (from, to) in [
+        ("blk.1.ffn_up_exps", "blk.1.ffn_xx_exps"),
+        ("blk.0.ffn_down_exps", "blk.0.ffn_dxxx_exps"),
+    ] {
+        let mut damaged = bytes.clone();
+        let at = bytes
+            .windows(from.len())
+            .position(|window| window == from.as_bytes())
+            .unwrap();
+        damaged[at..at + to.len()].copy_from_slice(to.as_bytes());
+        std::fs::write(&gguf, damaged).unwrap();
+        let error = Model::load(&gguf, &LoadOptions::default()).unwrap_err();
+        assert!(matches!(error, Error::InvalidFile { .. }), "{error}");
+        assert!(error.to_string().contains("experts"), "{error}");
+    }
 }

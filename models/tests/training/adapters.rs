@@ -115,7 +115,11 @@ fn a_pass_that_mixes_adapters_gives_each_what_it_gets_alone() {
                 .zip(&mut mixed)
                 .map(|(tokens, cache)| SequenceStep { tokens, cache })
                 .collect();
-            let found: Vec<Vec<f32>> = base.forward_adapted(&mut batch, &adapters).unwrap().to_vec2().unwrap();
+            let found: Vec<Vec<f32>> = base
+                .forward_adapted(&mut batch, &adapters, &|| false)
+                .unwrap()
+                .to_vec2()
+                .unwrap();
             for (index, (decoder, cache)) in alone.iter().zip(&mut single).enumerate() {
                 let tokens = &tokens[index];
                 let logits = decoder.forward(&mut [SequenceStep { tokens, cache }]).unwrap();

@@ -6,7 +6,10 @@ use candle_models::training::{
     self, ActivationSettings, AdamW, Compression, Gradient, HalfWeights, PassOptions, Precision, Recompute,
     RouterSettings, SequenceLoss, TrainingSequence,
 };
-use candle_models::{Decoder, LoadOptions, Model, SequenceStep};
+use candle_models::{
+    Decoder, ExpertGradient, ExpertRows, ExpertWeights, ExpertsCall, GatedRows, LoadOptions, Model, Pending,
+    RemoteExperts, SequenceStep,
+};
 use serde_json::{Value, json};
 
 use crate::support::{
@@ -367,4 +370,157 @@ fn switches_decide_and_are_kept_in_checkpoints() {
     let (gradient, _) = run(&model.decoder, &[sequence], &PassOptions::default());
     let load = &gradient.load()[5..];
     assert_eq!((load[2].tokens, load[4].tokens), (0, 20));
+}
+
+/// Servers that hold some of the experts, played by this process: what they get are rows, and weights if they ask for them.
+#[derive(Debug)]
+struct Elsewhere {
+    experts: Vec<usize>,
+    calls: std::sync::atomic::AtomicUsize,
+}
+
+impl RemoteExperts for Elsewhere {
+    fn holds(&self, expert: usize) -> bool {
+        self.experts.contains(&expert)
+    }
+
+    fn forward<'a>(
+        &self,
+        call: ExpertsCall<'a>,
+        groups: Vec<ExpertRows>,
+    ) -> candle_models::Result<Pending<'a, Vec<Vec<f32>>>> {
+        self.calls.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        Ok(Box::new(move |_| {
+            let output = |group: &ExpertRows| {
+                let weights = sent(call, group.expert)?;
+                match call.products {
+                    Some(products) => weights.forward(&group.rows, products),
+                    None => weights.infer(&group.rows),
+                }
+            };
+            groups.iter().map(output).collect()
+        }))
+    }
+
+    fn backward<'a>(
+        &self,
+        call: ExpertsCall<'a>,
+        groups: Vec<GatedRows>,
+    ) -> candle_models::Result<Pending<'a, Vec<ExpertGradient>>> {
+        self.calls.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        Ok(Box::new(move |_| {
+            let gradient = |group: &GatedRows| {
+                let weights = sent(call, group.expert)?;
+                weights.backward(&group.rows, &group.gates, &group.gradient, call.products.unwrap())
+            };
+            groups.iter().map(gradient).collect()
+        }))
+    }
+}
+
+/// An expert's weights, by way of bytes.
+fn sent(call: ExpertsCall<'_>, expert: usize) -> candle_models::Result<ExpertWeights> {
+    let weights = call.decoder.expert_weights(call.layer, expert)?;
+    let [up, down] = weights.to_bytes()?;
+    let copy = ExpertWeights::from_bytes(call.decoder, weights.dtype(), &up, &down)?;
+    assert_eq!(copy.digest()?, call.decoder.expert_digest(call.layer, expert)?);
+    Ok(copy)
+}
+
+#[test]
+fn experts_elsewhere_train_as_here() {
+    for (settings, experts) in [
+        (json!({"num_experts": 1, "num_experts_per_tok": 1}), vec![0]),
+        (
+            json!({"num_experts": 3, "num_experts_per_tok": 3, "norm_topk_prob": true, "layers": 1}),
+            vec![2, 0],
+        ),
+        (
+            json!({"num_experts": 5, "num_experts_per_tok": 2, "feed_forward_width": 1}),
+            vec![0, 1, 4],
+        ),
+        (
+            json!({"architecture": "mixtral", "num_experts": 4, "share": "all", "heads": 2, "key_value_heads": 1,
+                "head_dim": 4}),
+            vec![1],
+        ),
+    ] {
+        for (precision, capacity_factor) in [(Precision::F32, None), (Precision::Bf16, Some(0.8))] {
+            let (mut here, mut split) = (made(settings.clone()), made(settings.clone()));
+            let servers = std::sync::Arc::new(Elsewhere {
+                experts: experts.clone(),
+                calls: 0.into(),
+            });
+            split.set_remote_experts(Some(servers.clone()));
+            let mut optimizers = [AdamW::new(), AdamW::new()];
+            for step in 0..3u64 {
+                let batch = [random_sequence(&here, 9, step), random_sequence(&here, 1, step + 9)];
+                let pass = |decoder: &Decoder, alone: bool| {
+                    let half = HalfWeights::new(decoder, precision).unwrap();
+                    let options = PassOptions {
+                        half: half.as_ref(),
+                        alone,
+                        activations: ActivationSettings {
+                            recompute: Recompute::EveryNthBlock(std::num::NonZero::<usize>::MIN),
+                            ..ActivationSettings::default()
+                        },
+                        router: RouterSettings {
+                            balance_loss: 0.3,
+                            z_loss: 0.2,
+                            capacity_factor,
+                        },
+                        ..PassOptions::default()
+                    };
+                    run(decoder, &batch, &options)
+                };
+                let (expected, losses) = pass(&here, false);
+                let (gradient, split_losses) = pass(&split, false);
+                let (again, _) = pass(&split, true);
+                for (loss, split) in losses.iter().zip(&split_losses) {
+                    let same = loss.loss.is_nan() && split.loss.is_nan() || (loss.loss - split.loss).abs() < 1e-5;
+                    assert!(same || precision != Precision::F32, "{settings} {loss:?} {split:?}");
+                }
+                for info in listed(&here) {
+                    let [expected, actual, alone] =
+                        [&expected, &gradient, &again].map(|g| read_gradient(g, &info.name, info.elements()));
+                    let (absolute, relative) = difference(&actual, &expected);
+                    let tolerance = if precision == Precision::F32 { 2e-5 } else { 2e-2 };
+                    assert!(
+                        absolute < 1e-6 || relative < tolerance,
+                        "{settings} {precision:?} {} {absolute:e} {relative:e}",
+                        info.name
+                    );
+                    // A log is replayed without the servers.
+                    assert_eq!(actual, alone, "{settings} {}", info.name);
+                }
+                let options = training::AdamWOptions::default();
+                optimizers[0].step(&mut here, &expected, &options).unwrap();
+                optimizers[1].step(&mut split, &expected, &options).unwrap();
+            }
+            let calls = servers.calls.load(std::sync::atomic::Ordering::Relaxed);
+            let layers = settings["layers"].as_u64().unwrap_or(2) as usize;
+            // Forward, again for every layer but the last one's output, and back; each step.
+            assert!(calls >= 3 * (2 * layers), "{calls}");
+            let tokens = [1, 2, 3, 4, 5, 6, 7];
+            let logits = [&here, &split].map(|decoder| decoder.logits(&tokens).unwrap().to_vec2::<f32>().unwrap());
+            assert_eq!(logits[0], logits[1], "{settings}");
+        }
+    }
+}
+
+#[test]
+fn an_experts_digest_follows_its_weights() {
+    let mut decoder = made(json!({"num_experts": 3, "num_experts_per_tok": 1}));
+    let before: Vec<_> = (0..3).map(|expert| decoder.expert_digest(1, expert).unwrap()).collect();
+    assert!(before[0] != before[1] && before[1] != before[2]);
+    // The last element of the second expert's down projection: `[experts, width, inner]`.
+    decoder
+        .write_parameter("model.layers.1.mlp.experts.down_proj", 2 * 10 * 3 - 1, &[9.0])
+        .unwrap();
+    let after: Vec<_> = (0..3).map(|expert| decoder.expert_digest(1, expert).unwrap()).collect();
+    assert_eq!((before[0], before[2]), (after[0], after[2]));
+    assert_ne!(before[1], after[1]);
+    for (layer, expert) in [(2, 0), (0, 3)] {
+        assert!(decoder.expert_digest(layer, expert).is_err());
+    }
 }

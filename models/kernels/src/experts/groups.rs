@@ -64,8 +64,22 @@ impl ExpertGroups {
         self.slots.iter().map(|slot| *slot != DROPPED)
     }
 
+    /// Sets the values of the places of the choice `[tokens, per_token]` whose rows are those from `first` on from `values`,
+    /// one a row.
+    pub fn set_places(&self, first: usize, values: &[f32], places: &mut [f32]) {
+        for (place, slot) in places.iter_mut().zip(&self.slots) {
+            let row = (*slot as usize).checked_sub(first).filter(|_| *slot != DROPPED);
+            if let Some(value) = row.and_then(|row| values.get(row)) {
+                *place = *value;
+            }
+        }
+    }
+
     /// The value of each row from those of the places of the choice, `[tokens, per_token]`.
-    fn by_row(&self, values: &[f32]) -> Vec<f32> {
+    ///
+    /// # Panics
+    /// Where there are not as many values as places.
+    pub fn by_row(&self, values: &[f32]) -> Vec<f32> {
         assert_eq!(values.len(), self.slots.len(), "values of the choice");
         let mut rows = vec![0.0; self.rows()];
         for (value, slot) in values.iter().zip(&self.slots) {
@@ -208,6 +222,14 @@ mod tests {
         let mut scaled = y.clone();
         scale_expert_rows(&groups, &gates, &mut scaled);
         assert_eq!(scaled[15], y[15] * gates[0]);
+        let mut places = gates.clone();
+        groups.set_places(2, &[10.0, 20.0], &mut places);
+        assert_eq!(groups.by_row(&places)[2..4], [10.0, 20.0]);
+        assert_eq!(places[0..2], [20.0, gates[1]]);
+        assert_eq!(
+            (places[2], places[3], places[4], places[5]),
+            (gates[2], gates[3], gates[4], 10.0)
+        );
     }
 
     #[test]

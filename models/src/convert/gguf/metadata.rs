@@ -81,6 +81,14 @@ fn shape(config: &DecoderConfig) -> Vec<(&'static str, MetadataValue)> {
         ("attention.value_length", integer(config.head_dim)),
         ("rope.dimension_count", integer(config.head_dim)),
     ]);
+    if let Some(experts) = &config.experts {
+        keys.push(("expert_count", integer(experts.experts)));
+        keys.push(("expert_used_count", integer(experts.per_token)));
+        if experts.shared_width > 0 {
+            keys.push(("expert_feed_forward_length", integer(config.feed_forward_width)));
+            keys.push(("expert_shared_feed_forward_length", integer(experts.shared_width)));
+        }
+    }
     if let Position::Rotary(rotary) = &config.position {
         keys.push(("rope.freq_base", MetadataValue::Float(rotary.theta)));
         if let RotaryScaling::Linear { factor } = rotary.scaling {

@@ -23,8 +23,11 @@ fn architecture_name(config: &DecoderConfig) -> Result<&'static str> {
         // To llama.cpp a Mistral is a Llama.
         Architecture::Llama | Architecture::Mistral => Ok("llama"),
         Architecture::Qwen2 => Ok("qwen2"),
+        Architecture::Mixtral => Ok("llama"),
+        Architecture::Olmoe => Ok("olmoe"),
+        Architecture::Qwen2Moe => Ok("qwen2moe"),
         other => Err(Error::Unsupported(format!(
-            "gguf is written for gpt2, llama, mistral and qwen2, not for {}",
+            "gguf is written for gpt2, llama, mistral, qwen2, mixtral, olmoe and qwen2_moe, not for {}",
             other.name()
         ))),
     }
@@ -64,6 +67,34 @@ pub(super) fn check(model: &OpenedModel) -> Result<()> {
     if config.residual.is_parallel() || config.head_bias || rotated != config.head_dim {
         return Err(Error::Unsupported(format!(
             "a {name} in a gguf file has no parallel residual, no bias of its head, and rotates whole heads"
+        )));
+    }
+    check_experts(config)
+}
+
+/// Refuses experts that llama.cpp would compute in another way.
+fn check_experts(config: &DecoderConfig) -> Result<()> {
+    let Some(experts) = &config.experts else { return Ok(()) };
+    let shared = config.architecture == Architecture::Qwen2Moe;
+    let normalize = config.architecture == Architecture::Mixtral;
+    let name = config.architecture.name();
+    if experts.normalize != normalize {
+        let (gates, own) = match normalize {
+            true => ("sum to 1", "do not"),
+            false => ("do not sum to 1", "do"),
+        };
+        return Err(Error::Unsupported(format!(
+            "the gates of a {name} in a gguf file {gates}, those of this model {own} (norm_topk_prob)"
+        )));
+    }
+    if (experts.shared_width > 0, experts.shared_gate) != (shared, shared) {
+        return Err(Error::Unsupported(format!(
+            "a {name} in a gguf file has {}",
+            if shared {
+                "a shared expert with a gate"
+            } else {
+                "no shared expert"
+            }
         )));
     }
     Ok(())

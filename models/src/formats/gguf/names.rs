@@ -94,6 +94,14 @@ const LLAMA_LAYER: &[(&str, &str)] = &[
     ("ffn_gate", "mlp.gate_proj"),
     ("ffn_up", "mlp.up_proj"),
     ("ffn_down", "mlp.down_proj"),
+    ("ffn_gate_inp", "mlp.gate"),
+    ("ffn_gate_exps", "mlp.experts.gate_projs"),
+    ("ffn_up_exps", "mlp.experts.up_projs"),
+    ("ffn_down_exps", "mlp.experts.down_projs"),
+    ("ffn_gate_inp_shexp", "mlp.shared_expert_gate"),
+    ("ffn_gate_shexp", "mlp.shared_expert.gate_proj"),
+    ("ffn_up_shexp", "mlp.shared_expert.up_proj"),
+    ("ffn_down_shexp", "mlp.shared_expert.down_proj"),
 ];
 
 #[cfg(test)]
@@ -110,6 +118,17 @@ mod tests {
             ("llama", "blk.3.ffn_gate.weight", "model.layers.3.mlp.gate_proj.weight"),
             ("qwen2", "blk.3.attn_q.bias", "model.layers.3.self_attn.q_proj.bias"),
             ("llama", "output.weight", "lm_head.weight"),
+            ("llama", "blk.1.ffn_gate_inp.weight", "model.layers.1.mlp.gate.weight"),
+            (
+                "qwen2moe",
+                "blk.1.ffn_up_shexp.weight",
+                "model.layers.1.mlp.shared_expert.up_proj.weight",
+            ),
+            (
+                "olmoe",
+                "blk.1.ffn_down_exps.weight",
+                "model.layers.1.mlp.experts.down_projs.weight",
+            ),
             (
                 "gptneox",
                 "blk.0.attn_qkv.bias",

@@ -1,9 +1,10 @@
 //! Products of training with the matrices of experts, on rows that are grouped by expert.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_kernels_cpu::{MatmulGroup, MatrixRef, matmul_groups};
 
 use super::add_in_place;
+use crate::decoder::RemoteExperts;
 use crate::error::Result;
 use crate::ops::experts::{RowsOf, split_rows};
 use crate::ops::half::widened;
@@ -20,6 +21,8 @@ pub(crate) struct ExpertMatrix<'a> {
     pub(crate) dweight: Option<&'a Tensor>,
     /// Where the rows of each expert begin in what it is multiplied with, and where the last's end, `[experts + 1]`.
     pub(crate) bounds: &'a [usize],
+    /// Who computes experts that are left out here: their rows of results are 0.
+    pub(crate) elsewhere: Option<&'a dyn RemoteExperts>,
 }
 
 impl ExpertMatrix<'_> {
@@ -28,12 +31,17 @@ impl ExpertMatrix<'_> {
         (self.rows)(0).len()
     }
 
-    /// Experts that have rows, with where these are.
+    /// Whether an expert is computed here.
+    fn is_here(&self, expert: usize) -> bool {
+        !self.elsewhere.is_some_and(|servers| servers.holds(expert))
+    }
+
+    /// Experts that are computed here and have rows, with where these are.
     fn busy(&self) -> impl Iterator<Item = (usize, usize, usize)> + '_ {
         let bounds = self.bounds.windows(2).enumerate();
         bounds
             .map(|(expert, bounds)| (expert, bounds[0], bounds[1]))
-            .filter(|(_, start, end)| start < end)
+            .filter(|(expert, start, end)| start < end && self.is_here(*expert))
     }
 }
 
@@ -42,25 +50,31 @@ pub(crate) fn experts_forward(matrix: ExpertMatrix<'_>, x: &Tensor) -> Result<Te
     let (rows, inputs) = x.dims2()?;
     let outputs = matrix.outputs();
     if !is_cpu(x) {
-        let mut parts = vec![];
+        let y = Tensor::zeros((rows, outputs), DType::F32, x.device())?;
         for (expert, start, end) in matrix.busy() {
             let part = (matrix.rows)(expert);
             let weight = widened(&matrix.weight.narrow(0, part.start, part.len())?)?;
-            parts.push(widened(&x.narrow(0, start, end - start)?)?.matmul(&weight.t()?)?);
+            let product = widened(&x.narrow(0, start, end - start)?)?.matmul(&weight.t()?)?;
+            y.slice_set(&product, 0, start)?;
         }
-        return Ok(Tensor::cat(&parts, 0)?);
+        return Ok(y);
     }
     let (x, weight) = (CpuSlice::new(x)?, CpuSlice::new(matrix.weight)?);
     let x = x.matrix(rows, inputs)?;
     let weight = weight.matrix(matrix.weight.dims2()?.0, inputs)?;
     let mut y = vec![0.0; rows * outputs];
     let parts = split_rows(&mut y, matrix.bounds, outputs);
-    let groups = parts.into_iter().enumerate().map(|(expert, out)| MatmulGroup {
-        a: x.part(matrix.bounds[expert]..matrix.bounds[expert + 1]),
-        b: weight.part((matrix.rows)(expert)).transpose(),
-        out,
-    });
-    matmul_groups(groups.filter(|group| !group.out.is_empty()).collect(), false);
+    let here = |(expert, out): &(usize, &mut [f32])| !out.is_empty() && matrix.is_here(*expert);
+    let groups = parts
+        .into_iter()
+        .enumerate()
+        .filter(here)
+        .map(|(expert, out)| MatmulGroup {
+            a: x.part(matrix.bounds[expert]..matrix.bounds[expert + 1]),
+            b: weight.part((matrix.rows)(expert)).transpose(),
+            out,
+        });
+    matmul_groups(groups.collect(), false);
     Ok(Tensor::from_vec(y, (rows, outputs), &Device::Cpu)?)
 }
 
@@ -76,7 +90,7 @@ pub(crate) fn experts_backward(
     let inputs = matrix.weight.dims2()?.1;
     let dx = match dx {
         Some(dx) => dx,
-        None => Tensor::zeros((rows, inputs), candle_core::DType::F32, dy.device())?,
+        None => Tensor::zeros((rows, inputs), DType::F32, dy.device())?,
     };
     if !is_cpu(dy) {
         return elsewhere(matrix, x, dy, dx);
@@ -90,12 +104,17 @@ pub(crate) fn experts_backward(
     let weight = weight.matrix(matrix.weight.dims2()?.0, inputs)?;
     with_mut_slice(&dx, |dx| {
         let parts = split_rows(dx, matrix.bounds, inputs);
-        let groups = parts.into_iter().enumerate().map(|(expert, out)| MatmulGroup {
-            a: dy.part(matrix.bounds[expert]..matrix.bounds[expert + 1]),
-            b: weight.part((matrix.rows)(expert)),
-            out,
-        });
-        matmul_groups(groups.filter(|group| !group.out.is_empty()).collect(), true);
+        let here = |(expert, out): &(usize, &mut [f32])| !out.is_empty() && matrix.is_here(*expert);
+        let groups = parts
+            .into_iter()
+            .enumerate()
+            .filter(here)
+            .map(|(expert, out)| MatmulGroup {
+                a: dy.part(matrix.bounds[expert]..matrix.bounds[expert + 1]),
+                b: weight.part((matrix.rows)(expert)),
+                out,
+            });
+        matmul_groups(groups.collect(), true);
     })?;
     Ok(dx)
 }
@@ -124,7 +143,6 @@ fn add_weight_gradients(matrix: ExpertMatrix<'_>, x: MatrixRef<'_>, dy: MatrixRe
 }
 
 fn elsewhere(matrix: ExpertMatrix<'_>, x: &Tensor, dy: &Tensor, dx: Tensor) -> Result<Tensor> {
-    let mut parts = vec![];
     for (expert, start, end) in matrix.busy() {
         let part = (matrix.rows)(expert);
         let dy = widened(&dy.narrow(0, start, end - start)?)?;
@@ -133,8 +151,7 @@ fn elsewhere(matrix: ExpertMatrix<'_>, x: &Tensor, dy: &Tensor, dx: Tensor) -> R
             add_in_place(&sum.narrow(0, part.start, part.len())?, &dy.t()?.matmul(&x)?)?;
         }
         let weight = widened(&matrix.weight.narrow(0, part.start, part.len())?)?;
-        parts.push(dy.matmul(&weight)?);
+        add_in_place(&dx.narrow(0, start, end - start)?, &dy.matmul(&weight)?)?;
     }
-    add_in_place(&dx, &Tensor::cat(&parts, 0)?)?;
     Ok(dx)
 }
