@@ -493,7 +493,10 @@ fn quantised_experts_are_served_as_they_are() {
         });
         let largest = exact.iter().fold(0f32, |largest, value| largest.max(value.abs()));
         for (near, exact) in near.iter().zip(&exact) {
-            assert!((near - exact).abs() < 0.1 * largest, "{experts}: {near} {exact} of {largest}");
+            assert!(
+                (near - exact).abs() < 0.1 * largest,
+                "{experts}: {near} {exact} of {largest}"
+            );
         }
     }
 }
