@@ -10,7 +10,6 @@ use crate::support::{Client, TestServer, assert_status, within};
 
 /// A model `name` of which the experts of each server live there, under the name given.
 fn split(name: &str, servers: &[(&TestServer, &str, &[usize])]) -> LoadModelRequest {
-    let mut request = mixture(name);
     let servers = servers.iter().map(|(server, model, experts)| {
         format!(
             r#"{{"endpoint":"{}","model":"{model}","experts":{experts:?}}}"#,
@@ -18,9 +17,20 @@ fn split(name: &str, servers: &[(&TestServer, &str, &[usize])]) -> LoadModelRequ
         )
     });
     let servers: Vec<String> = servers.collect();
+    with(mixture(name), &format!(r#""expert_servers":[{}]"#, servers.join(",")))
+}
+
+/// The request with another field of its configuration.
+fn with(mut request: LoadModelRequest, field: &str) -> LoadModelRequest {
     request.config_json.truncate(request.config_json.rfind('}').unwrap());
-    request.config_json += &format!(r#","expert_servers":[{}]}}"#, servers.join(","));
+    request.config_json += &format!(",{field}}}");
     request
+}
+
+/// With a tokenizer, which generations need, and its vocabulary.
+fn with_tokenizer(mut request: LoadModelRequest) -> LoadModelRequest {
+    request.config_json = request.config_json.replace(r#""vocabulary":40"#, r#""vocabulary":280"#);
+    with(request, r#""tokenizer":"tiny""#)
 }
 
 impl Client {
@@ -318,10 +328,9 @@ async fn who_gives_up_does_not_leave_the_model_waiting() {
     let here = TestServer::start(&[]);
     let client = here.connect().await;
     let (endpoint, mut calls) = silent().await;
-    let mut request = mixture("m");
-    request.config_json.truncate(request.config_json.rfind('}').unwrap());
-    request.config_json += &format!(r#","expert_servers":[{{"endpoint":"{endpoint}","experts":[0,1,2,3,4]}}]}}"#);
-    client.load(request).await.unwrap();
+    client.train_tokenizer().await;
+    let servers = format!(r#""expert_servers":[{{"endpoint":"{endpoint}","experts":[0,1,2,3,4]}}]"#);
+    client.load(with_tokenizer(with(mixture("m"), &servers))).await.unwrap();
     let asking = client.clone();
     let score = tokio::spawn(async move { asking.scores_in("m", None).await });
     calls.recv().await.unwrap();
@@ -361,8 +370,12 @@ async fn who_gives_up_does_not_leave_the_model_waiting() {
 async fn a_server_that_hangs_is_named() {
     let (here, there) = (TestServer::start(&[]), TestServer::start(&[]));
     let (client, other) = (here.connect().await, there.connect().await);
-    other.load(mixture("m")).await.unwrap();
-    client.load(split("m", &[(&there, "m", &[0, 1, 2, 3])])).await.unwrap();
+    for client in [&client, &other] {
+        client.train_tokenizer().await;
+    }
+    other.load(with_tokenizer(mixture("m"))).await.unwrap();
+    let divided = split("m", &[(&there, "m", &[0, 1, 2, 3])]);
+    client.load(with_tokenizer(divided)).await.unwrap();
     let before = client.scores_in("m", None).await.unwrap();
     let signal = |name: &str| {
         let sent = std::process::Command::new("kill")

@@ -70,6 +70,7 @@ pub(super) fn with_bytes<T>(
 }
 
 fn blocks(tensor: &Tensor, kind: GgmlDType) -> Result<Vec<u8>> {
-    let quantized = QTensor::quantize(&tensor.to_dtype(DType::F32)?, kind)?;
+    // candle quantises the storage from its beginning, wherever in it the tensor lies.
+    let quantized = QTensor::quantize(&tensor.to_dtype(DType::F32)?.force_contiguous()?, kind)?;
     Ok(quantized.data()?.into_owned())
 }

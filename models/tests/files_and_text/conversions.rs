@@ -487,6 +487,18 @@ fn quantised_experts_are_served_as_they_are() {
             assert_eq!(info.dtype, "q8_0", "{}", info.name);
         }
         let exact = Model::load(folder.path(), &LoadOptions::default()).unwrap();
+        for info in model.decoder.parameters() {
+            let [near, exact] = [&model, &exact].map(|model| {
+                let id = model.decoder.parameter_id(&info.name).unwrap();
+                let values = model.decoder.weight(id).to_f32().unwrap();
+                values.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+            });
+            let largest = exact.iter().fold(0f32, |largest, value| largest.max(value.abs()));
+            for (near, exact) in near.iter().zip(&exact) {
+                let close = (near - exact).abs() <= 0.01 * largest;
+                assert!(close, "{experts}, {}: {near} {exact} of {largest}", info.name);
+            }
+        }
         let [near, exact] = [&model, &exact].map(|model| {
             let logits = model.decoder.logits(&[3, 1, 4, 1, 5, 9, 2, 6]).unwrap();
             logits.flatten_all().unwrap().to_vec1::<f32>().unwrap()
