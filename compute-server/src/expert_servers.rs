@@ -55,12 +55,18 @@ impl ExpertServers {
     /// `InvalidArgument` for an endpoint that is no address.
     pub(crate) fn new(model: &str, servers: Vec<ExpertServer>) -> Result<Option<Arc<Self>>> {
         let servers = servers.into_iter().map(|settings| {
-            let endpoint = Endpoint::from_shared(settings.endpoint.clone()).map_err(|error| {
+            let refuse = |reason: &str| {
                 Error::invalid(format!(
-                    "\"expert_servers\": endpoint \"{}\" is no address: {error}",
+                    "\"expert_servers\": endpoint \"{}\" is no address: {reason}; give http://HOST:PORT",
                     settings.endpoint
                 ))
-            })?;
+            };
+            let endpoint =
+                Endpoint::from_shared(settings.endpoint.clone()).map_err(|error| refuse(&error.to_string()))?;
+            let address = endpoint.uri();
+            if address.scheme_str() != Some("http") || address.port().is_none() {
+                return Err(refuse("it has another scheme, or no port"));
+            }
             let endpoint = endpoint
                 .connect_timeout(CONNECT)
                 .timeout(ANSWER)

@@ -363,7 +363,13 @@ async fn who_gives_up_does_not_leave_the_model_waiting() {
         .await
         .expect("the thread still waits")
         .unwrap();
-    assert!(score.await.unwrap().is_err());
+    score.abort();
+    for endpoint in ["nonsense", "127.0.0.1:9", "ftp://127.0.0.1:9", "http://127.0.0.1"] {
+        let servers = format!(r#""expert_servers":[{{"endpoint":"{endpoint}","experts":[0]}}]"#);
+        let refused = client.load(with(mixture("x"), &servers)).await;
+        let message = assert_status(refused.map(drop), Code::InvalidArgument, "22023");
+        assert!(message.contains("http://HOST:PORT"), "{message}");
+    }
 }
 
 #[tokio::test]
