@@ -72,6 +72,7 @@ fn main() {
         gradient.reset().unwrap();
         let half = HalfWeights::new(&model.decoder, settings.precision.precision).unwrap();
         let pass = PassOptions {
+            alone: false,
             activations: settings.activations,
             half: half.as_ref(),
             loss_scale: settings.precision.loss_scaling.factor(LossScale::default()),

@@ -151,7 +151,7 @@ impl Conversion {
             return Ok(vec![half(0, "gate_projs.weight")?, half(1, "up_projs.weight")?]);
         }
         Ok(vec![match info.shape.as_slice() {
-            &[_, _, _] => planned(
+            [_, _, _] => planned(
                 name(&format!("{}s.weight", info.name))?,
                 info.shape.clone(),
                 dtype,
@@ -159,8 +159,8 @@ impl Conversion {
                 &info,
             ),
             // The gate of the shared expert is a vector to llama.cpp.
-            &[1, width] if info.role == ParameterRole::Router && info.name.ends_with("_gate.weight") => {
-                planned(name(&info.name)?, vec![width], dtype, None, &info)
+            [1, width] if info.role == ParameterRole::Router && info.name.ends_with("_gate.weight") => {
+                planned(name(&info.name)?, vec![*width], dtype, None, &info)
             }
             _ => planned(name(&info.name)?, info.held_shape(), dtype, None, &info),
         }])

@@ -89,7 +89,7 @@ impl Decoder {
     /// Fails with [`Error::InvalidFile`] for a document that does not hold layouts of this model.
     pub(crate) fn load_attention_layouts(&mut self, source: &Path, document: &str) -> Result<()> {
         let layouts = AttentionLayouts::from_json(&self.config, document.as_bytes());
-        let refuse = |error: Error| Error::invalid_file(&source.join(FILE_NAME), error.to_string());
+        let refuse = |error: Error| Error::invalid_file(source.join(FILE_NAME), error.to_string());
         self.attention_layouts = layouts.map_err(refuse)?;
         Ok(())
     }

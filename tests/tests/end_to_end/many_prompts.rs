@@ -138,11 +138,10 @@ fn a_short_generation_does_not_wait_for_a_long_one_before_it() {
     let joined = format!("SELECT l.id FROM lengths l, {generations} AND g.prompt = 'a' AND g.max_tokens = l.length");
     assert_eq!(first_row(&fixture, &mut client, &joined), 2);
     // A row with two calls has come when both have; the same inputs as of a row before it share that row's call.
-    let several = format!(
+    let several =
         "SELECT l.id FROM lengths l LEFT JOIN llm.generations g ON g.max_tokens = ANY (ARRAY[l.length, l.other])
-         AND g.model = 'endless' AND g.prompt = 'a' AND g.completion_tokens < 0"
-    );
-    assert_eq!(first_row(&fixture, &mut client, &several), 2);
+         AND g.model = 'endless' AND g.prompt = 'a' AND g.completion_tokens < 0";
+    assert_eq!(first_row(&fixture, &mut client, several), 2);
     // In the order asked for, the first row that is there does not wait for those behind it.
     let ordered = format!("{joined} ORDER BY l.length");
     assert_eq!(first_row(&fixture, &mut client, &ordered), 2);

@@ -227,6 +227,7 @@ fn add_dots<F: Format, S: Simd, const M: usize, const N: usize>(
                     |_, decoded| weights[l] = decoded,
                 );
             }
+            #[expect(clippy::needless_range_loop, reason = "it is the second index of the accumulators")]
             for i in 0..M {
                 let x = s.load_at(x, i * LANES);
                 for l in 0..N {
