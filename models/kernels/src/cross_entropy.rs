@@ -8,7 +8,7 @@ use crate::linear::linear_with;
 use crate::matmul::{MatrixRef, matmul};
 use crate::reduce::sum_rows;
 use crate::rounding::{HalfType, OutOfRange, out_of_range};
-use crate::simd::math::exp;
+use crate::simd::math::exp_below_88 as exp;
 use crate::simd::{LANES, Level, Simd, dispatch, level};
 use crate::threads::parallel_for;
 use crate::tiles::{Cuts, Tiles};
@@ -272,44 +272,64 @@ pub(crate) fn softmax_rows(
                 continue;
             };
             let target_logit = logits[target];
-            let log_sum_exp = dispatch!(level, log_sum_exp(logits));
-            losses.row(local)[0] = log_sum_exp - target_logit;
-            if differentiate {
+            let log_sum_exp = if differentiate {
                 let weight = labels.token_weights[row];
-                dispatch!(level, softmax_scaled(logits, log_sum_exp, weight));
+                let log_sum_exp = dispatch!(level, softmax_scaled(logits, weight));
                 logits[target] -= weight;
-            }
+                log_sum_exp
+            } else {
+                dispatch!(level, log_sum_exp(logits))
+            };
+            losses.row(local)[0] = log_sum_exp - target_logit;
         }
     });
 }
 
 #[inline(always)]
-fn log_sum_exp<S: Simd>(s: S, logits: &[f32]) -> f32 {
+fn maximum<S: Simd>(s: S, logits: &[f32]) -> f32 {
     let (chunks, rest) = logits.as_chunks::<LANES>();
-    let rest = s.load_partial_or(rest, f32::NEG_INFINITY);
-    let mut largest = rest;
+    let mut largest = s.load_partial_or(rest, f32::NEG_INFINITY);
     for chunk in chunks {
         largest = s.max(s.load(chunk), largest);
     }
-    let largest = s.reduce_max(largest);
+    s.reduce_max(largest)
+}
+
+#[inline(always)]
+fn log_sum_exp<S: Simd>(s: S, logits: &[f32]) -> f32 {
+    let largest = maximum(s, logits);
     let shift = s.splat(largest);
-    let mut sum = exp(s, s.sub(rest, shift));
+    let (chunks, rest) = logits.as_chunks::<LANES>();
+    let mut sum = exp(s, s.sub(s.load_partial_or(rest, f32::NEG_INFINITY), shift));
     for chunk in chunks {
         sum = s.add(sum, exp(s, s.sub(s.load(chunk), shift)));
     }
     largest + s.reduce_add(sum).ln()
 }
 
-/// `logits = weight * e^(logits - log_sum_exp)`.
+/// `logits = weight * softmax(logits)`; returns what [`log_sum_exp`] does. Denormal results are flushed to 0: the products
+/// that read them would be many times slower.
 #[inline(always)]
-fn softmax_scaled<S: Simd>(s: S, logits: &mut [f32], log_sum_exp: f32, weight: f32) {
-    let (shift, weight) = (s.splat(log_sum_exp), s.splat(weight));
-    for chunk in logits.chunks_mut(LANES) {
-        match chunk.first_chunk_mut() {
-            Some(lanes) => s.store(s.mul(weight, exp(s, s.sub(s.load(lanes), shift))), lanes),
-            None => s.store_partial(s.mul(weight, exp(s, s.sub(s.load_partial(chunk), shift))), chunk),
-        }
+fn softmax_scaled<S: Simd>(s: S, logits: &mut [f32], weight: f32) -> f32 {
+    let largest = maximum(s, logits);
+    let shift = s.splat(largest);
+    let (chunks, rest) = logits.as_chunks_mut::<LANES>();
+    let mut sum = exp(s, s.sub(s.load_partial_or(rest, f32::NEG_INFINITY), shift));
+    s.store_partial(sum, rest);
+    for chunk in chunks.iter_mut() {
+        let exponential = exp(s, s.sub(s.load(chunk), shift));
+        s.store(exponential, chunk);
+        sum = s.add(sum, exponential);
     }
+    let sum = s.reduce_add(sum);
+    let (factor, smallest) = (weight / sum, f32::MIN_POSITIVE * (sum / weight.abs()));
+    let (factor, smallest) = (s.splat(factor), s.splat(smallest));
+    let scaled = |x| s.select_less(x, smallest, s.splat(0.0), s.mul(factor, x));
+    s.store_partial(scaled(s.load_partial(rest)), rest);
+    for chunk in chunks {
+        s.store(scaled(s.load(chunk)), chunk);
+    }
+    largest + sum.ln()
 }
 
 #[cfg(test)]

@@ -1,13 +1,48 @@
 //! Products of two f32 matrices, on the `gemm` crate's micro-kernels and our threads.
 #![allow(unsafe_code)]
 
-use crate::threads::parallel_for;
+use crate::threads::{self, parallel_for};
 use crate::tiles::{Cuts, Tiles};
 
-/// Rows and columns of the output that one task computes. Fixed, so that results do not depend on the number of
-/// threads.
-const TASK_ROWS: usize = 512;
-const TASK_COLUMNS: usize = 512;
+/// Most rows and columns of the output that one task computes, the largest first: large ones pack least per product,
+/// small ones share a small product out.
+const TASKS: [[usize; 2]; 5] = [[1024, 512], [512, 512], [512, 256], [256, 256], [128, 256]];
+
+/// Pieces are multiples of these, but for the last one: the crate's micro-kernels compute 8 rows of 48 columns.
+const UNITS: [usize; 2] = [8, 48];
+
+/// Products of up to so many rows or columns the crate may sum by other rules, which depend on their shape.
+const THIN: usize = 16;
+
+/// Share of the threads' time that tasks of one size must use: a smaller size is tried below it.
+const WELL_SHARED: f64 = 0.9;
+
+/// Rows and columns of the tasks of a product `[m, n]`: even pieces, such that `threads` end at about one time.
+///
+/// Results do not depend on `threads`: how an element is summed depends on the inner dimension alone where no piece is
+/// thin, and thin products are always cut in the same way.
+fn task([m, n]: [usize; 2], threads: usize) -> [usize; 2] {
+    let pieces = TASKS.map(|[rows, columns]| [piece(m, rows, UNITS[0]), piece(n, columns, UNITS[1])]);
+    if m.min(n) <= THIN {
+        return pieces[1];
+    }
+    let share = |[rows, columns]: [usize; 2]| {
+        let rounds = (m.div_ceil(rows) * n.div_ceil(columns)).div_ceil(threads);
+        (m * n) as f64 / (rounds * rows * columns * threads) as f64
+    };
+    let well = pieces.iter().find(|&&piece| share(piece) >= WELL_SHARED);
+    let best = || pieces.iter().max_by(|&&a, &&b| share(a).total_cmp(&share(b)));
+    well.or_else(best).copied().unwrap_or(pieces[0])
+}
+
+/// Length of even pieces of at most about `most`, of which the last is not thin.
+fn piece(length: usize, most: usize, unit: usize) -> usize {
+    let mut step = length.div_ceil(length.div_ceil(most)).next_multiple_of(unit);
+    while step < length && (1..=THIN).contains(&(length % step)) {
+        step += unit;
+    }
+    step
+}
 
 /// A matrix `[rows, columns]` of f32 with the distances of neighbouring rows and columns in elements.
 #[derive(Clone, Copy)]
@@ -50,6 +85,8 @@ struct Product<'a> {
     a: Strided<'a>,
     b: Strided<'a>,
     tiles: Tiles<'a, f32>,
+    /// Rows and columns of a task.
+    task: [usize; 2],
     /// Tasks in a column of them, and columns.
     down: usize,
     across: usize,
@@ -62,12 +99,14 @@ impl<'a> Product<'a> {
         let ([m, k], [inner, n]) = (a.shape, b.shape);
         assert!(inner == k && out.len() == m * n, "shapes of a product");
         let cuts = |step: usize, length: usize| Cuts::Every { step, length };
+        let task @ [rows, columns] = task([m, n], threads::count());
         Self {
             a,
             b,
-            tiles: Tiles::new(out, n, cuts(TASK_ROWS, m), cuts(TASK_COLUMNS, n)),
-            down: m.div_ceil(TASK_ROWS),
-            across: n.div_ceil(TASK_COLUMNS),
+            tiles: Tiles::new(out, n, cuts(rows, m), cuts(columns, n)),
+            task,
+            down: m.div_ceil(rows),
+            across: n.div_ceil(columns),
         }
     }
 
@@ -80,8 +119,8 @@ impl<'a> Product<'a> {
         let ([m, k], [_, n]) = (a.shape, b.shape);
         let (row, column) = (task % self.down, task / self.down);
         let mut tile = self.tiles.take(row, column);
-        let (top, left) = (row * TASK_ROWS, column * TASK_COLUMNS);
-        let (height, width) = (m.min(top + TASK_ROWS) - top, n.min(left + TASK_COLUMNS) - left);
+        let (top, left) = (row * self.task[0], column * self.task[1]);
+        let (height, width) = (m.min(top + self.task[0]) - top, n.min(left + self.task[1]) - left);
         let [a_row, a_column] = a.strides;
         let [b_row, b_column] = b.strides;
         // SAFETY: shapes and strides were checked to stay inside the data, the offsets stay inside the shapes, and the
