@@ -39,6 +39,14 @@ pub enum Error {
     /// A caller's bad value; the message names it.
     #[error("{0}")]
     InvalidArgument(String),
+    /// A prompt that fills the context.
+    #[error("the prompt has {prompt} tokens, which leave no room in the context of {context}; shorten it")]
+    ContextLength {
+        /// Tokens of the prompt.
+        prompt: usize,
+        /// Tokens that the model takes.
+        context: usize,
+    },
     /// Nothing has this name.
     #[error("there is no {kind} \"{}\"", quotable(name))]
     NotFound {
@@ -201,6 +209,19 @@ impl Error {
         Self::InvalidArgument(message.into())
     }
 
+    /// The same error for another of the requests that it fails.
+    pub(crate) fn for_another(&self) -> Self {
+        match self {
+            Self::Stale(message) => Self::Stale(message.clone()),
+            Self::Precondition { message, hint } => Self::Precondition {
+                message: message.clone(),
+                hint,
+            },
+            Self::Model(error) => Self::of_pass(error),
+            other => Self::Internal(other.to_string()),
+        }
+    }
+
     /// The error of a pass, for one of several requests that it fails.
     pub(crate) fn of_pass(error: &ModelError) -> Self {
         match error {
@@ -233,13 +254,18 @@ impl Error {
     pub(crate) fn classify(&self) -> (Code, &'static str, Option<&'static str>) {
         match self {
             Self::Model(error) => classify_model_error(error),
-            Self::InvalidArgument(_) => (Code::InvalidArgument, "22023", None),
+            Self::InvalidArgument(_) | Self::ContextLength { .. } => (Code::InvalidArgument, "22023", None),
             Self::NotFound { kind: "model", .. } => (
                 Code::NotFound,
                 "42704",
                 Some("The table models (ListModels in gRPC) shows the models that there are."),
             ),
             Self::NotFound { .. } => (Code::NotFound, "42704", None),
+            Self::NameTaken { kind: "checkpoint", .. } => (
+                Code::AlreadyExists,
+                "42710",
+                Some("A step has one checkpoint: delete it, or take a step first."),
+            ),
             Self::NameTaken { .. } => (Code::AlreadyExists, "42710", None),
             Self::Limit { .. } => (
                 Code::ResourceExhausted,

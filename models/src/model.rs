@@ -194,13 +194,16 @@ fn check_tokenizer(config: &DecoderConfig, tokenizer: &Tokenizer) -> Result<()> 
     }
 }
 
+/// The embedding of tokens in each of the families, and the head.
+const EMBEDDINGS: [&str; 3] = [
+    "model.embed_tokens.weight",
+    "transformer.wte.weight",
+    "gpt_neox.embed_in.weight",
+];
+const HEAD: &str = "lm_head.weight";
+
 /// What of the configuration a GGUF file tells by which tensors it holds. Names are transformers' already.
 pub(crate) fn gguf_tensor_facts(source: &GgufModel) -> Result<GgufTensorFacts> {
-    const EMBEDDINGS: [&str; 3] = [
-        "model.embed_tokens.weight",
-        "transformer.wte.weight",
-        "gpt_neox.embed_in.weight",
-    ];
     let missing = || Error::invalid_file(source.path(), "tensor `token_embd.weight` is missing or no matrix");
     let embedding = EMBEDDINGS
         .into_iter()
@@ -216,7 +219,7 @@ pub(crate) fn gguf_tensor_facts(source: &GgufModel) -> Result<GgufTensorFacts> {
     };
     Ok(GgufTensorFacts {
         vocabulary,
-        untied_head: source.shape("lm_head.weight").is_some() && !same_values(source, embedding, "lm_head.weight")?,
+        untied_head: has_own_head(source)?,
         attention_bias: layer_has(["self_attn.q_proj.bias", "attention.query_key_value.bias"]),
         attention_output_bias: layer_has(["self_attn.o_proj.bias", "attention.dense.bias"]),
         feed_forward_bias: layer_has(["mlp.up_proj.bias", "mlp.dense_h_to_4h.bias"]),
@@ -224,8 +227,17 @@ pub(crate) fn gguf_tensor_facts(source: &GgufModel) -> Result<GgufTensorFacts> {
     })
 }
 
-/// Whether two tensors hold the same bytes: converters store a tied head a second time.
-fn same_values(source: &GgufModel, first: &str, second: &str) -> Result<bool> {
+/// Whether a source holds a head that is not the embedding of tokens: converters store a tied head a second time.
+pub(crate) fn has_own_head(source: &dyn TensorSource) -> Result<bool> {
+    let embedding = EMBEDDINGS.into_iter().find(|name| source.shape(name).is_some());
+    match embedding {
+        Some(embedding) if source.shape(HEAD).is_some() => Ok(!same_values(source, embedding, HEAD)?),
+        _ => Ok(false),
+    }
+}
+
+/// Whether two tensors hold the same values in the same type.
+fn same_values(source: &dyn TensorSource, first: &str, second: &str) -> Result<bool> {
     if source.bytes(first) != source.bytes(second) || source.shape(first) != source.shape(second) {
         return Ok(false);
     }

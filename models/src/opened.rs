@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::formats::{
     GgufModel, HuggingFaceModel, TensorSource, TextAssets, has_documents_beside, open_gguf, open_hugging_face,
 };
-use crate::model::gguf_tensor_facts;
+use crate::model::{gguf_tensor_facts, has_own_head};
 
 /// Open files of either kind; their headers have been checked.
 #[derive(Debug)]
@@ -70,7 +70,9 @@ impl OpenedModel {
     /// Opens weights that are no GGUF file, whatever their name.
     pub(crate) fn from_hugging_face(path: &Path) -> Result<Self> {
         let files = open_hugging_face(path)?;
-        let config = config::from_hugging_face(files.config())?;
+        let mut config = config::from_hugging_face(files.config())?;
+        // As transformers does: a head that differs from the embedding was trained apart, whatever the configuration says.
+        config.tied_head = config.tied_head && !has_own_head(&files)?;
         let text = files.text_assets()?;
         Self::new(config, ModelFiles::HuggingFace(files), text)
     }

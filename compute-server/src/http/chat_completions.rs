@@ -94,7 +94,11 @@ fn message(json: &str) -> Result<v1::ChatMessage, ApiError> {
         // The newer name of the same.
         "developer" => "system".to_owned(),
         "tool" | "function" => return Err(ApiError::invalid(format!("role '{role}': {NO_TOOLS}")).of("role")),
-        _ => role,
+        "system" | "user" | "assistant" => role,
+        other => {
+            let reason = format!("role '{other}' is not one of system, developer, user, assistant");
+            return Err(ApiError::invalid(reason).of("role"));
+        }
     };
     Ok(v1::ChatMessage {
         role,
@@ -205,6 +209,7 @@ mod tests {
                 "messages[1].role",
             ),
             (r#"[{"role": "tool", "content": "x"}]"#, "messages[0].role"),
+            (r#"[{"role": "nobody", "content": "x"}]"#, "messages[0].role"),
             (r#"[{"role": "assistant", "tool_calls": []}]"#, "messages[0].tool_calls"),
             (
                 r#"[{"role": "user", "content": [{"type": "image_url"}]}]"#,

@@ -3,7 +3,7 @@
 //! | cause | status | `code` |
 //! | --- | --- | --- |
 //! | a bad value, an unknown or unsupported parameter | 400 | |
-//! | more tokens than a request may have | 400 | `context_length_exceeded` |
+//! | more tokens than the context or a request may have | 400 | `context_length_exceeded` |
 //! | no token, or a wrong one | 401 | `invalid_api_key` |
 //! | not allowed to this token | 403 | |
 //! | no such model | 404 | `model_not_found` |
@@ -115,6 +115,7 @@ impl From<Error> for ApiError {
         let (bad, busy) = ("invalid_request_error", "server_error");
         let (status, kind, name) = match (code, &error) {
             (_, Error::Limit { flag, .. }) if *flag == "max-message-bytes" => (413, bad, None),
+            (_, Error::ContextLength { .. }) => (400, bad, Some("context_length_exceeded")),
             (_, Error::Limit { flag, .. }) if *flag == "max-request-tokens" => {
                 (400, bad, Some("context_length_exceeded"))
             }
@@ -188,6 +189,12 @@ mod tests {
         let cases = [
             (Error::invalid("x"), 400, None, false),
             (limit("max-request-tokens"), 400, Some("context_length_exceeded"), false),
+            (
+                Error::ContextLength { prompt: 9, context: 8 },
+                400,
+                Some("context_length_exceeded"),
+                false,
+            ),
             (limit("max-message-bytes"), 413, None, false),
             (limit("max-queue"), 429, Some("rate_limit_exceeded"), true),
             (Error::Unauthenticated("no"), 401, Some("invalid_api_key"), false),

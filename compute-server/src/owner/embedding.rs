@@ -162,14 +162,9 @@ impl Owner {
         let batch = self.gather(&mut queue);
         let worked = !batch.is_empty();
         if worked && let Err(error) = self.embed_batch(&mut queue, &batch) {
-            let message = error.to_string();
             for &(queued, _) in &batch {
                 if !queue[queued].is_finished() {
-                    queue[queued].fail(match &error {
-                        Error::Stale(_) => Error::Stale(message.clone()),
-                        Error::Model(error) => Error::of_pass(error),
-                        _ => Error::Internal(message.clone()),
-                    });
+                    queue[queued].fail(error.for_another());
                 }
             }
         }

@@ -44,10 +44,9 @@ impl Owner {
         let mut worked = false;
         for view in &views {
             if let Err(error) = self.materialize(view) {
-                let status = error.to_string();
                 let of_view = active.iter_mut().filter(|sequence| sequence.request.view == *view);
                 let of_view = of_view.filter(|sequence| sequence.is_runnable());
-                of_view.for_each(|sequence| sequence.fail(Error::Stale(status.clone())));
+                of_view.for_each(|sequence| sequence.fail(error.for_another()));
                 continue;
             }
             let mut parts = self.parts(view, active);

@@ -111,9 +111,7 @@ fn choices(asked: Option<i32>) -> Result<u32> {
 fn max_tokens(model: &ModelHandle, prompt: usize, asked: Option<i64>) -> Result<usize> {
     let context = model.facts().decoder_config.context_length;
     if prompt >= context {
-        return Err(Error::invalid(format!(
-            "the prompt has {prompt} tokens, which leave no room in the context of {context}; shorten it"
-        )));
+        return Err(Error::ContextLength { prompt, context });
     }
     let asked = asked.unwrap_or(DEFAULT_MAX_TOKENS.min(context as i64));
     let asked = usize::try_from(asked)

@@ -261,7 +261,7 @@ impl TrainingService for Service {
         let request = request.into_inner();
         let reader = Reader::open(&self.app, request.transaction.as_ref())?;
         let mut entries = Vec::new();
-        for model in models(&reader, &request.models, "") {
+        for model in models(&reader, &request.models, &request.adapter) {
             match model.call(|owner| Ok(owner.tape())).await {
                 Err(Error::Unloaded(_)) => {}
                 rows => entries.extend(rows?),

@@ -74,7 +74,13 @@ pub(super) fn named_chunk(row: &Inputs) -> Result<TensorChunk> {
 
 /// The chunk that a row gives, with its data.
 pub(super) fn chunk(row: &Inputs) -> Result<TensorChunk> {
-    let shape = row.integers("shape").unwrap_or_default().into_iter();
+    let shape = row.integers("shape");
+    if shape.as_ref().is_some_and(|shape| shape.is_empty()) {
+        return Err(Error::bad_value(
+            "shape must not be empty; NULL leaves it out".to_owned(),
+        ));
+    }
+    let shape = shape.unwrap_or_default().into_iter();
     let shape =
         shape.map(|size| u64::try_from(size).map_err(|_| Error::bad_value(format!("shape must not have {size}"))));
     let elements = row.integer("elements").map(|elements| {

@@ -3,11 +3,11 @@
 use candle_compute_proto::v1::{ActivationStorage, ListTapeRequest, TapeEntry};
 
 use crate::client::read;
-use crate::relation::{Call, Column, Relation, Row, Rows, Work, key, output};
-use crate::relations::chunks;
+use crate::relation::{Call, Column, Relation, Row, Rows, Work, input, key, output};
+use crate::relations::{adapters, chunks};
 use crate::values::{Kind, Value};
 
-/// One row per operation of the last forward pass of each model.
+/// One row per operation of the last forward pass of each model, or of each model's adapter of that name.
 pub(crate) struct Tape;
 
 const COLUMNS: &[Column] = &[
@@ -20,6 +20,7 @@ const COLUMNS: &[Column] = &[
     output("dtype", Kind::Text),
     output("bytes", Kind::BigInt),
     output("storage", Kind::Text),
+    input("adapter", Kind::Text),
 ];
 
 impl Relation for Tape {
@@ -36,6 +37,7 @@ impl Relation for Tape {
             let request = ListTapeRequest {
                 transaction: call.transaction,
                 models: call.inputs.wanted("model"),
+                adapter: adapters::named(&call.inputs)?,
             };
             for entry in read!(call.client, training.list_tape(request)).await?.entries {
                 if !rows.row(row(entry)).await {
@@ -64,5 +66,6 @@ fn row(entry: TapeEntry) -> Row {
             ActivationStorage::Recomputed => "recomputed".into(),
             ActivationStorage::Compressed => "compressed".into(),
         },
+        Value::Echo,
     ]
 }

@@ -20,6 +20,9 @@ use crate::transaction;
 /// Notices of progress that a whole run gives, besides those of evaluations.
 const NOTICES: i64 = 10;
 
+/// Steps in a row without a finite loss, in f16 with a scaled loss, after which a run ends.
+const OVERFLOWS: usize = 10;
+
 /// A run under way.
 struct Driver<'a> {
     procedure: &'a Procedure,
@@ -30,6 +33,8 @@ struct Driver<'a> {
     evaluated: Option<Source>,
     run: Run,
     reader: Option<Reader<'a>>,
+    /// Steps in a row whose loss was not finite.
+    without_loss: usize,
 }
 
 /// Takes the steps that are left of the run of these arguments.
@@ -88,6 +93,7 @@ pub(crate) fn train(procedure: &Procedure, arguments: Arguments) -> Result<()> {
         evaluated,
         run,
         reader: None,
+        without_loss: 0,
     };
     driver.resume(found)?;
     driver.go()
@@ -147,6 +153,7 @@ impl Driver<'_> {
         let taken = step::take(self.workers, self.progress, &self.plan.trained, batch, rate)?;
         self.run.done = number;
         self.run.save(self.plan, &taken, before)?;
+        self.check_converging(&taken)?;
         if self.plan.checkpoint_every.is_some_and(|every| number % every == 0) {
             self.save_checkpoint()?;
         }
@@ -239,6 +246,25 @@ impl Driver<'_> {
             loss.exp()
         );
         Ok(())
+    }
+
+    /// Ends a run whose model is lost, before a checkpoint is made of it.
+    ///
+    /// # Errors
+    /// 55000 where the loss itself is not finite; where it is scaled, f16 may overflow in a few batches.
+    fn check_converging(&mut self, taken: &OptimizerStep) -> Result<()> {
+        if !taken.skipped || taken.loss.is_finite() {
+            self.without_loss = 0;
+            return Ok(());
+        }
+        self.without_loss += 1;
+        if taken.loss_scale != 1.0 && self.without_loss < OVERFLOWS {
+            return Ok(());
+        }
+        let (model, loss, step) = (&self.plan.trained.model, taken.loss, taken.step);
+        let message = format!("the loss of model \"{model}\" is {loss} in step {step}");
+        let hint = "Restore a checkpoint (source 'checkpoint://model/step') and go on with a lower learning_rate, a warmup or max_grad_norm.";
+        Err(Error::new(PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE, message).hint(hint))
     }
 
     /// A notice now and then.

@@ -43,6 +43,11 @@ impl Architecture {
         Self::Qwen2Moe,
     ];
 
+    /// Whether models of this family normalise queries and keys, where nothing else is said.
+    pub(crate) fn has_query_key_norm(self) -> bool {
+        self == Self::Olmoe
+    }
+
     /// transformers' `model_type`.
     pub fn name(self) -> &'static str {
         match self {

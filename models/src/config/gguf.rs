@@ -178,7 +178,7 @@ fn llama(architecture: Architecture, keys: &Keys<'_>, facts: &GgufTensorFacts) -
         activation: Activation::Silu,
         gated: true,
         residual: Residual::Sequential,
-        query_key_norm: architecture == Architecture::Olmoe,
+        query_key_norm: architecture.has_query_key_norm(),
         experts,
         position: Position::Rotary(rotary(keys, facts, head_dim)?),
         attention_pattern: AttentionPattern::of_window(window, layers)?,

@@ -64,7 +64,7 @@ pub(super) fn from_settings(fields: &Fields<'_>, tokenizer_size: Option<usize>) 
     let rotary = RotaryConfig {
         theta: agreeing(fields, &["rope_theta"])?.unwrap_or(10_000.0),
         scaling: match fields.object("rope_scaling")? {
-            Some(scaling) => rotary_scaling(&scaling)?,
+            Some(scaling) => rotary_scaling(&scaling, shape.context_length)?,
             None => RotaryScaling::None,
         },
         dim: rotary_dim(fields, shape.head_dim)?.unwrap_or(default),
@@ -112,7 +112,7 @@ pub(super) fn from_hugging_face(fields: &Fields<'_>) -> Result<DecoderConfig> {
         parallel: fields.flag("use_parallel_residual")?.unwrap_or(true),
         rotary: RotaryConfig {
             theta: theta.unwrap_or(10_000.0),
-            scaling: rotary_scaling_of(fields)?,
+            scaling: rotary_scaling_of(fields, shape.context_length)?,
             dim: share_of("rotary_pct", share.unwrap_or(ROTARY_SHARE), shape.head_dim)?,
             layout: RotaryLayout::HalfSplit,
         },

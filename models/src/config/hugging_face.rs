@@ -108,15 +108,16 @@ fn llama(architecture: Architecture, fields: &Fields<'_>) -> Result<DecoderConfi
         }
     };
     let biases = match architecture {
-        Architecture::Qwen2 => (true, false),
-        Architecture::Qwen2Moe => (fields.flag("qkv_bias")?.unwrap_or(true), false),
-        Architecture::Mistral | Architecture::Mixtral => (false, false),
+        // Qwen2-MoE's word; the others have none for it.
+        Architecture::Qwen2 | Architecture::Qwen2Moe => (fields.flag("qkv_bias")?.unwrap_or(true), false),
+        Architecture::Mistral | Architecture::Mixtral => (fields.flag("qkv_bias")?.unwrap_or(false), false),
         _ => {
             let bias = fields.flag("attention_bias")?.unwrap_or(false);
             (bias, bias)
         }
     };
     let layers = fields.required_size("num_hidden_layers")?;
+    let context_length = fields.required_size("max_position_embeddings")?;
     Ok(DecoderConfig {
         architecture,
         layers,
@@ -125,7 +126,7 @@ fn llama(architecture: Architecture, fields: &Fields<'_>) -> Result<DecoderConfi
         key_value_heads: fields.size("num_key_value_heads")?.unwrap_or(heads),
         head_dim,
         feed_forward_width: fields.required_size("intermediate_size")?,
-        context_length: fields.required_size("max_position_embeddings")?,
+        context_length,
         vocabulary: fields.required_size("vocab_size")?,
         norm: Norm::Rms,
         norm_epsilon: fields
@@ -134,20 +135,22 @@ fn llama(architecture: Architecture, fields: &Fields<'_>) -> Result<DecoderConfi
         activation: Activation::from_name("hidden_act", fields.text("hidden_act")?.unwrap_or("silu"))?,
         gated: true,
         residual: Residual::Sequential,
-        position: Position::Rotary(rotary(architecture, fields, head_dim)?),
-        query_key_norm: false,
+        position: Position::Rotary(rotary(architecture, fields, [head_dim, context_length])?),
+        query_key_norm: fields
+            .flag("query_key_norm")?
+            .unwrap_or(architecture.has_query_key_norm()),
         experts: None,
         attention_pattern: AttentionPattern::default(),
         attention_bias: biases.0,
-        attention_output_bias: biases.1,
-        feed_forward_bias: architecture == Architecture::Llama && fields.flag("mlp_bias")?.unwrap_or(false),
+        attention_output_bias: fields.flag("attention_output_bias")?.unwrap_or(biases.1),
+        feed_forward_bias: fields.flag("mlp_bias")?.unwrap_or(false),
         tied_head: fields.flag("tie_word_embeddings")?.unwrap_or(false),
         head_bias: false,
         groups: layers,
     })
 }
 
-/// `config`, read of the dense part, with what the fields say of experts and of norms in the attention.
+/// `config`, read of the dense part, with what the fields say of experts.
 fn with_experts(config: DecoderConfig, fields: &Fields<'_>) -> Result<DecoderConfig> {
     if fields.get("clip_qkv").is_some() {
         return Err(Error::Unsupported(
@@ -167,12 +170,12 @@ fn with_experts(config: DecoderConfig, fields: &Fields<'_>) -> Result<DecoderCon
         inner = fields.required_size("moe_intermediate_size")?;
         if let Some(experts) = &mut experts {
             experts.shared_width = fields.required_size("shared_expert_intermediate_size")?;
-            experts.shared_gate = experts.shared_width > 0;
+            let gate = fields.flag("shared_expert_gate")?;
+            experts.shared_gate = gate.unwrap_or(experts.shared_width > 0);
         }
     }
     Ok(DecoderConfig {
         feed_forward_width: inner,
-        query_key_norm: config.architecture == Architecture::Olmoe,
         experts,
         ..config
     })
@@ -195,20 +198,20 @@ pub(super) fn default_rope_theta(architecture: Architecture) -> f64 {
 }
 
 /// `rope_theta` and `rope_scaling`, or `rope_parameters` which holds both since transformers 5.
-fn rotary(architecture: Architecture, fields: &Fields<'_>, dim: usize) -> Result<RotaryConfig> {
+fn rotary(architecture: Architecture, fields: &Fields<'_>, [dim, context_length]: [usize; 2]) -> Result<RotaryConfig> {
     let theta = agreeing(fields, &["rope_theta"])?;
     Ok(RotaryConfig {
         theta: theta.unwrap_or(default_rope_theta(architecture)),
-        scaling: rotary_scaling_of(fields)?,
+        scaling: rotary_scaling_of(fields, context_length)?,
         dim,
         layout: RotaryLayout::HalfSplit,
     })
 }
 
 /// `rope_scaling`, or what `rope_parameters` says of it.
-pub(super) fn rotary_scaling_of(fields: &Fields<'_>) -> Result<RotaryScaling> {
+pub(super) fn rotary_scaling_of(fields: &Fields<'_>, context_length: usize) -> Result<RotaryScaling> {
     match fields.object("rope_scaling")?.or(fields.object("rope_parameters")?) {
-        Some(scaling) => rotary_scaling(&scaling),
+        Some(scaling) => rotary_scaling(&scaling, context_length),
         None => Ok(RotaryScaling::None),
     }
 }
@@ -254,7 +257,7 @@ const ROTARY_FIELDS: &[&str] = &[
 ];
 
 /// transformers' `rope_scaling` object, also the form of it in `models.config`.
-pub(super) fn rotary_scaling(scaling: &Fields<'_>) -> Result<RotaryScaling> {
+pub(super) fn rotary_scaling(scaling: &Fields<'_>, context_length: usize) -> Result<RotaryScaling> {
     let kind = match (scaling.text("rope_type")?, scaling.text("type")?) {
         (Some(kind), Some(older)) if kind != older => {
             let reason = format!("{kind} contradicts type {older}");
@@ -281,7 +284,9 @@ pub(super) fn rotary_scaling(scaling: &Fields<'_>) -> Result<RotaryScaling> {
             factor: factor()?,
             low_frequency_factor: scaling.number("low_freq_factor")?.unwrap_or(1.0),
             high_frequency_factor: scaling.number("high_freq_factor")?.unwrap_or(4.0),
-            original_context_length: scaling.size("original_max_position_embeddings")?.unwrap_or(8192),
+            original_context_length: scaling
+                .size("original_max_position_embeddings")?
+                .unwrap_or(context_length),
         }),
         "factors" => {
             let factors = scaling

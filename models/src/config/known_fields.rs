@@ -145,6 +145,7 @@ const GPT_NEOX: &[&str] = &[
 ];
 const LLAMA: &[&str] = &[
     "attention_bias",
+    "attention_output_bias",
     "head_dim",
     "hidden_act",
     "hidden_size",
@@ -157,6 +158,8 @@ const LLAMA: &[&str] = &[
     "num_hidden_layers",
     "num_key_value_heads",
     "partial_rotary_factor",
+    "qkv_bias",
+    "query_key_norm",
     "rms_norm_eps",
     "rope_parameters",
     "rope_scaling",
@@ -179,8 +182,8 @@ const EXPERTS: &[&str] = &[
     "num_experts_per_tok",
     "num_local_experts",
     "output_router_logits",
-    "qkv_bias",
     "router_aux_loss_coef",
+    "shared_expert_gate",
     "shared_expert_intermediate_size",
 ];
 
@@ -201,8 +204,10 @@ pub(super) fn refuse_unknown(architecture: Architecture, fields: &Fields<'_>) ->
     );
     for (field, value) in fields.0.iter().filter(|(_, value)| !value.is_null()) {
         if let Some((_, known)) = FIXED.iter().find(|(name, _)| name == field) {
-            if *value != known() {
-                let (value, known) = (shortened(value), known());
+            let known = known();
+            let same_number = value.as_f64().is_some() && value.as_f64() == known.as_f64();
+            if *value != known && !same_number {
+                let value = shortened(value);
                 let message = format!("configuration `{field}`: {value} is not supported, only {known}");
                 return Err(Error::Unsupported(message));
             }

@@ -14,21 +14,21 @@ use crate::training::TrainingSettings;
 use candle_kernels_cpu::RotaryLayout;
 use serde_json::{Map, Value, json};
 
-/// Fields that describe the decoder, each with the names that transformers gives it.
+/// Fields that describe the decoder, each with the names that transformers and the GPT-3 paper give it.
 const SHAPE_FIELDS: &[(&str, &[&str])] = &[
     ("preset", &[]),
     ("architecture", &["model_type"]),
-    ("layers", &["n_layer", "num_hidden_layers"]),
-    ("width", &["n_embd", "hidden_size"]),
-    ("heads", &["n_head", "num_attention_heads"]),
+    ("layers", &["n_layer", "num_hidden_layers", "n_layers"]),
+    ("width", &["n_embd", "hidden_size", "d_model"]),
+    ("heads", &["n_head", "num_attention_heads", "n_heads"]),
     ("key_value_heads", &["num_key_value_heads"]),
-    ("head_dim", &[]),
+    ("head_dim", &["d_head"]),
     (
         "feed_forward_width",
-        &["n_inner", "intermediate_size", "moe_intermediate_size"],
+        &["n_inner", "intermediate_size", "moe_intermediate_size", "d_ff"],
     ),
     ("context_length", &["n_positions", "n_ctx", "max_position_embeddings"]),
-    ("vocabulary", &["vocab_size"]),
+    ("vocabulary", &["vocab_size", "n_vocab"]),
     (
         "norm_epsilon",
         &["layer_norm_epsilon", "layer_norm_eps", "rms_norm_eps"],
@@ -158,7 +158,7 @@ pub fn from_settings(settings: &Map<String, Value>, tokenizer_size: Option<usize
     config.experts = ExpertsConfig::read(architecture, &fields)?;
     super::expert_servers(&normalized, &config)?;
     let norm = fields.flag("query_key_norm")?;
-    config.query_key_norm = norm.unwrap_or(architecture == Architecture::Olmoe);
+    config.query_key_norm = norm.unwrap_or(architecture.has_query_key_norm());
     if config.query_key_norm && config.norm == Norm::Layer {
         let reason = format!("{} has no norms on queries and keys", architecture.name());
         return Err(Error::invalid_config("query_key_norm", reason));
@@ -198,7 +198,7 @@ fn gpt2(fields: &Fields<'_>, tokenizer_size: Option<usize>) -> Result<DecoderCon
 fn llama(architecture: Architecture, fields: &Fields<'_>, tokenizer_size: Option<usize>) -> Result<DecoderConfig> {
     let shape = Shape::read(fields, tokenizer_size)?;
     let scaling = match fields.object("rope_scaling")? {
-        Some(scaling) => rotary_scaling(&scaling)?,
+        Some(scaling) => rotary_scaling(&scaling, shape.context_length)?,
         None => RotaryScaling::None,
     };
     expect_sequential(fields, architecture)?;
@@ -299,8 +299,8 @@ pub fn to_settings(config: &DecoderConfig) -> Map<String, Value> {
     set("attention_bias", json!(config.attention_bias));
     set("attention_output_bias", json!(config.attention_output_bias));
     set("feed_forward_bias", json!(config.feed_forward_bias));
-    if config.query_key_norm {
-        set("query_key_norm", json!(true));
+    if config.query_key_norm != config.architecture.has_query_key_norm() {
+        set("query_key_norm", json!(config.query_key_norm));
     }
     if let Some(experts) = &config.experts {
         set("num_experts", json!(experts.experts));

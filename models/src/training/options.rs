@@ -49,25 +49,31 @@ impl AdamWOptions {
     /// # Errors
     /// [`Error::InvalidArgument`] with the name of the setting, its value and its range.
     pub fn validate(&self) -> Result<()> {
-        let finite_from_zero = |value: f64| value.is_finite() && value >= 0.0;
-        let decay = |value: f64| (0.0..1.0).contains(&value);
+        // As f32, in which the step computes.
+        let finite_from_zero = |value: f64| (value as f32).is_finite() && value >= 0.0;
+        let decay = |value: f64| (0.0..1.0).contains(&(value as f32)) && value >= 0.0;
         check(
             "learning_rate",
             self.learning_rate,
-            "finite and at least 0",
+            "finite as f32 and at least 0",
             finite_from_zero,
         )?;
-        check("beta1", self.beta1, "at least 0 and below 1", decay)?;
-        check("beta2", self.beta2, "at least 0 and below 1", decay)?;
-        check("epsilon", self.epsilon, "finite and above 0", |value| {
-            value.is_finite() && value > 0.0
+        check("beta1", self.beta1, "at least 0 and below 1 as f32", decay)?;
+        check("beta2", self.beta2, "at least 0 and below 1 as f32", decay)?;
+        check("epsilon", self.epsilon, "finite and above 0 as f32", |value| {
+            (value as f32).is_finite() && (value as f32).is_normal() && value > 0.0
         })?;
         check(
             "weight_decay",
             self.weight_decay,
-            "finite and at least 0",
+            "finite as f32 and at least 0",
             finite_from_zero,
         )?;
+        let product = self.learning_rate * self.weight_decay;
+        if !(product as f32).is_finite() {
+            let message = format!("learning_rate times weight_decay is {product}; it must be finite as f32");
+            return Err(Error::InvalidArgument(message));
+        }
         if let Some(norm) = self.max_grad_norm {
             check("max_grad_norm", norm, "above 0", |value| value > 0.0)?;
         }
@@ -97,11 +103,17 @@ mod tests {
     #[test]
     fn names_the_setting_and_the_value() {
         type Change = fn(&mut AdamWOptions);
-        let cases: [(&str, Change); 8] = [
+        let cases: [(&str, Change); 12] = [
             ("learning_rate is NaN", |o| o.learning_rate = f64::NAN),
             ("learning_rate is -1", |o| o.learning_rate = -1.0),
             ("beta1 is 1", |o| o.beta1 = 1.0),
             ("beta2 is -0.5", |o| o.beta2 = -0.5),
+            ("beta2 is 0.99999999999", |o| o.beta2 = 0.999_999_999_99),
+            ("learning_rate is 1000", |o| o.learning_rate = 1e39),
+            ("epsilon is 0.000", |o| o.epsilon = 1e-60),
+            ("learning_rate times weight_decay", |o| {
+                (o.learning_rate, o.weight_decay) = (1e30, 1e30)
+            }),
             ("epsilon is 0", |o| o.epsilon = 0.0),
             ("weight_decay is inf", |o| o.weight_decay = f64::INFINITY),
             ("max_grad_norm is 0", |o| o.max_grad_norm = Some(0.0)),

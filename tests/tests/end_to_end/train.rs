@@ -463,3 +463,16 @@ fn bad_arguments_are_named() {
     client.batch_execute("RESET default_transaction_read_only").unwrap();
     fixture.assert_idle();
 }
+
+#[test]
+fn a_run_whose_loss_is_no_number_ends_before_its_checkpoint() {
+    let fixture = Fixture::with_models();
+    let mut client = fixture.connect();
+    let huge = "INSERT INTO llm.batches (model, tokens) VALUES ('tiny', '{1,2,3}');
+                INSERT INTO llm.optimizer_steps (model, learning_rate) VALUES ('tiny', 1e38)";
+    client.batch_execute(huge).unwrap();
+    let result = client.batch_execute(&call("tiny", 3, ", checkpoint_every => 1"));
+    let message = expect_failure(result, "55000");
+    assert!(message.contains("the loss of model \"tiny\" is NaN in step 1"), "{message}");
+    assert_eq!(number(&mut client, "SELECT count(*) FROM llm.checkpoints"), 0);
+}

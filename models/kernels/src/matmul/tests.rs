@@ -175,7 +175,13 @@ fn half_operands_are_those_of_their_widened_values() {
 #[test]
 fn results_do_not_depend_on_the_number_of_threads() {
     let _turn = threads::turn();
-    for [m, k, n] in [[300, 500, 900], [1025, 30, 49], [129, 700, 1441], [1, 40, 2000], [2049, 9, 1]] {
+    for [m, k, n] in [
+        [300, 500, 900],
+        [1025, 30, 49],
+        [129, 700, 1441],
+        [1, 40, 2000],
+        [2049, 9, 1],
+    ] {
         let (a, b) = (random(m * k, 1), random(k * n, 2));
         let half: Vec<bf16> = b.iter().copied().map(bf16::from_f32).collect();
         let product = |count: usize| {

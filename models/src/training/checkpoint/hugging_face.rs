@@ -36,8 +36,8 @@ pub(crate) fn documents(
     Ok(documents)
 }
 
-/// transformers' description of a decoder. A combination that transformers has no words for (biases on some projections
-/// only, rotary factors from a GGUF file) is described as nearly as it can be: the manifest is what a restore reads.
+/// transformers' description of a decoder. What the family has no words for there (biases on some projections only, norms
+/// on queries and keys) is said in words of our own, which transformers ignores and a load of the folder here reads.
 fn config_json(config: &DecoderConfig, end_tokens: &[u32]) -> Value {
     let mut fields = match config.architecture {
         Architecture::Gpt2 => gpt2(config),
@@ -104,11 +104,26 @@ fn llama(config: &DecoderConfig, class: &str) -> Map<String, Value> {
         "max_position_embeddings": config.context_length,
         "hidden_act": config.activation.name(),
         "rms_norm_eps": config.norm_epsilon,
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.feed_forward_bias,
         "attention_dropout": 0.0,
     }));
-    use Architecture::{Mistral, Mixtral, Qwen2, Qwen2Moe};
+    use Architecture::{Llama, Mistral, Mixtral, Olmoe, Qwen2, Qwen2Moe};
+    let mut set = |name: &str, flag: bool| drop(fields.insert(name.into(), json!(flag)));
+    let (bias, output_bias) = (config.attention_bias, config.attention_output_bias);
+    let has_word = matches!(config.architecture, Llama | Olmoe);
+    if has_word {
+        set("attention_bias", bias);
+    } else if bias != matches!(config.architecture, Qwen2 | Qwen2Moe) {
+        set("qkv_bias", bias);
+    }
+    if output_bias != (has_word && bias) {
+        set("attention_output_bias", output_bias);
+    }
+    if config.query_key_norm != config.architecture.has_query_key_norm() {
+        set("query_key_norm", config.query_key_norm);
+    }
+    if config.architecture == Llama || config.feed_forward_bias {
+        set("mlp_bias", config.feed_forward_bias);
+    }
     if matches!(config.architecture, Mistral | Mixtral | Qwen2 | Qwen2Moe) {
         fields.extend(sliding_window(config));
     }
@@ -136,10 +151,15 @@ fn with_experts(config: &DecoderConfig, class: &str) -> Map<String, Value> {
     }
     if config.architecture == Architecture::Qwen2Moe {
         set("moe_intermediate_size", json!(config.feed_forward_width));
-        set("shared_expert_intermediate_size", json!(experts.shared_width));
         set("qkv_bias", json!(config.attention_bias));
         set("decoder_sparse_step", json!(1));
         set("mlp_only_layers", json!([]));
+    }
+    if config.architecture == Architecture::Qwen2Moe || experts.shared_width > 0 {
+        set("shared_expert_intermediate_size", json!(experts.shared_width));
+    }
+    if experts.shared_gate != (experts.shared_width > 0) {
+        set("shared_expert_gate", json!(experts.shared_gate));
     }
     fields
 }
@@ -215,5 +235,57 @@ fn object(value: Value) -> Map<String, Value> {
     match value {
         Value::Object(fields) => fields,
         _ => Map::new(),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::config::{from_hugging_face, from_settings};
+
+    /// Also what transformers has no words for.
+    #[test]
+    fn a_described_decoder_is_read_back_as_it_was() {
+        let own: &[(&str, Value)] = &[
+            ("gpt2", json!({})),
+            (
+                "gpt2",
+                json!({"attention_pattern": ["dense", "banded"], "attention_window": 3}),
+            ),
+            ("gptj", json!({"rotary_dim": 2})),
+            ("gpt_neox", json!({"attention_bias": false, "parallel_residual": false})),
+            ("llama", json!({"attention_bias": true, "attention_output_bias": false})),
+            (
+                "llama",
+                json!({"query_key_norm": true, "feed_forward_bias": true, "tied_head": false}),
+            ),
+            ("llama", json!({"rope_scaling": {"rope_type": "llama3", "factor": 2}})),
+            ("mistral", json!({"attention_bias": true, "attention_window": 5})),
+            ("qwen2", json!({"attention_bias": false})),
+            (
+                "mixtral",
+                json!({"attention_bias": true, "shared_expert_intermediate_size": 4}),
+            ),
+            ("olmoe", json!({"query_key_norm": false, "norm_topk_prob": true})),
+            (
+                "olmoe",
+                json!({"shared_expert_intermediate_size": 6, "shared_expert_gate": false}),
+            ),
+            (
+                "qwen2_moe",
+                json!({"shared_expert_intermediate_size": 6, "shared_expert_gate": false}),
+            ),
+        ];
+        for (architecture, own) in own {
+            let mut settings = object(
+                json!({"architecture": architecture, "layers": 2, "width": 12, "heads": 3,
+                "context_length": 16, "vocabulary": 11}),
+            );
+            settings.extend(object(own.clone()));
+            let config = from_settings(&settings, None).unwrap();
+            let read = from_hugging_face(&object(config_json(&config, &[1]))).unwrap();
+            assert_eq!(read, config, "{architecture} {own}");
+        }
     }
 }
