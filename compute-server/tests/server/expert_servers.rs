@@ -21,7 +21,7 @@ fn split(name: &str, servers: &[(&TestServer, &str, &[usize])]) -> LoadModelRequ
 }
 
 /// The request with another field of its configuration.
-fn with(mut request: LoadModelRequest, field: &str) -> LoadModelRequest {
+pub fn with(mut request: LoadModelRequest, field: &str) -> LoadModelRequest {
     request.config_json.truncate(request.config_json.rfind('}').unwrap());
     request.config_json += &format!(",{field}}}");
     request
@@ -34,7 +34,7 @@ fn with_tokenizer(mut request: LoadModelRequest) -> LoadModelRequest {
 }
 
 impl Client {
-    async fn scores_in(
+    pub async fn scores_in(
         &self,
         model: &str,
         transaction: Option<TransactionContext>,
@@ -50,7 +50,7 @@ impl Client {
     }
 }
 
-fn close(a: &[Option<f32>], b: &[Option<f32>]) -> bool {
+pub fn close(a: &[Option<f32>], b: &[Option<f32>]) -> bool {
     a.len() == b.len()
         && a.iter().zip(b).all(|pair| match pair {
             (Some(a), Some(b)) => (a - b).abs() < 1e-4,
