@@ -202,19 +202,15 @@ impl Line {
 
     /// Lends the weights of an expert.
     fn lend(&self, call: ExpertsCall<'_>, expert: usize, cancelled: &dyn Fn() -> bool) -> candle_models::Result<()> {
-        let weights = call.decoder.expert_weights(call.layer, expert);
-        let weights = weights.map_err(|error| {
-            self.server.failed(&format!(
-                "it holds other weights than this server for expert {expert} of layer {}, and {error}",
-                call.layer
-            ))
-        })?;
+        let weights = call.decoder.expert_weights(call.layer, expert)?;
+        let [up_type, down_type] = weights.types().map(|kind| kind.name().to_owned());
         let first = v1::LendExpertRequest {
             model: self.server.model.to_string(),
             layer: call.layer as u32,
             expert: expert as u32,
             weights: Bytes::copy_from_slice(&call.decoder.expert_digest(call.layer, expert)?),
-            dtype: data_type(weights.dtype()).into(),
+            up_type,
+            down_type,
             ..Default::default()
         };
         let chunks: Vec<Bytes> = weights.to_bytes()?.into_iter().flat_map(chunks_of).collect();
