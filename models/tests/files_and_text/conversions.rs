@@ -573,6 +573,13 @@ fn experts_apart_compute_as_here(decoder: &candle_models::Decoder, experts: usiz
             let here = decoder.expert_outputs(0, &[group]).unwrap();
             assert_eq!(sent.infer(&rows).unwrap(), here[0]);
         }
+        // Each matrix may be held in its own way, as GGUF files of mixed types have them.
+        let zeros = vec![0u8; 4 * 32 * 64];
+        let types = [dtype("q8_0").unwrap(), WeightType::F32];
+        let mixed = candle_models::ExpertWeights::from_bytes(decoder, types, [&up, &zeros]).unwrap();
+        assert_eq!((mixed.types(), mixed.to_bytes().unwrap()), (types, [up.clone(), zeros]));
+        assert_ne!(mixed.digest().unwrap(), weights.digest().unwrap());
+        assert_eq!(mixed.infer(&[1.0; 64]).unwrap(), [0.0; 64]);
         // Half as many bytes; blocks that do not divide the rows; training.
         let halves = [&up[..up.len() / 2], &down[..]];
         assert!(candle_models::ExpertWeights::from_bytes(decoder, weights.types(), halves).is_err());
