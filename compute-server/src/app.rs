@@ -12,6 +12,7 @@ use crate::data_folder::DataFolder;
 use crate::error::{Error, Result};
 use crate::evaluations::EvaluationStore;
 use crate::executor::Executor;
+use crate::expert_servers::ExpertAccess;
 use crate::memory::MemoryBudget;
 use crate::metrics::ServerMetrics;
 use crate::registry::Registry;
@@ -24,6 +25,8 @@ pub(crate) struct App {
     pub(crate) config: Config,
     /// Who may call.
     pub(crate) tenants: Directory,
+    /// How this server is let in by expert servers.
+    pub(crate) expert_access: Arc<ExpertAccess>,
     pub(crate) registry: Registry,
     pub(crate) transactions: Transactions,
     pub(crate) checkpoints: CheckpointStore,
@@ -57,6 +60,7 @@ impl App {
         let cache = CacheMemory::new(config.limits.cache, config.limits.kept_cache);
         let memory = MemoryBudget::new(config.limits.memory, cache);
         let tenants = Directory::open(config.token_file.clone(), &memory)?;
+        let expert_access = ExpertAccess::open(config.expert_token_file.clone(), config.expert_ca_file.clone())?;
         let folder = Arc::new(DataFolder::open(&config.data_dir)?);
         let (log, recovered) = match config.log_limits {
             Some(limits) => {
@@ -73,6 +77,7 @@ impl App {
         let (requests, metrics) = (Arc::<Requests>::default(), ServerMetrics::new()?);
         let app = Arc::new(Self {
             tenants,
+            expert_access,
             registry: Registry::default(),
             transactions: Transactions::new(config.limits.transactions, config.transaction_timeout),
             checkpoints: CheckpointStore::open(Arc::clone(&folder))?,

@@ -226,6 +226,11 @@ impl Error {
     pub(crate) fn of_pass(error: &ModelError) -> Self {
         match error {
             ModelError::FailedPrecondition(message) => Self::Model(ModelError::FailedPrecondition(message.clone())),
+            ModelError::ExpertServer { endpoint, reason, hint } => Self::Model(ModelError::ExpertServer {
+                endpoint: endpoint.clone(),
+                reason: reason.clone(),
+                hint,
+            }),
             ModelError::Cancelled => Self::Cancelled,
             other => Self::Internal(other.to_string()),
         }
@@ -354,6 +359,7 @@ fn classify_model_error(error: &ModelError) -> (Code, &'static str, Option<&'sta
         ModelError::Cancelled => (Code::Cancelled, "57014", None),
         ModelError::ResourceExhausted(_) => (Code::ResourceExhausted, "53400", None),
         ModelError::FailedPrecondition(_) => (Code::FailedPrecondition, "55000", None),
+        ModelError::ExpertServer { hint, .. } => (Code::FailedPrecondition, "55000", Some(hint)),
         ModelError::Io { source, .. } => match source.kind() {
             std::io::ErrorKind::NotFound => (Code::NotFound, "42704", None),
             std::io::ErrorKind::StorageFull => (

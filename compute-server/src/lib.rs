@@ -41,6 +41,7 @@ mod services;
 mod sources;
 mod tokenizers;
 mod transactions;
+mod watched_file;
 
 pub use config::{Arguments, Bytes, Command, Config, ConfigError, Limits, LogLimits, Options, Tls};
 pub use convert::{ConvertOptions, convert};

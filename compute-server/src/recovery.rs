@@ -238,7 +238,7 @@ async fn start(
     }
     new.logged = Some((logged.id, created_at.unwrap_or_else(SystemTime::now)));
     new.base = None;
-    ModelHandle::start(new, app.config.limits)
+    ModelHandle::start(new, app.config.limits, &app.expert_access)
 }
 
 /// The files of a source, if they are those that the model was loaded from.

@@ -43,6 +43,16 @@ pub enum Error {
     /// The state of the model does not allow it now. gRPC FAILED_PRECONDITION, SQLSTATE 55000.
     #[error("{0}")]
     FailedPrecondition(String),
+    /// A server that computes experts of the model is of no use. gRPC FAILED_PRECONDITION, SQLSTATE 55000.
+    #[error("expert server {endpoint} failed: {reason}")]
+    ExpertServer {
+        /// Its address.
+        endpoint: String,
+        /// What is wrong with it.
+        reason: String,
+        /// What to do first.
+        hint: &'static str,
+    },
     /// The operating system refused a file operation. gRPC INTERNAL, NOT_FOUND when the file is missing.
     #[error("{path}: {source}")]
     Io {

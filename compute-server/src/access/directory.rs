@@ -1,71 +1,30 @@
 //! All tenants, and the tokens by which they are known. A changed token file is read again at the next call.
 
 use std::collections::HashMap;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
 
 use axum::http::{HeaderMap, header};
-use sha2::{Digest, Sha256};
 
 use super::file::Tokens;
 use super::{Caller, Roles, Tenant};
 use crate::error::{Error, Result};
 use crate::memory::MemoryBudget;
-
-/// A file that was written this lately may be written again without its times telling.
-const SETTLED: Duration = Duration::from_secs(2);
+use crate::watched_file::WatchedFile;
 
 /// Tenants and tokens.
 pub(crate) struct Directory {
-    file: Option<PathBuf>,
+    asks_for_tokens: bool,
     memory: Arc<MemoryBudget>,
     state: Mutex<State>,
 }
 
 struct State {
+    file: Option<WatchedFile>,
     /// None where nobody is asked for a token.
     tokens: Option<Arc<Tokens>>,
     /// Every tenant there has been: what it used, and the models it loaded, outlive its line in the file.
     tenants: HashMap<String, Arc<Tenant>>,
-    /// The file as it was when it was read last.
-    seen: Option<Seen>,
-    /// Whether it was told that the file cannot be read.
-    unreadable: bool,
-}
-
-#[derive(Clone, PartialEq)]
-struct Stamp {
-    device: u64,
-    inode: u64,
-    size: u64,
-    modified: (i64, i64),
-    changed: (i64, i64),
-}
-
-struct Seen {
-    stamp: Stamp,
-    /// Whether the file could not have changed since without another stamp.
-    settled: bool,
-    digest: [u8; 32],
-}
-
-impl Stamp {
-    fn of(metadata: &std::fs::Metadata) -> Self {
-        Self {
-            device: metadata.dev(),
-            inode: metadata.ino(),
-            size: metadata.len(),
-            modified: (metadata.mtime(), metadata.mtime_nsec()),
-            changed: (metadata.ctime(), metadata.ctime_nsec()),
-        }
-    }
-
-    fn is_settled(&self) -> bool {
-        let changed = SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(self.changed.0).unwrap_or(0));
-        changed.elapsed().is_ok_and(|age| age > SETTLED)
-    }
 }
 
 impl Directory {
@@ -75,13 +34,12 @@ impl Directory {
     /// `Io`, or `InvalidArgument` that names the line, never its token.
     pub(crate) fn open(file: Option<PathBuf>, memory: &Arc<MemoryBudget>) -> Result<Self> {
         let directory = Self {
-            file,
+            asks_for_tokens: file.is_some(),
             memory: Arc::clone(memory),
             state: Mutex::new(State {
+                file: file.map(|path| WatchedFile::new(path, "token file")),
                 tokens: None,
                 tenants: HashMap::new(),
-                seen: None,
-                unreadable: false,
             }),
         };
         directory.refresh(&mut directory.lock())?;
@@ -90,7 +48,7 @@ impl Directory {
 
     /// Whether callers are asked for tokens.
     pub(crate) fn asks_for_tokens(&self) -> bool {
-        self.file.is_some()
+        self.asks_for_tokens
     }
 
     /// The caller of a request with these headers.
@@ -138,44 +96,11 @@ impl Directory {
     /// # Errors
     /// What is wrong with it, once for every change; the tokens known before stay in use.
     fn refresh(&self, state: &mut State) -> Result<()> {
-        let Some(path) = &self.file else { return Ok(()) };
-        let what = || format!("the token file {}", path.display());
-        let read = || {
-            let stamp = Stamp::of(&std::fs::metadata(path)?);
-            if state
-                .seen
-                .as_ref()
-                .is_some_and(|seen| seen.settled && seen.stamp == stamp)
-            {
-                return Ok(None);
-            }
-            Ok(Some((stamp, std::fs::read_to_string(path)?)))
-        };
-        let (stamp, text) = match read() {
-            Ok(Some(changed)) => changed,
-            Ok(None) => return Ok(()),
-            Err(error) => {
-                let told = std::mem::replace(&mut state.unreadable, true);
-                state.seen = None;
-                return match told {
-                    true => Ok(()),
-                    false => Err(Error::io(what(), error)),
-                };
-            }
-        };
-        state.unreadable = false;
-        let seen = Seen {
-            settled: stamp.is_settled(),
-            stamp,
-            digest: Sha256::digest(text.as_bytes()).into(),
-        };
-        let same = state.seen.as_ref().is_some_and(|known| known.digest == seen.digest);
-        state.seen = Some(seen);
-        if same {
-            return Ok(());
-        }
+        let Some(file) = &mut state.file else { return Ok(()) };
+        let Some(text) = file.changed()? else { return Ok(()) };
+        let what = file.to_string();
         let taken = Tokens::parse(&text).and_then(|tokens| self.take(state, tokens));
-        taken.map_err(|reason| Error::invalid(format!("{}: {reason}", what())))
+        taken.map_err(|reason| Error::invalid(format!("{what}: {reason}")))
     }
 
     /// Uses `tokens` from now on.

@@ -100,6 +100,16 @@ pub struct Options {
     #[arg(long, env = "COMPUTE_SERVER_TOKEN_FILE", value_name = "FILE")]
     pub token_file: Option<PathBuf>,
 
+    /// File of the tokens that are shown to servers of `expert_servers`, one `ENDPOINT TOKEN` a line; lines that start with #
+    /// are comments. A token is sent to its own endpoint alone. A change counts from the next call.
+    #[arg(long, env = "COMPUTE_SERVER_EXPERT_TOKEN_FILE", value_name = "FILE")]
+    pub expert_token_file: Option<PathBuf>,
+
+    /// Authorities in PEM that sign the certificates of https:// endpoints of `expert_servers`. A change counts from the next
+    /// call. [default: those that the system trusts]
+    #[arg(long, env = "COMPUTE_SERVER_EXPERT_CA_FILE", value_name = "FILE")]
+    pub expert_ca_file: Option<PathBuf>,
+
     /// Show /metrics to whoever reaches HTTP, without a token. [default: false]
     #[arg(long, env = "COMPUTE_SERVER_METRICS_PUBLIC", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     pub metrics_public: Option<bool>,
@@ -225,6 +235,8 @@ impl Options {
             cache_kept_bytes: self.cache_kept_bytes.or(file.cache_kept_bytes),
             cache_dtype: self.cache_dtype.or(file.cache_dtype),
             token_file: self.token_file.or(file.token_file),
+            expert_token_file: self.expert_token_file.or(file.expert_token_file),
+            expert_ca_file: self.expert_ca_file.or(file.expert_ca_file),
             metrics_public: self.metrics_public.or(file.metrics_public),
             tls_cert: self.tls_cert.or(file.tls_cert),
             tls_key: self.tls_key.or(file.tls_key),

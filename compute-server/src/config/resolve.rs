@@ -54,6 +54,10 @@ pub struct Config {
     pub threads: usize,
     /// File of bearer tokens.
     pub token_file: Option<PathBuf>,
+    /// File of the tokens for expert servers.
+    pub expert_token_file: Option<PathBuf>,
+    /// Authorities in PEM for the certificates of expert servers; none for the system's.
+    pub expert_ca_file: Option<PathBuf>,
     /// Whether /metrics asks for no token.
     pub metrics_public: bool,
     /// Certificate and key of gRPC and HTTP.
@@ -180,6 +184,8 @@ impl Config {
             device: device(options.device.as_deref().unwrap_or("cpu"))?,
             threads: threads(options.threads)?,
             token_file: options.token_file.clone(),
+            expert_token_file: options.expert_token_file.clone(),
+            expert_ca_file: options.expert_ca_file.clone(),
             metrics_public: options.metrics_public.unwrap_or(false),
             tls,
             handshake_timeout: Duration::from_secs(options.handshake_timeout.unwrap_or(10).max(1)),

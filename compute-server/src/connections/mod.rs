@@ -9,4 +9,4 @@ mod tls;
 pub(crate) use admission::{Connections, Link};
 pub(crate) use listener::{Incoming, listen};
 pub(crate) use stream::{ConnectionInfo, Stream};
-pub(crate) use tls::acceptor;
+pub(crate) use tls::{acceptor, check_certificates};

@@ -44,6 +44,22 @@ pub(crate) fn acceptor(tls: &Tls, protocols: &[&str]) -> Result<TlsAcceptor> {
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
+/// Checks that a text holds certificates in PEM.
+///
+/// # Errors
+/// What is wrong with it.
+pub(crate) fn check_certificates(pem: &str) -> std::result::Result<(), String> {
+    let mut roots = RootCertStore::empty();
+    for certificate in CertificateDer::pem_slice_iter(pem.as_bytes()) {
+        let certificate = certificate.map_err(|error| error.to_string())?;
+        roots.add(certificate).map_err(|error| error.to_string())?;
+    }
+    match roots.is_empty() {
+        true => Err("it holds no certificate in PEM".to_owned()),
+        false => Ok(()),
+    }
+}
+
 fn certificates(option: &str, path: &Path) -> Result<Vec<CertificateDer<'static>>> {
     let found = CertificateDer::pem_file_iter(path).and_then(Iterator::collect::<std::result::Result<Vec<_>, _>>);
     let found = found.map_err(|error| unusable(option, path, &error))?;

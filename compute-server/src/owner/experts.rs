@@ -4,7 +4,7 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use candle_models::{DType, ExpertDigest, ExpertGradient, ExpertRows, ExpertWeights};
+use candle_models::{DType, ExpertDigest, ExpertGradient, ExpertRows, ExpertWeights, WeightType};
 
 use super::state::Owner;
 use crate::error::{Error, Result};
@@ -48,9 +48,10 @@ pub(crate) struct Loan {
     pub(crate) layer: u32,
     pub(crate) expert: u32,
     pub(crate) digest: ExpertDigest,
-    pub(crate) dtype: DType,
+    /// Of each part.
+    pub(crate) types: [WeightType; 2],
     /// Gate and up projection, and the down projection.
-    pub(crate) elements: [Vec<u8>; 2],
+    pub(crate) data: [Vec<u8>; 2],
     pub(crate) memory: Reservation,
 }
 
@@ -140,8 +141,8 @@ impl Owner {
     pub(crate) fn lend_expert(&mut self, loan: Loan) -> Result<()> {
         self.check_serves_experts()?;
         self.check_expert(loan.layer, loan.expert)?;
-        let [up, down] = &loan.elements;
-        let weights = ExpertWeights::from_bytes(&self.model.decoder, loan.dtype, up, down)?;
+        let [up, down] = &loan.data;
+        let weights = ExpertWeights::from_bytes(&self.model.decoder, loan.types, [up, down])?;
         if weights.digest()? != loan.digest {
             return Err(Error::invalid("the weights of the expert are not those of the digest"));
         }

@@ -26,7 +26,7 @@ use crate::commit_log::LogBase;
 use crate::config::Limits;
 use crate::data_folder::Staged;
 use crate::error::{Error, Result};
-use crate::expert_servers::ExpertServers;
+use crate::expert_servers::{ExpertAccess, ExpertServers};
 use crate::memory::{MemoryBudget, Reservation};
 use crate::metrics::ModelMetrics;
 use crate::names::ModelKey;
@@ -239,16 +239,16 @@ impl Shared {
 }
 
 impl ModelHandle {
-    /// Starts the thread of a model.
+    /// Starts the thread of a model. Servers of its experts are spoken to by `access`.
     ///
     /// # Errors
     /// `Io` when the system gives no thread.
-    pub(crate) fn start(new: NewModel, limits: Limits) -> Result<Self> {
+    pub(crate) fn start(new: NewModel, limits: Limits, access: &Arc<ExpertAccess>) -> Result<Self> {
         let mut model = new.model;
         let mut config = model.config.as_object().cloned().unwrap_or_default();
         if new.adapter.is_none() {
             let servers = candle_models::config::expert_servers(&config, model.decoder.config())?;
-            let servers = ExpertServers::new(&new.name, servers)?;
+            let servers = ExpertServers::new(&new.name, servers, access)?;
             model
                 .decoder
                 .set_remote_experts(servers.map(|servers| -> Arc<dyn RemoteExperts> { servers }));

@@ -239,10 +239,12 @@ impl Owner {
         message.trainable = self.trainable(&reader.view)[index];
         if selection.without_data {
             message.dtype = chunks::dtype_of(parameter.dtype).into();
-        } else if let Some(values) = self.staged_chunk(&reader.view, index, chunk) {
+        } else if let Some(values) = self.staged_chunk(&reader.view, (index, chunk), || {
+            Ok(decoder.read_elements(&parameter.name, chunks::range(parameter, chunk))?)
+        })? {
             let dtype = chunks::dtype_of(parameter.dtype);
             message.dtype = dtype.into();
-            chunks::fill(&mut message, values, dtype);
+            chunks::fill(&mut message, &values, dtype);
         } else {
             let data = decoder.read_parameter(&parameter.name, chunks::range(parameter, chunk))?;
             message.dtype = match data.dtype {

@@ -74,7 +74,7 @@ impl Owner {
                 values[experts + expert] = f32::from(u8::from(enabled));
             }
             self.check_enabled(change.layer, &values[experts..])?;
-            operations.push((switches, values));
+            operations.push((switches, 0, values));
         }
         if change.has_weights || !change.weights.is_empty() {
             let width = self.shared.decoder_config.width;
@@ -86,12 +86,10 @@ impl Owner {
                 )));
             }
             check_finite("weights", &change.weights)?;
-            let mut values = self.visible_values(&view, router)?;
-            values[expert * width..(expert + 1) * width].copy_from_slice(&change.weights);
-            operations.push((router, values));
+            operations.push((router, expert * width, change.weights.clone()));
         }
-        for (parameter, values) in operations {
-            self.stage_values(ticket, parameter, values)?;
+        for (parameter, start, values) in operations {
+            self.stage_values(ticket, parameter, start, &values)?;
         }
         Ok(())
     }
@@ -213,29 +211,32 @@ impl Owner {
         let info = &decoder.parameters()[parameter.0];
         let mut values = Vec::with_capacity(info.elements());
         for chunk in 0..chunks::count(info) {
-            match self.staged_chunk(view, parameter.0, chunk) {
-                Some(staged) => values.extend_from_slice(staged),
-                None => {
-                    let data = decoder.read_parameter(&info.name, chunks::range(info, chunk))?.data;
-                    let (floats, _) = data.as_chunks::<4>();
-                    values.extend(floats.iter().copied().map(f32::from_le_bytes));
-                }
+            let committed =
+                || -> Result<Vec<f32>> { Ok(decoder.read_elements(&info.name, chunks::range(info, chunk))?) };
+            match self.staged_chunk(view, (parameter.0, chunk), committed)? {
+                Some(staged) => values.extend(staged),
+                None => values.extend(committed()?),
             }
         }
         Ok(values)
     }
 
-    /// Stages all elements of a parameter.
-    fn stage_values(&mut self, ticket: &Ticket, parameter: ParameterId, values: Vec<f32>) -> Result<()> {
+    /// Stages elements of a parameter from `start` on: of a matrix the rows that are written, and no others.
+    fn stage_values(&mut self, ticket: &Ticket, parameter: ParameterId, start: usize, values: &[f32]) -> Result<()> {
         let info = self.model.decoder.parameters()[parameter.0].clone();
+        let end = start + values.len();
         for chunk in 0..chunks::count(&info) {
             let range = chunks::range(&info, chunk);
-            let bytes = 4 * range.len() as u64;
+            let (first, last) = (range.start.max(start), range.end.min(end));
+            if first >= last {
+                continue;
+            }
+            let bytes = 4 * (last - first) as u64;
             let write = StagedWrite {
                 parameter: parameter.0,
                 chunk,
-                start: range.start,
-                values: values[range].to_vec(),
+                start: first,
+                values: values[first - start..last - start].to_vec(),
                 _memory: self.budget.reserve("new elements of a router", bytes)?,
             };
             self.push(ticket, Operation::Write(write));

@@ -12,7 +12,7 @@ use crate::chunks;
 use crate::error::{Error, Result};
 use crate::memory::Reservation;
 
-/// New elements of a chunk of a parameter.
+/// New elements of a chunk of a parameter, all or some.
 pub(super) struct StagedWrite {
     /// Number of the parameter.
     pub(super) parameter: usize,
@@ -124,19 +124,37 @@ impl Owner {
         trainable
     }
 
-    /// The elements of a chunk that `view` has staged, unless a step of its own has changed them since.
-    pub(super) fn staged_chunk(&self, view: &View, parameter: usize, chunk: usize) -> Option<&[f32]> {
-        let overlay = self.overlay(view).filter(|overlay| !overlay.is_recomputed())?;
-        overlay
-            .operations
-            .iter()
-            .rev()
-            .find_map(|staged| match &staged.operation {
-                Operation::Write(write) if (write.parameter, write.chunk) == (parameter, chunk) => {
-                    Some(write.values.as_slice())
-                }
-                _ => None,
-            })
+    /// The elements of a chunk as `view` has staged them, unless a step of its own has changed them since; none where it has
+    /// staged nothing of the chunk. `committed` reads the chunk, for what is staged in part.
+    ///
+    /// # Errors
+    /// Of `committed`.
+    pub(super) fn staged_chunk(
+        &self,
+        view: &View,
+        (parameter, chunk): (usize, usize),
+        committed: impl FnOnce() -> Result<Vec<f32>>,
+    ) -> Result<Option<Vec<f32>>> {
+        let Some(overlay) = self.overlay(view).filter(|overlay| !overlay.is_recomputed()) else {
+            return Ok(None);
+        };
+        let range = chunks::range(&self.model.decoder.parameters()[parameter], chunk);
+        let writes = overlay.operations.iter().filter_map(|staged| match &staged.operation {
+            Operation::Write(write) if (write.parameter, write.chunk) == (parameter, chunk) => Some(write),
+            _ => None,
+        });
+        let writes: Vec<&StagedWrite> = writes.collect();
+        let whole = writes.iter().rposition(|write| write.values.len() == range.len());
+        let mut values = match whole {
+            Some(index) => writes[index].values.clone(),
+            None if writes.is_empty() => return Ok(None),
+            None => committed()?,
+        };
+        for write in &writes[whole.map_or(0, |index| index + 1)..] {
+            let start = write.start - range.start;
+            values[start..start + write.values.len()].copy_from_slice(&write.values);
+        }
+        Ok(Some(values))
     }
 }
 

@@ -51,7 +51,7 @@ impl AdaptersService for Service {
         let made = tokio::task::spawn_blocking(move || make(&app, base, request, source, caller.tenant)).await;
         let mut new = made.map_err(|error| Error::Internal(format!("making an adapter failed: {error}")))??;
         new.slot = Some(slot);
-        let adapter = ModelHandle::start(new, self.app.config.limits)?;
+        let adapter = ModelHandle::start(new, self.app.config.limits, &self.app.expert_access)?;
         scope.push(WriteKind::CreateModel(adapter.clone()))?;
         let row = describe(&adapter, &scope.view(), in_transaction);
         scope.close().await?;

@@ -2,7 +2,7 @@
 
 use candle_compute_proto::v1;
 use candle_compute_proto::v1::experts_service_server::ExpertsService;
-use candle_models::{ExpertDigest, ExpertRows};
+use candle_models::{ExpertDigest, ExpertRows, ExpertWeights, WeightType};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::inputs::{check_sequence, token_ids, tokenizer};
@@ -245,23 +245,26 @@ impl ExpertsService for Service {
         let first = messages.message().await?.ok_or_else(empty)?;
         let model = Reader::open(&self.app, None)?.find(&first.model, "")?;
         check_experts(&model)?;
-        let dtype = floating(first.dtype())?;
-        let config = &model.facts().decoder_config;
-        let matrix = config.width * config.feed_forward_width * dtype.size_in_bytes();
+        let types = [
+            held(&first.up_type, first.dtype())?,
+            held(&first.down_type, first.dtype())?,
+        ];
+        let sizes = ExpertWeights::sizes(&model.facts().decoder_config, types).map_err(Error::from)?;
+        let bytes = sizes[0] + sizes[1];
         let memory = caller
             .tenant
             .memory()
-            .reserve("weights of an expert that are lent", 3 * matrix as u64)?;
+            .reserve("weights of an expert that are lent", bytes as u64)?;
         let missing = || Error::invalid("the digest of the weights is missing");
         let (layer, expert, digest) = (first.layer, first.expert, digest(&first.weights)?.ok_or_else(missing)?);
-        let mut up = received(&mut messages, first.data, 3 * matrix, |message| message.data).await?;
-        let down = up.split_off(2 * matrix);
+        let mut up = received(&mut messages, first.data, bytes, |message| message.data).await?;
+        let down = up.split_off(sizes[0]);
         let loan = Loan {
             layer,
             expert,
             digest,
-            dtype,
-            elements: [up, down],
+            types,
+            data: [up, down],
             memory,
         };
         model.call(move |owner| owner.lend_expert(loan)).await?;
@@ -304,6 +307,20 @@ fn floating(dtype: v1::DataType) -> Result<candle_models::DType> {
             other.as_str_name()
         ))),
     }
+}
+
+/// How weights of an expert are held: by a name, or else by the type of their elements.
+fn held(name: &str, dtype: v1::DataType) -> Result<WeightType> {
+    if !name.is_empty() {
+        let shown: String = name.chars().take(80).collect();
+        return WeightType::held(name)
+            .ok_or_else(|| Error::invalid(format!("\"{shown}\" is no type that weights are held as")));
+    }
+    Ok(match floating(dtype)? {
+        candle_models::DType::F16 => WeightType::F16,
+        candle_models::DType::BF16 => WeightType::Bf16,
+        _ => WeightType::F32,
+    })
 }
 
 /// A digest of an expert's weights; none for no bytes.

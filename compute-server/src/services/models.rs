@@ -72,7 +72,7 @@ impl ModelsService for Service {
         let loaded = tokio::task::spawn_blocking(move || load::load(&app, loading)).await;
         let mut new = loaded.map_err(|error| Error::Internal(format!("loading failed: {error}")))??;
         new.slot = Some(slot);
-        let model = ModelHandle::start(new, self.app.config.limits)?;
+        let model = ModelHandle::start(new, self.app.config.limits, &self.app.expert_access)?;
         scope.push(WriteKind::CreateModel(model.clone()))?;
         let row = describe(&model, &scope.view(), in_transaction);
         scope.close().await?;

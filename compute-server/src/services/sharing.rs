@@ -31,7 +31,7 @@ pub(super) async fn change(
     let made = tokio::task::spawn_blocking(move || legacy.succeed(groups, settings, (tenant, memory), files)).await;
     let mut new = made.map_err(|error| Error::Internal(format!("changing \"share\" failed: {error}")))??;
     new.slot = Some(slot);
-    let new = ModelHandle::start(new, app.config.limits)?;
+    let new = ModelHandle::start(new, app.config.limits, &app.expert_access)?;
     scope.push(WriteKind::ReplaceModel {
         old: model.clone(),
         new: new.clone(),

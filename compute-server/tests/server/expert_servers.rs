@@ -6,7 +6,7 @@ use candle_compute_proto::v1::*;
 use tonic::{Code, Status};
 
 use crate::experts::{TOKENS, mixture};
-use crate::support::{Client, TestServer, assert_status, within};
+use crate::support::{Client, TestServer, assert_status, random, within};
 
 /// A model `name` of which the experts of each server live there, under the name given.
 fn split(name: &str, servers: &[(&TestServer, &str, &[usize])]) -> LoadModelRequest {
@@ -21,7 +21,7 @@ fn split(name: &str, servers: &[(&TestServer, &str, &[usize])]) -> LoadModelRequ
 }
 
 /// The request with another field of its configuration.
-fn with(mut request: LoadModelRequest, field: &str) -> LoadModelRequest {
+pub fn with(mut request: LoadModelRequest, field: &str) -> LoadModelRequest {
     request.config_json.truncate(request.config_json.rfind('}').unwrap());
     request.config_json += &format!(",{field}}}");
     request
@@ -34,7 +34,7 @@ fn with_tokenizer(mut request: LoadModelRequest) -> LoadModelRequest {
 }
 
 impl Client {
-    async fn scores_in(
+    pub async fn scores_in(
         &self,
         model: &str,
         transaction: Option<TransactionContext>,
@@ -50,7 +50,7 @@ impl Client {
     }
 }
 
-fn close(a: &[Option<f32>], b: &[Option<f32>]) -> bool {
+pub fn close(a: &[Option<f32>], b: &[Option<f32>]) -> bool {
     a.len() == b.len()
         && a.iter().zip(b).all(|pair| match pair {
             (Some(a), Some(b)) => (a - b).abs() < 1e-4,
@@ -217,6 +217,63 @@ async fn one_expert_of_one_layer_elsewhere() {
 }
 
 #[tokio::test]
+async fn quantised_experts_are_lent_in_their_blocks() {
+    let (here, there, far) = (TestServer::start(&[]), TestServer::start(&[]), TestServer::start(&[]));
+    let config = r#"{"architecture":"mixtral","layers":2,"width":32,"heads":2,"context_length":32,"vocabulary":280,
+        "num_experts":5,"num_experts_per_tok":2,"feed_forward_width":64,"tokenizer":"tiny"}"#;
+    let model = |name: &str, dtype: &str, seed: i64| LoadModelRequest {
+        name: name.into(),
+        config_json: config.into(),
+        dtype: dtype.into(),
+        seed: Some(seed),
+        ..Default::default()
+    };
+    let (client, same, other) = (here.connect().await, there.connect().await, far.connect().await);
+    for client in [&client, &same, &other] {
+        client.train_tokenizer().await;
+    }
+    for dtype in ["q8_0", "q4_0"] {
+        client.load(model("whole", dtype, 1)).await.unwrap();
+        // One has the same blocks. The other one has other weights, in f32: all have to be lent to it.
+        same.load(model("m", dtype, 1)).await.unwrap();
+        other.load(model("m", "", 2)).await.unwrap();
+        let servers = format!(
+            r#""expert_servers":[{{"endpoint":"{}","experts":[0,3]}},{{"endpoint":"{}","experts":[1,4]}}]"#,
+            there.endpoint, far.endpoint
+        );
+        client.load(with(model("m", dtype, 1), &servers)).await.unwrap();
+        let whole = client.scores_in("whole", None).await.unwrap();
+        assert_eq!(client.scores_in("m", None).await.unwrap(), whole, "{dtype}");
+        let mut texts = Vec::new();
+        for model in ["whole", "m"] {
+            texts.push(
+                client
+                    .generate(random(model, "the quick", 3, 12))
+                    .await
+                    .unwrap()
+                    .1
+                    .completion,
+            );
+        }
+        assert_eq!(texts[0], texts[1], "{dtype}");
+        // Training expands the weights to f32, which are lent then.
+        let mut steps = Vec::new();
+        for model in ["whole", "m"] {
+            client.batch(model, None, &[TOKENS]).await.unwrap();
+            steps.push(client.step(model, None).await.unwrap());
+        }
+        let ratio = steps[0].grad_norm / steps[1].grad_norm;
+        assert!((ratio - 1.0).abs() < 1e-4, "{dtype}: {steps:?}");
+        let whole = client.scores_in("whole", None).await.unwrap();
+        assert!(close(&client.scores_in("m", None).await.unwrap(), &whole), "{dtype}");
+        for client in [&client, &same, &other] {
+            client.drop_model("m").await.unwrap();
+        }
+        client.drop_model("whole").await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn what_is_lent_has_to_be_what_it_says() {
     let server = TestServer::start(&[]);
     let client = server.connect().await;
@@ -228,6 +285,7 @@ async fn what_is_lent_has_to_be_what_it_says() {
         weights: vec![1; 32].into(),
         dtype: DataType::F32.into(),
         data: vec![0; 4 * 3 * 3 * 10].into(),
+        ..Default::default()
     };
     let wrong = [
         good.clone(),
@@ -257,6 +315,19 @@ async fn what_is_lent_has_to_be_what_it_says() {
         },
         LendExpertRequest {
             dtype: DataType::I32.into(),
+            ..good.clone()
+        },
+        // Rows of 10 and of 3 elements are no whole blocks.
+        LendExpertRequest {
+            up_type: "q8_0".into(),
+            ..good.clone()
+        },
+        LendExpertRequest {
+            down_type: "q4_k".into(),
+            ..good.clone()
+        },
+        LendExpertRequest {
+            up_type: "q9_9".into(),
             ..good.clone()
         },
     ];

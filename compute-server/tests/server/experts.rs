@@ -4,7 +4,7 @@ use candle_compute_proto::v1::*;
 use tonic::{Code, Status};
 
 use crate::durability::small;
-use crate::support::{Client, TestServer, assert_status, collect};
+use crate::support::{Client, TestServer, assert_status, collect, within};
 
 pub const TOKENS: &[i64] = &[1, 2, 3, 4, 5, 6, 7, 8, 9];
 
@@ -40,6 +40,14 @@ impl Client {
         let stream = self.experts.clone().list_routes(request).await.unwrap().into_inner();
         let messages = collect(stream).await.unwrap();
         messages.into_iter().flat_map(|message| message.routes).collect()
+    }
+
+    /// Bytes that count against the server's memory limit.
+    async fn memory(&self) -> f64 {
+        let samples = self.telemetry.clone().list_metrics(ListMetricsRequest {}).await;
+        let samples = samples.unwrap().into_inner().samples;
+        let used = samples.iter().find(|sample| sample.name == "candle_memory_used_bytes");
+        used.unwrap().value
     }
 
     async fn update_router(&self, request: UpdateRouterRequest) -> Result<(), Status> {
@@ -102,6 +110,65 @@ async fn routers_and_load_survive_a_kill() {
     assert_eq!(client.routers(None, "m").await, routers);
     assert_eq!(client.routes("m").await, routes);
     assert_eq!(client.load_of_experts("m").await, load);
+}
+
+#[tokio::test]
+async fn rows_of_a_router_are_staged_alone() {
+    const EXPERTS: u32 = 48;
+    // The router has more elements than a chunk, and a row of it lies in two.
+    const WIDTH: usize = 6000;
+    let server = TestServer::start(&[]);
+    let client = server.connect().await;
+    for dtype in ["", "bf16"] {
+        let name = format!("t{dtype}");
+        let model = LoadModelRequest {
+            name: "m".into(),
+            dtype: dtype.into(),
+            seed: Some(1),
+            config_json: format!(
+                r#"{{"architecture":"mixtral","layers":1,"width":{WIDTH},"heads":1,"head_dim":2,"context_length":8,
+                    "vocabulary":4,"num_experts":{EXPERTS},"num_experts_per_tok":2,"feed_forward_width":1}}"#
+            ),
+            ..Default::default()
+        };
+        client.load(model).await.unwrap();
+        let before = client.routers(None, "m").await;
+        assert!(before.iter().all(|router| router.weights.len() == WIDTH));
+        let idle = client.memory().await;
+        for expert in (0..EXPERTS).filter(|expert| expert % 8 != 5) {
+            let moved = UpdateRouterRequest {
+                transaction: within(&name),
+                weights: (0..WIDTH).map(|n| (n as u32 % 5 + expert) as f32).collect(),
+                has_weights: true,
+                ..change("m", 0, expert)
+            };
+            client.update_router(moved).await.unwrap();
+        }
+        let matrix = f64::from(EXPERTS) * (4 * WIDTH) as f64;
+        let staged = client.memory().await - idle;
+        assert!(staged > matrix / 2.0 && staged <= matrix, "{staged} of {matrix}");
+        // The last one that is written twice counts.
+        let again = UpdateRouterRequest {
+            transaction: within(&name),
+            weights: vec![0.5; WIDTH],
+            has_weights: true,
+            ..change("m", 0, 46)
+        };
+        client.update_router(again).await.unwrap();
+        let mut expected = before.clone();
+        for router in expected.iter_mut().filter(|router| router.expert % 8 != 5) {
+            let value = |n: usize| match router.expert {
+                46 => 0.5,
+                expert => (n as u32 % 5 + expert) as f32,
+            };
+            router.weights = (0..WIDTH).map(value).collect();
+        }
+        assert_eq!(client.routers(within(&name), "m").await, expected, "{dtype}");
+        assert_eq!(client.routers(None, "m").await, before, "{dtype}");
+        client.publish(&name).await.unwrap();
+        assert_eq!(client.routers(None, "m").await, expected, "{dtype}");
+        client.drop_model("m").await.unwrap();
+    }
 }
 
 #[tokio::test]

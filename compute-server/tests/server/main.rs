@@ -21,6 +21,7 @@ mod evaluations;
 mod executor;
 mod executor_sessions;
 mod executor_support;
+mod expert_access;
 mod expert_servers;
 mod experts;
 mod full_disk;

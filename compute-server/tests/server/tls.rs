@@ -16,21 +16,21 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Identity};
 use crate::support::{Client, TestServer, command, random};
 
 /// An authority and the folder in which its certificates lie.
-struct Authority {
+pub struct Authority {
     issuer: CertifiedIssuer<'static, KeyPair>,
     folder: TempDir,
 }
 
 /// A certificate and its key, as text and as files.
-struct Issued {
+pub struct Issued {
     certificate: String,
     key: String,
-    certificate_file: PathBuf,
-    key_file: PathBuf,
+    pub certificate_file: PathBuf,
+    pub key_file: PathBuf,
 }
 
 impl Authority {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
@@ -39,12 +39,12 @@ impl Authority {
         Self { issuer, folder }
     }
 
-    fn path(&self) -> PathBuf {
+    pub fn path(&self) -> PathBuf {
         self.folder.path().join("ca.pem")
     }
 
     /// A certificate for localhost; one that was good until 2001 where it is `expired`.
-    fn issue(&self, name: &str, expired: bool) -> Issued {
+    pub fn issue(&self, name: &str, expired: bool) -> Issued {
         let mut params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
         if expired {
             (params.not_before, params.not_after) = (date_time_ymd(2000, 1, 1), date_time_ymd(2001, 1, 1));
@@ -76,8 +76,8 @@ impl Authority {
         TestServer::start(&arguments)
     }
 
-    /// A connection that trusts this authority, with a certificate of its own if it has one.
-    async fn connect(&self, server: &TestServer, own: Option<&Issued>) -> Result<Client, String> {
+    /// A channel that trusts this authority, with a certificate of its own if it has one.
+    pub async fn channel(&self, server: &TestServer, own: Option<&Issued>) -> Result<Channel, String> {
         let mut tls = ClientTlsConfig::new()
             .ca_certificate(Certificate::from_pem(self.issuer.pem()))
             .domain_name("localhost");
@@ -86,7 +86,12 @@ impl Authority {
         }
         let endpoint = Channel::from_shared(server.endpoint.replace("http:", "https:")).unwrap();
         let channel = endpoint.tls_config(tls).unwrap().connect().await;
-        let client = Client::over(channel.map_err(|error| format!("{error:?}"))?, None);
+        channel.map_err(|error| format!("{error:?}"))
+    }
+
+    /// A connection over a [`channel`](Self::channel) that is of use.
+    async fn connect(&self, server: &TestServer, own: Option<&Issued>) -> Result<Client, String> {
+        let client = Client::over(self.channel(server, own).await?, None);
         // A server's refusal of a certificate arrives after the client's half of the handshake of TLS 1.3.
         let request = ListModelsRequest::default();
         let listed = client.models.clone().list_models(request).await;

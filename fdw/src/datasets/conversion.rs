@@ -56,7 +56,7 @@ impl Conversion {
     /// it.
     ///
     /// # Errors
-    /// 42710 where it is finished, or comes from something else.
+    /// 42710 where it is finished, or comes from something else; 40001 where another session begins it.
     pub(super) fn open(name: &str, model: &str, source: &str) -> Result<Self> {
         let key = || [name.into(), model.into()];
         let stored = execute(
@@ -101,14 +101,21 @@ impl Conversion {
     }
 
     fn begin(name: &str, model: &str, source: &str) -> Result<Self> {
+        // Not what another session has begun since: that has rows.
         execute(
-            "DELETE FROM candle.dataset_conversions WHERE name = $1 AND model = $2",
+            "DELETE FROM candle.dataset_conversions c WHERE name = $1 AND model = $2
+                AND NOT EXISTS (SELECT FROM candle.dataset d WHERE d.name = c.name AND d.model = c.model)",
             &[name.into(), model.into()],
         )?;
-        execute(
-            "INSERT INTO candle.dataset_conversions (name, model, source) VALUES ($1, $2, $3)",
+        // Waits for a session that is about to begin it as well.
+        let begun = execute(
+            "INSERT INTO candle.dataset_conversions (name, model, source) VALUES ($1, $2, $3)
+                ON CONFLICT (name, model) DO NOTHING",
             &[name.into(), model.into(), source.into()],
         )?;
+        if begun == 0 {
+            return Err(made_elsewhere(name, model));
+        }
         Ok(Self {
             name: name.to_string(),
             model: model.to_string(),
@@ -127,8 +134,9 @@ impl Conversion {
         self.rows += rows.len() as i64;
         self.last_id = rows.last().map(|row| row.id).or(self.last_id);
         self.counts.add(counts);
-        insert(&self.name, &self.model, rows)?;
-        self.save(before, false)
+        // First, since it waits for another session's batch and finds it: rows of both would be the same.
+        self.save(before, false)?;
+        insert(&self.name, &self.model, rows)
     }
 
     /// Notes that all is stored.
@@ -159,13 +167,14 @@ impl Conversion {
         if execute(statement, &arguments)? == 1 {
             return Ok(());
         }
-        let code = PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE;
-        let message = format!(
-            "another session makes the dataset \"{}\" for model \"{}\"",
-            self.name, self.model
-        );
-        Err(Error::new(code, message).hint("Let one session make it at a time."))
+        Err(made_elsewhere(&self.name, &self.model))
     }
+}
+
+fn made_elsewhere(name: &str, model: &str) -> Error {
+    let code = PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE;
+    let message = format!("another session makes the dataset \"{name}\" for model \"{model}\"");
+    Error::new(code, message).hint("Let one session make it at a time.")
 }
 
 fn insert(name: &str, model: &str, rows: Vec<Row>) -> Result<()> {

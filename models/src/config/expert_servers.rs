@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 /// A server that computes some of the experts of every layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExpertServer {
-    /// Its address, `http://HOST:PORT`.
+    /// Its address, `http://HOST:PORT` or `https://HOST:PORT`.
     pub endpoint: String,
     /// The name that the model has there; none where it is the same.
     pub model: Option<String>,

@@ -137,7 +137,18 @@ impl Conversion {
         }
         if self.options.format != Format::Gguf {
             let (name, shape) = (stored_name(config.architecture, &info.name), info.shape.clone());
-            return Ok(vec![planned(name, shape, self.dense_type(&info)?, None, &info)]);
+            let dtype = match info.is_listed() {
+                true => self.dense_type(&info)?,
+                // Switches are f32, whatever the weights are.
+                false => WeightType::F32,
+            };
+            return Ok(vec![planned(name, shape, dtype, None, &info)]);
+        }
+        if !info.is_listed() {
+            return Err(Error::Unsupported(format!(
+                "gguf has no place for `{}`, what UPDATE of routers has switched; undo that first",
+                info.name
+            )));
         }
         let dtype = self.gguf_type(&info)?;
         let name = |name: &str| gguf::tensor_name(config, name);

@@ -9,8 +9,8 @@ use candle_core::{DType, Device, Tensor};
 use candle_kernels_cpu::{ExpertGroups, expert_gate_gradients, scale_expert_rows};
 use sha2::{Digest as _, Sha256};
 
-use super::{Decoder, FeedForward, ParameterId, Weight};
-use crate::config::Activation;
+use super::{Decoder, FeedForward, Weight, WeightType};
+use crate::config::{Activation, DecoderConfig};
 use crate::error::{Error, Result};
 use crate::ops::activation;
 use crate::ops::backward::{ExpertMatrix, activate_backward, experts_backward, experts_forward};
@@ -21,13 +21,13 @@ use crate::ops::storage::{CpuSlice, with_mut_slice, with_slice};
 /// SHA-256 over type, shape and elements of an expert's matrices.
 pub type ExpertDigest = [u8; 32];
 
-/// The matrices of one expert, f32, f16 or bf16.
+/// The matrices of one expert, as they are held: dense or quantised, each by itself.
 #[derive(Clone, Debug)]
 pub struct ExpertWeights {
     /// Rows of the gate projection, then those of the up projection, `[2 inner, width]`.
-    up: Tensor,
+    up: Weight,
     /// The down projection, `[width, inner]`.
-    down: Tensor,
+    down: Weight,
     activation: Activation,
 }
 
@@ -60,52 +60,70 @@ impl ExpertDigests {
 }
 
 impl ExpertWeights {
-    /// Matrices from little-endian elements of `dtype`, f32, f16 or bf16: gate and up `[2 inner, width]`, and down
-    /// `[width, inner]`, for the experts of `decoder`.
+    /// Matrices from their bytes, little-endian elements or blocks along the rows: gate and up `[2 inner, width]`, and down
+    /// `[width, inner]`, each of its type, for the experts of `decoder`.
     ///
     /// # Errors
-    /// [`Error::FailedPrecondition`] for a decoder without experts, [`Error::InvalidArgument`] for another number of bytes.
-    pub fn from_bytes(decoder: &Decoder, dtype: DType, up: &[u8], down: &[u8]) -> Result<Self> {
+    /// [`Error::FailedPrecondition`] for a decoder without experts, [`Error::InvalidArgument`] for another number of bytes, and
+    /// for rows that are no whole blocks.
+    pub fn from_bytes(decoder: &Decoder, types: [WeightType; 2], bytes: [&[u8]; 2]) -> Result<Self> {
         decoder.experts_config()?;
-        let [inner, width] = [decoder.config.feed_forward_width, decoder.config.width];
-        for (name, bytes, rows) in [
-            ("gate and up projection", up, 2 * inner),
-            ("down projection", down, inner),
-        ] {
-            let expected = rows * width * dtype.size_in_bytes();
+        let config = &decoder.config;
+        let sizes = Self::sizes(config, types)?;
+        for ((name, bytes), expected) in MATRICES.into_iter().zip(bytes).zip(sizes) {
             if bytes.len() != expected {
                 let message = format!("the {name} of an expert has {} bytes, not {expected}", bytes.len());
                 return Err(Error::InvalidArgument(message));
             }
         }
+        let [up, down] = Self::shapes(config);
         Ok(Self {
-            up: Tensor::from_raw_buffer(up, dtype, &[2 * inner, width], &decoder.device)?,
-            down: Tensor::from_raw_buffer(down, dtype, &[width, inner], &decoder.device)?,
-            activation: decoder.config.activation,
+            up: Weight::from_bytes(bytes[0], types[0], up, &decoder.device)?,
+            down: Weight::from_bytes(bytes[1], types[1], down, &decoder.device)?,
+            activation: config.activation,
         })
     }
 
-    /// Bytes of [`from_bytes`](Self::from_bytes)'s two parts for the experts of `decoder`.
-    #[must_use]
-    pub fn sizes(decoder: &Decoder, dtype: DType) -> [usize; 2] {
-        let matrix = decoder.config.feed_forward_width * decoder.config.width * dtype.size_in_bytes();
-        [2 * matrix, matrix]
+    /// Bytes of gate and up projection, and of the down projection, of one expert of a model.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for rows that are no whole blocks of a quantised type.
+    pub fn sizes(config: &DecoderConfig, types: [WeightType; 2]) -> Result<[usize; 2]> {
+        let mut sizes = [0; 2];
+        let matrices = MATRICES.into_iter().zip(Self::shapes(config)).zip(types);
+        for (((name, [rows, columns]), kind), size) in matrices.zip(&mut sizes) {
+            let (block, bytes) = kind.block();
+            if !columns.is_multiple_of(block) {
+                return Err(Error::InvalidArgument(format!(
+                    "the {name} of an expert has rows of {columns} elements, which are no whole blocks of {}",
+                    kind.name()
+                )));
+            }
+            *size = rows * (columns / block) * bytes;
+        }
+        Ok(sizes)
     }
 
-    /// The type of the elements.
-    #[must_use]
-    pub fn dtype(&self) -> DType {
-        self.up.dtype()
+    fn shapes(config: &DecoderConfig) -> [[usize; 2]; 2] {
+        let [inner, width] = [config.feed_forward_width, config.width];
+        [[2 * inner, width], [width, inner]]
     }
 
-    /// The elements, as [`from_bytes`](Self::from_bytes) takes them.
+    /// The types of gate and up projection, and of the down projection.
+    #[must_use]
+    pub fn types(&self) -> [WeightType; 2] {
+        [self.up.kind(), self.down.kind()]
+    }
+
+    /// The bytes, as [`from_bytes`](Self::from_bytes) takes them.
     ///
     /// # Errors
     /// [`Error::Candle`] if a tensor cannot be read.
     pub fn to_bytes(&self) -> Result<[Vec<u8>; 2]> {
-        let bytes = |tensor: &Tensor| -> Result<Vec<u8>> {
-            let tensor = tensor.to_device(&Device::Cpu)?.contiguous()?;
-            Ok(CpuSlice::new(&tensor)?.bytes()?.to_vec())
+        let bytes = |weight: &Weight| -> Result<Vec<u8>> {
+            let mut all = Vec::with_capacity(usize::try_from(weight.bytes()).unwrap_or_default());
+            visit_rows(weight, 0..weight.dims()[0], |bytes| all.extend_from_slice(bytes))?;
+            Ok(all)
         };
         Ok([bytes(&self.up)?, bytes(&self.down)?])
     }
@@ -116,10 +134,8 @@ impl ExpertWeights {
     /// [`Error::Candle`] if a tensor cannot be read.
     pub fn digest(&self) -> Result<ExpertDigest> {
         let mut hash = Sha256::new();
-        for tensor in [&self.up, &self.down] {
-            hash.update(format!("{:?} {:?}\n", tensor.dtype(), tensor.dims()));
-            let tensor = tensor.to_device(&Device::Cpu)?.contiguous()?;
-            hash.update(CpuSlice::new(&tensor)?.bytes()?);
+        for weight in [&self.up, &self.down] {
+            hash_rows(&mut hash, weight, 0..weight.dims()[0])?;
         }
         Ok(hash.finalize().into())
     }
@@ -135,12 +151,10 @@ impl ExpertWeights {
     pub fn infer(&self, rows: &[f32]) -> Result<Vec<f32>> {
         let (x, inner) = (self.input(rows)?, self.inner());
         let (bounds, width) = ([0, x.dims()[0]], x.dims()[1]);
-        let up = Weight::Dense(self.up.contiguous()?);
         let (gate_rows, up_rows) = (|_: usize| 0..inner, |_: usize| inner..2 * inner);
-        let [gate, up] = grouped_linear(&x, &bounds, [(&up, &gate_rows), (&up, &up_rows)])?;
+        let [gate, up] = grouped_linear(&x, &bounds, [(&self.up, &gate_rows), (&self.up, &up_rows)])?;
         let inner = activation::gate(&gate, &up, self.activation)?;
-        let down = Weight::Dense(self.down.contiguous()?);
-        let [y] = grouped_linear(&inner, &bounds, [(&down, &|_| 0..width)])?;
+        let [y] = grouped_linear(&inner, &bounds, [(&self.down, &|_| 0..width)])?;
         Ok(y.flatten_all()?.to_vec1()?)
     }
 
@@ -172,7 +186,7 @@ impl ExpertWeights {
             }
             Ok(())
         };
-        let [dup_sum, ddown_sum] = [self.up.zeros_like()?, self.down.zeros_like()?];
+        let [dup_sum, ddown_sum] = [self.up.as_f32()?.zeros_like()?, self.down.as_f32()?.zeros_like()?];
         let [gate, up] = pass.project()?;
         let inner = widened(&pass.activate(&gate, &up)?)?;
         let gated = inner.copy()?;
@@ -209,7 +223,11 @@ impl ExpertWeights {
 
     fn input(&self, rows: &[f32]) -> Result<Tensor> {
         let width = self.up.dims()[1];
-        Ok(Tensor::from_slice(rows, (rows.len() / width, width), self.up.device())?)
+        Ok(Tensor::from_slice(
+            rows,
+            (rows.len() / width, width),
+            &self.up.device(),
+        )?)
     }
 }
 
@@ -228,17 +246,12 @@ struct ExpertPass<'a> {
 
 impl<'a> ExpertPass<'a> {
     fn new(weights: &'a ExpertWeights, rows: &[f32], dtype: DType) -> Result<Self> {
-        if weights.dtype() != DType::F32 {
-            let held = weights.dtype();
-            let message = format!("an expert is held as {held:?}; it must be made trainable (f32) first");
-            return Err(Error::FailedPrecondition(message));
-        }
         let x = weights.input(rows)?;
         let (count, width) = x.dims2()?;
         Ok(Self {
             weights,
-            up: rounded(&weights.up, dtype)?.contiguous()?,
-            down: rounded(&weights.down, dtype)?.contiguous()?,
+            up: rounded(weights.up.as_f32()?, dtype)?.contiguous()?,
+            down: rounded(weights.down.as_f32()?, dtype)?.contiguous()?,
             x: rounded(&x, dtype)?,
             dtype,
             width,
@@ -291,25 +304,19 @@ impl<'a> ExpertPass<'a> {
 }
 
 impl Decoder {
-    /// The weights of an expert of layer number `layer`, which share the decoder's storage.
+    /// The weights of an expert of layer number `layer`, as they are held; dense ones share the decoder's storage.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a layer or an expert that there is not, [`Error::FailedPrecondition`] for a decoder
-    /// without experts, [`Error::Unsupported`] for quantised ones.
+    /// without experts.
     pub fn expert_weights(&self, layer: usize, expert: usize) -> Result<ExpertWeights> {
         let network = self.expert_network(layer, expert)?;
         let [gate, _, down] = self.rows_of_expert(network, expert);
-        let dense = |parameter: ParameterId, start: usize, rows: usize| match self.weight(parameter) {
-            Weight::Dense(tensor) => Ok(tensor.narrow(0, start, rows)?),
-            Weight::Quantized(_) => {
-                let kind = self.weight(parameter).kind().name();
-                let message = format!("experts that are held as {kind} are not sent to other servers");
-                Err(Error::Unsupported(message))
-            }
-        };
         Ok(ExpertWeights {
-            up: dense(network.up.weight, gate.start, 2 * gate.len())?,
-            down: dense(network.down.weight, down.start, down.len())?,
+            up: self
+                .weight(network.up.weight)
+                .rows(gate.start..gate.start + 2 * gate.len())?,
+            down: self.weight(network.down.weight).rows(down)?,
             activation: self.config.activation,
         })
     }
@@ -327,19 +334,15 @@ impl Decoder {
         if let Some(known) = lock().get(&key) {
             return Ok(*known);
         }
-        let parts = [self.weight(network.up.weight), self.weight(network.down.weight)];
-        let digest = match parts {
-            [Weight::Dense(_), Weight::Dense(_)] => self.expert_weights(layer, expert)?.digest()?,
-            parts => {
-                let [gate, _, down] = self.rows_of_expert(network, expert);
-                let mut hash = Sha256::new();
-                for (weight, rows) in parts.into_iter().zip([gate.start..gate.start + 2 * gate.len(), down]) {
-                    hash.update(format!("{} {:?}\n", weight.kind().name(), weight.dims()));
-                    hash_rows(&mut hash, weight, rows)?;
-                }
-                hash.finalize().into()
-            }
-        };
+        let [gate, _, down] = self.rows_of_expert(network, expert);
+        let mut hash = Sha256::new();
+        hash_rows(
+            &mut hash,
+            self.weight(network.up.weight),
+            gate.start..gate.start + 2 * gate.len(),
+        )?;
+        hash_rows(&mut hash, self.weight(network.down.weight), down)?;
+        let digest = hash.finalize().into();
         lock().insert(key, digest);
         Ok(digest)
     }
@@ -359,17 +362,30 @@ impl Decoder {
     }
 }
 
-/// Hashes rows of a matrix as they are held.
+/// What the matrices are called, in their order.
+const MATRICES: [&str; 2] = ["gate and up projection", "down projection"];
+
+/// Hashes rows of a matrix as they are held, with their type and shape.
 fn hash_rows(hash: &mut Sha256, weight: &Weight, rows: Range<usize>) -> Result<()> {
+    let shape = [rows.len(), weight.dims()[1]];
+    match weight {
+        Weight::Dense(tensor) => hash.update(format!("{:?} {shape:?}\n", tensor.dtype())),
+        Weight::Quantized(_) => hash.update(format!("{} {shape:?}\n", weight.kind().name())),
+    }
+    visit_rows(weight, rows, |bytes| hash.update(bytes))
+}
+
+/// Shows the bytes of rows of a matrix as they are held: little-endian elements, or blocks.
+fn visit_rows(weight: &Weight, rows: Range<usize>, visit: impl FnOnce(&[u8])) -> Result<()> {
     match weight {
         Weight::Dense(tensor) => {
             let part = tensor.narrow(0, rows.start, rows.len())?.to_device(&Device::Cpu)?;
-            hash.update(CpuSlice::new(&part.contiguous()?)?.bytes()?);
+            visit(CpuSlice::new(&part.contiguous()?)?.bytes()?);
         }
         Weight::Quantized(tensor) => {
             let data = tensor.data()?;
             let row = data.len() / weight.dims()[0].max(1);
-            hash.update(&data[rows.start * row..rows.end * row]);
+            visit(&data[rows.start * row..rows.end * row]);
         }
     }
     Ok(())

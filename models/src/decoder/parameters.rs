@@ -22,13 +22,7 @@ impl Decoder {
     ///
     /// Fails with [`Error::NotFound`] for an unknown name and [`Error::InvalidArgument`] for a range outside of it.
     pub fn read_parameter(&self, name: &str, range: Range<usize>) -> Result<ParameterData> {
-        let id = self.parameter_id(name)?;
-        let elements = self.parameters[id.0].elements();
-        if range.start > range.end || range.end > elements {
-            return Err(Error::InvalidArgument(format!(
-                "elements {range:?} are outside of parameter `{name}`, which has {elements}"
-            )));
-        }
+        let id = self.checked_range(name, &range)?;
         let values = self.elements(id, range)?;
         let dtype = values.dtype();
         let data = match dtype {
@@ -41,6 +35,26 @@ impl Decoder {
             _ => euclidean_norm(&values.to_dtype(DType::F32)?.to_vec1()?),
         };
         Ok(ParameterData { dtype, data, norm })
+    }
+
+    /// Elements of the parameter of that name as f32, whatever it is held as.
+    ///
+    /// Fails as [`read_parameter`](Self::read_parameter).
+    pub fn read_elements(&self, name: &str, range: Range<usize>) -> Result<Vec<f32>> {
+        let id = self.checked_range(name, &range)?;
+        Ok(self.elements(id, range)?.to_dtype(DType::F32)?.to_vec1()?)
+    }
+
+    /// The parameter of that name, which has these elements.
+    fn checked_range(&self, name: &str, range: &Range<usize>) -> Result<ParameterId> {
+        let id = self.parameter_id(name)?;
+        let elements = self.parameters[id.0].elements();
+        match range.start > range.end || range.end > elements {
+            false => Ok(id),
+            true => Err(Error::InvalidArgument(format!(
+                "elements {range:?} are outside of parameter `{name}`, which has {elements}"
+            ))),
+        }
     }
 
     /// Replaces the elements `start..start + values.len()` of the parameter of that name, which keeps its type: values are

@@ -1,8 +1,10 @@
 //! One parameter's values, dense or block-quantised.
 
 use crate::error::{Error, Result};
-use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Tensor};
+use std::borrow::Cow;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// The values of one parameter. Matrices are `[out, in]`, whatever the file they came from; vectors are dense f32.
@@ -37,6 +39,37 @@ impl WeightType {
         Self::Quantized(GgmlDType::Q4_0),
         Self::Quantized(GgmlDType::Q4K),
     ];
+
+    /// The type of that name among all that weights can be held as; none for another one.
+    #[must_use]
+    pub fn held(name: &str) -> Option<Self> {
+        const BLOCKS: [GgmlDType; 10] = [
+            GgmlDType::Q4_0,
+            GgmlDType::Q4_1,
+            GgmlDType::Q5_0,
+            GgmlDType::Q5_1,
+            GgmlDType::Q8_0,
+            GgmlDType::Q2K,
+            GgmlDType::Q3K,
+            GgmlDType::Q4K,
+            GgmlDType::Q5K,
+            GgmlDType::Q6K,
+        ];
+        let dense = [Self::F32, Self::F16, Self::Bf16].into_iter();
+        dense
+            .chain(BLOCKS.map(Self::Quantized))
+            .find(|kind| kind.name() == name)
+    }
+
+    /// Elements of a block, and its bytes; dense types have blocks of one.
+    #[must_use]
+    pub fn block(self) -> (usize, usize) {
+        match self {
+            Self::F32 => (1, 4),
+            Self::F16 | Self::Bf16 => (1, 2),
+            Self::Quantized(kind) => (kind.block_size(), kind.type_size()),
+        }
+    }
 
     /// The requestable type of that name. Fails with [`Error::InvalidArgument`], listing those known.
     pub fn from_name(name: &str) -> Result<Self> {
@@ -97,6 +130,42 @@ impl Weight {
             GgmlDType::F16 => dense(DType::F16),
             GgmlDType::BF16 => dense(DType::BF16),
             _ => Ok(Self::Quantized(tensor)),
+        }
+    }
+
+    /// A matrix from its bytes: little-endian elements, or blocks along the rows, as many as it has.
+    pub(super) fn from_bytes(bytes: &[u8], kind: WeightType, shape: [usize; 2], device: &Device) -> Result<Self> {
+        let dtype = match kind {
+            WeightType::F32 => DType::F32,
+            WeightType::F16 => DType::F16,
+            WeightType::Bf16 => DType::BF16,
+            WeightType::Quantized(kind) => {
+                // Every block has an even number of bytes, and candle wants them aligned for f16.
+                let words: Vec<u16> = bytes
+                    .as_chunks::<2>()
+                    .0
+                    .iter()
+                    .copied()
+                    .map(u16::from_ne_bytes)
+                    .collect();
+                let storage = QStorage::from_data(Cow::Borrowed(bytemuck::cast_slice(&words)), device, kind)?;
+                return Ok(Self::Quantized(Arc::new(QTensor::new(storage, &shape)?)));
+            }
+        };
+        Ok(Self::Dense(Tensor::from_raw_buffer(bytes, dtype, &shape, device)?))
+    }
+
+    /// Rows of a matrix as they are held: a view of dense ones, a copy of quantised ones.
+    pub(super) fn rows(&self, rows: Range<usize>) -> Result<Self> {
+        match self {
+            Self::Dense(tensor) => Ok(Self::Dense(tensor.narrow(0, rows.start, rows.len())?.contiguous()?)),
+            Self::Quantized(tensor) => {
+                let (all, columns) = tensor.shape().dims2()?;
+                let data = tensor.data()?;
+                let row = data.len() / all.max(1);
+                let bytes = &data[rows.start * row..rows.end * row];
+                Self::from_bytes(bytes, self.kind(), [rows.len(), columns], &tensor.device())
+            }
         }
     }
 

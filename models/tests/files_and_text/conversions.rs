@@ -486,6 +486,7 @@ fn quantised_experts_are_served_as_they_are() {
         {
             assert_eq!(info.dtype, "q8_0", "{}", info.name);
         }
+        experts_apart_compute_as_here(&model.decoder, experts);
         let exact = Model::load(folder.path(), &LoadOptions::default()).unwrap();
         for info in model.decoder.parameters() {
             let [near, exact] = [&model, &exact].map(|model| {
@@ -510,6 +511,83 @@ fn quantised_experts_are_served_as_they_are() {
                 "{experts}: {near} {exact} of {largest}"
             );
         }
+    }
+}
+
+#[test]
+fn switches_of_routers_are_kept_exactly_or_refused_at_once() {
+    const SWITCHES: &str = "model.layers.0.mlp.gate.switches";
+    let folder = tempfile::tempdir().unwrap();
+    mixture_of_blocks(folder.path(), 3, 2);
+    let weights = folder.path().join("model.safetensors");
+    let device = candle_models::Device::Cpu;
+    let mut tensors = candle_core::safetensors::load(&weights, &device).unwrap();
+    let switches = candle_core::Tensor::new(&[[0.1f32, 0.0, -0.7], [1.0, 0.0, 1.0]], &device).unwrap();
+    tensors.insert(SWITCHES.into(), switches);
+    candle_core::safetensors::save(&tensors, &weights).unwrap();
+    let loaded = |path: &Path| {
+        let decoder = Model::load(path, &LoadOptions::default()).unwrap().decoder;
+        let id = decoder.parameter_id(SWITCHES).unwrap();
+        let values = decoder.weight(id).to_f32().unwrap();
+        values.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    };
+    let expected = loaded(folder.path());
+    assert_eq!(expected, [0.1, 0.0, -0.7, 1.0, 0.0, 1.0]);
+    for format in [Format::Safetensors, Format::Jsonl, Format::Npz] {
+        for name in ["bf16", "f16"] {
+            let target = folder.path().join(match format {
+                Format::Npz => format!("{name}.npz"),
+                _ => format!("{name}-{}", format.name()),
+            });
+            let halved = ConversionOptions {
+                dtype: dtype(name),
+                ..options(format)
+            };
+            convert(folder.path(), &target, halved).unwrap();
+            let source = match format {
+                Format::Jsonl => target.join("model.jsonl"),
+                _ => target,
+            };
+            assert_eq!(loaded(&source), expected, "{name} {}", format.name());
+        }
+    }
+    let error = Conversion::plan(folder.path(), options(Format::Gguf)).unwrap_err();
+    assert!(error.to_string().contains(SWITCHES), "{error}");
+}
+
+/// What is sent of an expert's weights makes of rows what the decoder makes of them.
+fn experts_apart_compute_as_here(decoder: &candle_models::Decoder, experts: usize) {
+    for expert in 0..experts {
+        let weights = decoder.expert_weights(0, expert).unwrap();
+        assert_eq!(weights.types(), [dtype("q8_0").unwrap(); 2]);
+        assert_eq!(weights.digest().unwrap(), decoder.expert_digest(0, expert).unwrap());
+        let [up, down] = weights.to_bytes().unwrap();
+        let sent = candle_models::ExpertWeights::from_bytes(decoder, weights.types(), [&up, &down]).unwrap();
+        assert_eq!(sent.digest().unwrap(), weights.digest().unwrap());
+        for count in [1, 3, 20] {
+            let rows: Vec<f32> = (0..32 * count).map(|index| (index as f32 * 0.37).sin()).collect();
+            let group = candle_models::ExpertRows {
+                expert,
+                rows: rows.clone(),
+            };
+            let here = decoder.expert_outputs(0, &[group]).unwrap();
+            assert_eq!(sent.infer(&rows).unwrap(), here[0]);
+        }
+        // Each matrix may be held in its own way, as GGUF files of mixed types have them.
+        let zeros = vec![0u8; 4 * 32 * 64];
+        let types = [dtype("q8_0").unwrap(), WeightType::F32];
+        let mixed = candle_models::ExpertWeights::from_bytes(decoder, types, [&up, &zeros]).unwrap();
+        assert_eq!((mixed.types(), mixed.to_bytes().unwrap()), (types, [up.clone(), zeros]));
+        assert_ne!(mixed.digest().unwrap(), weights.digest().unwrap());
+        assert_eq!(mixed.infer(&[1.0; 64]).unwrap(), [0.0; 64]);
+        // Half as many bytes; blocks that do not divide the rows; training.
+        let halves = [&up[..up.len() / 2], &down[..]];
+        assert!(candle_models::ExpertWeights::from_bytes(decoder, weights.types(), halves).is_err());
+        let blocks = [dtype("q4_k").unwrap(); 2];
+        let error = candle_models::ExpertWeights::sizes(decoder.config(), blocks).unwrap_err();
+        assert!(error.to_string().contains("q4_k"), "{error}");
+        let error = sent.forward(&[0.0; 32], candle_models::DType::F32).unwrap_err();
+        assert!(error.to_string().contains("q8_0"), "{error}");
     }
 }
 

@@ -422,7 +422,7 @@ impl RemoteExperts for Elsewhere {
 fn sent(call: ExpertsCall<'_>, expert: usize) -> candle_models::Result<ExpertWeights> {
     let weights = call.decoder.expert_weights(call.layer, expert)?;
     let [up, down] = weights.to_bytes()?;
-    let copy = ExpertWeights::from_bytes(call.decoder, weights.dtype(), &up, &down)?;
+    let copy = ExpertWeights::from_bytes(call.decoder, weights.types(), [&up, &down])?;
     assert_eq!(copy.digest()?, call.decoder.expert_digest(call.layer, expert)?);
     Ok(copy)
 }

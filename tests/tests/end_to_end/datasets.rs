@@ -196,6 +196,49 @@ fn a_killed_conversion_goes_on() {
 }
 
 #[test]
+fn one_session_makes_a_dataset_at_a_time() {
+    let fixture = Fixture::with_models();
+    let mut client = fixture.connect();
+    client.batch_execute(OTHER).unwrap();
+    client
+        .batch_execute(
+            "CALL candle.tokenize_dataset('d', 'tiny',
+                 'SELECT i AS id, ''text number '' || i AS text FROM generate_series(1, 150) i')",
+        )
+        .unwrap();
+    let call = "CALL candle.retokenize_dataset('d', 'tiny', 'other')";
+    // One that begins while another has begun and not yet committed; and one that goes on where another goes on.
+    for begin in [true, false] {
+        if !begin {
+            let unfinished = "UPDATE candle.dataset_conversions SET finished = false, rows = 64, last_id = 64
+                 WHERE model = 'other'; DELETE FROM candle.dataset WHERE model = 'other' AND id > 64";
+            client.batch_execute(unfinished).unwrap();
+        }
+        client.batch_execute(&format!("BEGIN; {call}")).unwrap();
+        let mut other = fixture.connect();
+        let process: i32 = other.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);
+        let running = std::thread::spawn(move || other.batch_execute(call));
+        let mut observer = fixture.connect();
+        wait_for("the other session to wait", || {
+            let statement = "SELECT 1 FROM pg_locks WHERE NOT granted AND pid = $1";
+            observer.query_opt(statement, &[&process]).unwrap()
+        });
+        client.batch_execute("COMMIT").unwrap();
+        let report = expect_failure(running.join().unwrap(), "40001");
+        assert!(report.contains("another session makes the dataset \"d\""), "{report}");
+        let row = client
+            .query_one(
+                "SELECT count(*), (SELECT finished FROM candle.dataset_conversions WHERE model = 'other')
+                 FROM candle.dataset WHERE model = 'other'",
+                &[],
+            )
+            .unwrap();
+        assert_eq!((row.get::<_, i64>(0), row.get::<_, bool>(1)), (150, true));
+    }
+    expect_failure(client.batch_execute(call), "42710");
+}
+
+#[test]
 fn bad_datasets_are_refused() {
     let fixture = Fixture::with_models();
     let mut client = fixture.connect();

@@ -209,3 +209,55 @@ fn sql_over_tls_with_a_certificate_of_its_own() {
     let report = expect_failure(client.batch_execute(half), "HV00J");
     assert!(report.contains("tls_key"), "{report}");
 }
+
+#[test]
+fn experts_on_a_server_behind_a_token_and_tls() {
+    const TOKEN: &str = "s3cret-t0ken-of-experts";
+    let certificates = Certificates::new();
+    let (authority, own) = (certificates.authority(), certificates.issue("server", false));
+    let folder = tempfile::tempdir().unwrap();
+    let asked = publish(&folder, "asked", &format!("here {TOKEN}\n"));
+    let there = ComputeServer::start_with(&["--token-file", &asked, "--tls-cert", &own.0, "--tls-key", &own.1]);
+    let port = there.endpoint().rsplit(':').next().unwrap().to_owned();
+    let endpoint = format!("https://localhost:{port}");
+    let shown = publish(&folder, "shown", &format!("{endpoint} {TOKEN}\n"));
+    let here = ComputeServer::start_with(&["--expert-token-file", &shown, "--expert-ca-file", &authority]);
+    let fixture = Fixture::over(here);
+    let mut client = fixture.connect();
+    let other = format!(
+        "CREATE SERVER experts FOREIGN DATA WRAPPER candle_fdw
+             OPTIONS (endpoint '{endpoint}', tls_ca '{authority}');
+         CREATE USER MAPPING FOR CURRENT_USER SERVER experts OPTIONS (token '{TOKEN}');
+         CREATE SCHEMA far; IMPORT FOREIGN SCHEMA candle FROM SERVER experts INTO far"
+    );
+    client.batch_execute(&other).unwrap();
+    let load = |schema: &str, name: &str, seed: i32, servers: &str| {
+        format!(
+            r#"INSERT INTO {schema}.models (name, config, seed) VALUES ('{name}', '{{"architecture": "mixtral", "layers": 2,
+                 "width": 12, "heads": 3, "context_length": 32, "vocabulary": 61, "num_experts": 3{servers}}}', {seed})"#
+        )
+    };
+    let servers = format!(r#", "expert_servers": [{{"endpoint": "{endpoint}", "experts": [0, 2]}}]"#);
+    client.batch_execute(&load("far", "m", 2, "")).unwrap();
+    client.batch_execute(&load("llm", "whole", 1, "")).unwrap();
+    client.batch_execute(&load("llm", "m", 1, &servers)).unwrap();
+    let score = "SELECT sum(logprob)::float8 FROM llm.token_scores WHERE model = $1 AND tokens = '{1,2,3,4,5,6,7,8}'";
+    let (m, whole) = ("m", "whole");
+    let expected: f64 = client.query_one(score, &[&whole]).unwrap().get(0);
+    let found: f64 = client.query_one(score, &[&m]).unwrap().get(0);
+    assert!((expected - found).abs() < 1e-4, "{expected} {found}");
+    publish(&folder, "shown", &format!("{endpoint} wr0ng-t0ken\n"));
+    let report = expect_failure(client.query_one(score, &[&m]), "55000");
+    assert!(
+        report.contains(&endpoint) && report.contains("--expert-token-file") && !report.contains("t0ken"),
+        "{report}"
+    );
+    publish(&folder, "shown", &format!("{endpoint} {TOKEN}\n"));
+    let found: f64 = client.query_one(score, &[&m]).unwrap().get(0);
+    assert!((expected - found).abs() < 1e-4, "{expected} {found}");
+    let config: String = client
+        .query_one("SELECT config::text FROM llm.models WHERE name = 'm'", &[])
+        .unwrap()
+        .get(0);
+    assert!(config.contains(&endpoint) && !config.contains(TOKEN), "{config}");
+}

@@ -1,30 +1,21 @@
-//! Experts on other compute servers, which hold the same model: rows go there and come back by `ForwardExperts` and
-//! `BackwardExpert`. Which weights they are to be computed with is said by a digest; those that a server does not have are
-//! lent to it. Whatever is staged, published or rolled back here, they are the right ones, and there is nothing to undo there.
+//! What a decoder asks of expert servers, in pieces and in parallel, and the loans that they ask for.
 
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use candle_compute_proto::v1::experts_service_client::ExpertsServiceClient;
-use candle_compute_proto::{CHUNK_BYTES, MAX_MESSAGE_BYTES, v1};
+use candle_compute_proto::{CHUNK_BYTES, v1};
 use candle_models::config::ExpertServer;
 use candle_models::{DType, ExpertGradient, ExpertRows, ExpertsCall, GatedRows, Pending, RemoteExperts};
 use prost::bytes::Bytes;
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 use tonic::Status;
-use tonic::transport::{Channel, Endpoint};
 
-use crate::error::{Error, Result};
+use super::access::ExpertAccess;
+use super::server::{Client, Server};
+use crate::error::Result;
 
-/// Longest time for a connection.
-const CONNECT: Duration = Duration::from_secs(2);
-/// How often a server that computes is asked whether it is still there, and how soon it has to say so: what has died or
-/// hangs is given up after both together.
-const ALIVE: Duration = Duration::from_secs(1);
-/// Longest time for an answer of a server that says that it is there.
-const ANSWER: Duration = Duration::from_secs(60);
 /// How often it is looked whether anybody still waits for the result.
 const POLL: Duration = Duration::from_millis(20);
 /// Bytes of rows in one call, about.
@@ -39,47 +30,20 @@ pub(crate) struct ExpertServers {
     runtime: Handle,
 }
 
-#[derive(Debug)]
-struct Server {
-    settings: ExpertServer,
-    model: Arc<str>,
-    channel: Channel,
-}
-
-type Client = ExpertsServiceClient<Channel>;
-
 impl ExpertServers {
     /// Servers as `config.expert_servers` of `model` gives them; none without any. Nothing is connected yet.
     ///
     /// # Errors
     /// `InvalidArgument` for an endpoint that is no address.
-    pub(crate) fn new(model: &str, servers: Vec<ExpertServer>) -> Result<Option<Arc<Self>>> {
-        let servers = servers.into_iter().map(|settings| {
-            let refuse = |reason: &str| {
-                Error::invalid(format!(
-                    "\"expert_servers\": endpoint \"{}\" is no address: {reason}; give http://HOST:PORT",
-                    settings.endpoint
-                ))
-            };
-            let endpoint =
-                Endpoint::from_shared(settings.endpoint.clone()).map_err(|error| refuse(&error.to_string()))?;
-            let address = endpoint.uri();
-            if address.scheme_str() != Some("http") || address.port().is_none() {
-                return Err(refuse("it has another scheme, or no port"));
-            }
-            let endpoint = endpoint
-                .connect_timeout(CONNECT)
-                .timeout(ANSWER)
-                .http2_keep_alive_interval(ALIVE)
-                .keep_alive_timeout(ALIVE)
-                .tcp_nodelay(true);
-            Ok(Arc::new(Server {
-                model: settings.model.as_deref().unwrap_or(model).into(),
-                channel: endpoint.connect_lazy(),
-                settings,
-            }))
-        });
-        let servers: Vec<_> = servers.collect::<Result<_>>()?;
+    pub(crate) fn new(
+        model: &str,
+        servers: Vec<ExpertServer>,
+        access: &Arc<ExpertAccess>,
+    ) -> Result<Option<Arc<Self>>> {
+        let servers = servers.into_iter();
+        let servers: Vec<_> = servers
+            .map(|settings| Ok(Arc::new(Server::new(settings, model, access)?)))
+            .collect::<Result<_>>()?;
         let runtime = Handle::current();
         Ok((!servers.is_empty()).then(|| Arc::new(Self { servers, runtime })))
     }
@@ -119,7 +83,7 @@ impl RemoteExperts for ExpertServers {
                 let step = (CALL_BYTES / (4 * width)).max(1) * width;
                 for rows in group.rows.chunks(step) {
                     if bytes + 4 * rows.len() > CALL_BYTES && !parts.is_empty() {
-                        asked.push(self.line(server).ask(call, std::mem::take(&mut parts)));
+                        asked.push(self.line(server).ask(call, std::mem::take(&mut parts))?);
                         bytes = 0;
                     }
                     bytes += 4 * rows.len();
@@ -132,7 +96,7 @@ impl RemoteExperts for ExpertServers {
                 }
             }
             if !parts.is_empty() {
-                asked.push(self.line(server).ask(call, parts));
+                asked.push(self.line(server).ask(call, parts)?);
             }
         }
         Ok(Box::new(move |cancelled| {
@@ -158,7 +122,7 @@ impl RemoteExperts for ExpertServers {
                 return Err(candle_models::Error::FailedPrecondition(message));
             };
             let digest = Bytes::copy_from_slice(&call.decoder.expert_digest(call.layer, group.expert)?);
-            asked.push(AskedBack::new(self.line(server), call, group, digest));
+            asked.push(AskedBack::new(self.line(server), call, group, digest)?);
         }
         Ok(Box::new(move |cancelled| {
             asked.into_iter().map(|asked| asked.take(cancelled)).collect()
@@ -183,22 +147,13 @@ impl<T> Drop for Running<T> {
 }
 
 impl Line {
-    fn client(&self) -> Client {
-        ExpertsServiceClient::new(self.server.channel.clone())
-            .max_decoding_message_size(MAX_MESSAGE_BYTES)
-            .max_encoding_message_size(MAX_MESSAGE_BYTES)
-    }
-
-    fn failed(&self, reason: &str) -> candle_models::Error {
-        let endpoint = &self.server.settings.endpoint;
-        candle_models::Error::FailedPrecondition(format!("expert server {endpoint} failed: {reason}"))
-    }
-
-    fn start<T: Send + 'static>(
-        &self,
-        call: impl Future<Output = std::result::Result<T, Status>> + Send + 'static,
-    ) -> Running<T> {
-        Running(self.runtime.spawn(call))
+    /// A client, and the call that it makes.
+    fn call<T: Send + 'static, F>(&self, call: impl FnOnce(Client) -> F) -> candle_models::Result<Running<T>>
+    where
+        F: Future<Output = std::result::Result<T, Status>> + Send + 'static,
+    {
+        let _within = self.runtime.enter();
+        Ok(Running(self.runtime.spawn(call(self.server.client()?))))
     }
 
     /// Waits for a call on the model's thread.
@@ -213,14 +168,14 @@ impl Line {
         });
         match ended {
             None => Err(candle_models::Error::Cancelled),
-            Some(Err(error)) => Err(self.failed(&error.to_string())),
-            Some(Ok(Err(status))) => Err(self.failed(&described(&status))),
+            Some(Err(error)) => Err(self.server.failed(&error.to_string())),
+            Some(Ok(Err(status))) => Err(self.server.refused(&status)),
             Some(Ok(Ok(answer))) => Ok(answer),
         }
     }
 
     /// Sends rows on their way, each with its place among the groups.
-    fn ask<'a>(self, call: ExpertsCall<'a>, parts: Vec<(usize, v1::ExpertRows)>) -> Asked<'a> {
+    fn ask<'a>(self, call: ExpertsCall<'a>, parts: Vec<(usize, v1::ExpertRows)>) -> candle_models::Result<Asked<'a>> {
         let (places, groups): (Vec<usize>, Vec<_>) = parts.into_iter().unzip();
         let request = v1::ForwardExpertsRequest {
             model: self.server.model.to_string(),
@@ -228,36 +183,34 @@ impl Line {
             groups,
             products: call.products.map_or(v1::DataType::Unspecified, data_type).into(),
         };
-        let running = self.forward(request.clone());
-        Asked {
+        let running = self.forward(request.clone())?;
+        Ok(Asked {
             line: self,
             call,
             places,
             request,
             running,
-        }
+        })
     }
 
-    fn forward(&self, request: v1::ForwardExpertsRequest) -> Running<v1::ForwardExpertsResponse> {
-        let mut client = self.client();
-        self.start(async move { Ok(client.forward_experts(request).await?.into_inner()) })
+    fn forward(
+        &self,
+        request: v1::ForwardExpertsRequest,
+    ) -> candle_models::Result<Running<v1::ForwardExpertsResponse>> {
+        self.call(|mut client| async move { Ok(client.forward_experts(request).await?.into_inner()) })
     }
 
     /// Lends the weights of an expert.
     fn lend(&self, call: ExpertsCall<'_>, expert: usize, cancelled: &dyn Fn() -> bool) -> candle_models::Result<()> {
-        let weights = call.decoder.expert_weights(call.layer, expert);
-        let weights = weights.map_err(|error| {
-            self.failed(&format!(
-                "it holds other weights than this server for expert {expert} of layer {}, and {error}",
-                call.layer
-            ))
-        })?;
+        let weights = call.decoder.expert_weights(call.layer, expert)?;
+        let [up_type, down_type] = weights.types().map(|kind| kind.name().to_owned());
         let first = v1::LendExpertRequest {
             model: self.server.model.to_string(),
             layer: call.layer as u32,
             expert: expert as u32,
             weights: Bytes::copy_from_slice(&call.decoder.expert_digest(call.layer, expert)?),
-            dtype: data_type(weights.dtype()).into(),
+            up_type,
+            down_type,
             ..Default::default()
         };
         let chunks: Vec<Bytes> = weights.to_bytes()?.into_iter().flat_map(chunks_of).collect();
@@ -266,8 +219,7 @@ impl Line {
             ..Default::default()
         });
         let messages = tokio_stream::iter(std::iter::once(first).chain(data));
-        let mut client = self.client();
-        let lending = self.start(async move { client.lend_expert(messages).await.map(drop) });
+        let lending = self.call(|mut client| async move { client.lend_expert(messages).await.map(drop) })?;
         self.wait(lending, cancelled)
     }
 }
@@ -300,10 +252,10 @@ impl Asked<'_> {
             for expert in answer.missing {
                 line.lend(call, expert as usize, cancelled)?;
             }
-            answer = line.wait(line.forward(request.clone()), cancelled)?;
+            answer = line.wait(line.forward(request.clone())?, cancelled)?;
         }
         if answer.groups.len() != places.len() {
-            return Err(line.failed("it answered another number of experts"));
+            return Err(line.server.failed("it answered another number of experts"));
         }
         let outputs = answer.groups.into_iter().map(|group| floats(&group.rows));
         Ok(places.into_iter().zip(outputs))
@@ -328,7 +280,7 @@ struct Answer {
 }
 
 impl<'a> AskedBack<'a> {
-    fn new(line: Line, call: ExpertsCall<'a>, group: GatedRows, weights: Bytes) -> Self {
+    fn new(line: Line, call: ExpertsCall<'a>, group: GatedRows, weights: Bytes) -> candle_models::Result<Self> {
         let first = v1::BackwardExpertRequest {
             model: line.server.model.to_string(),
             layer: call.layer as u32,
@@ -346,20 +298,19 @@ impl<'a> AskedBack<'a> {
             ..Default::default()
         });
         let messages: Vec<_> = std::iter::once(first).chain(data).collect();
-        let running = Self::start(&line, messages.clone());
-        Self {
+        let running = Self::start(&line, messages.clone())?;
+        Ok(Self {
             line,
             call,
             expert: group.expert,
             rows,
             messages,
             running,
-        }
+        })
     }
 
-    fn start(line: &Line, messages: Vec<v1::BackwardExpertRequest>) -> Running<Answer> {
-        let mut client = line.client();
-        line.start(async move {
+    fn start(line: &Line, messages: Vec<v1::BackwardExpertRequest>) -> candle_models::Result<Running<Answer>> {
+        line.call(|mut client| async move {
             let mut answers = client.backward_expert(tokio_stream::iter(messages)).await?.into_inner();
             let empty = || Status::internal("the answer has no message");
             let first = answers.message().await?.ok_or_else(empty)?;
@@ -379,7 +330,7 @@ impl<'a> AskedBack<'a> {
                 break;
             }
             line.lend(self.call, self.expert, cancelled)?;
-            answer = line.wait(Self::start(line, self.messages.clone()), cancelled)?;
+            answer = line.wait(Self::start(line, self.messages.clone())?, cancelled)?;
         }
         let config = self.call.decoder.config();
         let (elements, matrix) = (self.rows * config.width, config.feed_forward_width * config.width);
@@ -392,7 +343,9 @@ impl<'a> AskedBack<'a> {
             .collect();
         if answer.first.missing || answer.data.len() != 4 * ends[3] {
             let bytes = answer.data.len();
-            return Err(line.failed(&format!("it answered {bytes} bytes, not {}", 4 * ends[3])));
+            return Err(line
+                .server
+                .failed(&format!("it answered {bytes} bytes, not {}", 4 * ends[3])));
         }
         let part = |range: Range<usize>| floats(&answer.data[4 * range.start..4 * range.end]);
         Ok(ExpertGradient {
@@ -404,20 +357,6 @@ impl<'a> AskedBack<'a> {
             underflows: answer.first.underflows,
         })
     }
-}
-
-/// What a call failed with, with the causes that the transport knows.
-fn described(status: &Status) -> String {
-    let mut text = status.message().to_owned();
-    let mut cause = std::error::Error::source(status);
-    while let Some(error) = cause {
-        let reason = error.to_string();
-        if !text.contains(&reason) {
-            text = format!("{text}: {reason}");
-        }
-        cause = error.source();
-    }
-    text
 }
 
 fn data_type(dtype: DType) -> v1::DataType {
