@@ -212,6 +212,7 @@ impl Client {
         let request = ListTapeRequest {
             transaction: None,
             models: vec![model.into()],
+            ..ListTapeRequest::default()
         };
         self.training
             .clone()
