@@ -474,7 +474,7 @@ fn a_run_whose_loss_is_no_number_ends_before_its_checkpoint() {
     let result = client.batch_execute(&call("tiny", 3, ", checkpoint_every => 1"));
     let message = expect_failure(result, "55000");
     assert!(
-        message.contains("the loss of model \"tiny\" is NaN in step 1"),
+        message.contains("the loss of model \"tiny\" is NaN in step 2"),
         "{message}"
     );
     assert_eq!(number(&mut client, "SELECT count(*) FROM llm.checkpoints"), 0);
