@@ -121,6 +121,9 @@ impl Constraint {
             Ok(tokens) => self.allowed = AllowedTokens { tokens, may_end },
             // The grammar goes on, but the vocabulary does not.
             Err(_) if may_end && self.matcher.stop_reason() == StopReason::NoExtensionBias => self.complete = true,
+            Err(_) if self.matcher.stop_reason() == StopReason::NoExtensionBias => {
+                return Err(stuck(&"no token of the vocabulary goes on with it"));
+            }
             Err(error) => return Err(stuck(&error)),
         }
         Ok(())

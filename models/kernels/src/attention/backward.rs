@@ -284,11 +284,7 @@ fn head_backward<S: Simd>(s: S, head: &Head<'_>, dq: &mut Tile<'_, f32>, [dk_sum
                 products(
                     s,
                     false,
-                    RowFactors {
-                        data: factors,
-                        stride: head_dim,
-                        first: 0,
-                    },
+                    RowFactors::of_heads(factors, head_dim),
                     |vector| panels[vector],
                     [count, KEYS],
                     |rows| visible.scores(rows, head_dim),
@@ -326,11 +322,7 @@ fn head_backward<S: Simd>(s: S, head: &Head<'_>, dq: &mut Tile<'_, f32>, [dk_sum
                 products(
                     s,
                     true,
-                    RowFactors {
-                        data: gradients.as_flattened(),
-                        stride: KEYS,
-                        first: done,
-                    },
+                    RowFactors::of_scores(gradients, done),
                     |vector| columns(head.columns_k, head.length, vector, key..key + run),
                     [count, stride],
                     |rows| visible.sums(rows, done..done + run, stride),

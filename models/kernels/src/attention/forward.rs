@@ -204,11 +204,7 @@ fn attend<S: Simd>(
             products(
                 s,
                 false,
-                RowFactors {
-                    data: queries,
-                    stride: head_dim,
-                    first: 0,
-                },
+                RowFactors::of_heads(queries, head_dim),
                 |vector| panels[vector],
                 [count, KEYS],
                 |rows| visible.scores(rows, head_dim),
@@ -229,11 +225,7 @@ fn attend<S: Simd>(
                 products(
                     s,
                     true,
-                    RowFactors {
-                        data: scores.as_flattened(),
-                        stride: KEYS,
-                        first: done,
-                    },
+                    RowFactors::of_scores(scores, done),
                     |vector| columns(past.values, past.length, vector, key..key + run),
                     [count, stride],
                     |rows| visible.sums(rows, done..done + run, stride),

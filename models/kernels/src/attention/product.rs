@@ -30,6 +30,24 @@ pub(super) struct RowFactors<'a> {
     pub(super) first: usize,
 }
 
+impl<'a> RowFactors<'a> {
+    /// All elements of rows of that length.
+    #[inline(always)]
+    pub(super) fn of_heads(data: &'a [f32], stride: usize) -> Self {
+        Self { data, stride, first: 0 }
+    }
+
+    /// The rows of a tile of scores, from the key `first` on.
+    #[inline(always)]
+    pub(super) fn of_scores(scores: &'a [[f32; KEYS]], first: usize) -> Self {
+        Self {
+            data: scores.as_flattened(),
+            stride: KEYS,
+            first,
+        }
+    }
+}
+
 /// Factors whose rows are the columns of a tile of scores, from `first` on; the terms are its rows.
 #[derive(Clone, Copy)]
 pub(super) struct ColumnFactors<'a> {

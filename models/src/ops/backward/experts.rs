@@ -43,6 +43,25 @@ impl ExpertMatrix<'_> {
             .map(|(expert, bounds)| (expert, bounds[0], bounds[1]))
             .filter(|(expert, start, end)| start < end && self.is_here(*expert))
     }
+
+    /// The rows `a` of each expert that is computed here times what `b` gives for it, into its rows of `out`, which are
+    /// `width` wide.
+    fn products<'a>(
+        &self,
+        a: MatrixRef<'a>,
+        b: impl Fn(usize) -> MatrixRef<'a>,
+        out: &'a mut [f32],
+        width: usize,
+    ) -> Vec<MatmulGroup<'a>> {
+        let parts = split_rows(out, self.bounds, width).into_iter().enumerate();
+        let here = parts.filter(|(expert, out)| !out.is_empty() && self.is_here(*expert));
+        let product = |(expert, out)| MatmulGroup {
+            a: a.part(self.bounds[expert]..self.bounds[expert + 1]),
+            b: b(expert),
+            out,
+        };
+        here.map(product).collect()
+    }
 }
 
 /// `x` `[rows, in]`, of the matrix' type, times the expert of each row: `[rows, out]` f32.
@@ -63,18 +82,8 @@ pub(crate) fn experts_forward(matrix: ExpertMatrix<'_>, x: &Tensor) -> Result<Te
     let x = x.matrix(rows, inputs)?;
     let weight = weight.matrix(matrix.weight.dims2()?.0, inputs)?;
     let mut y = vec![0.0; rows * outputs];
-    let parts = split_rows(&mut y, matrix.bounds, outputs);
-    let here = |(expert, out): &(usize, &mut [f32])| !out.is_empty() && matrix.is_here(*expert);
-    let groups = parts
-        .into_iter()
-        .enumerate()
-        .filter(here)
-        .map(|(expert, out)| MatmulGroup {
-            a: x.part(matrix.bounds[expert]..matrix.bounds[expert + 1]),
-            b: weight.part((matrix.rows)(expert)).transpose(),
-            out,
-        });
-    matmul_groups(groups.collect(), false);
+    let of_expert = |expert| weight.part((matrix.rows)(expert)).transpose();
+    matmul_groups(matrix.products(x, of_expert, &mut y, outputs), false);
     Ok(Tensor::from_vec(y, (rows, outputs), &Device::Cpu)?)
 }
 
@@ -103,18 +112,8 @@ pub(crate) fn experts_backward(
     }
     let weight = weight.matrix(matrix.weight.dims2()?.0, inputs)?;
     with_mut_slice(&dx, |dx| {
-        let parts = split_rows(dx, matrix.bounds, inputs);
-        let here = |(expert, out): &(usize, &mut [f32])| !out.is_empty() && matrix.is_here(*expert);
-        let groups = parts
-            .into_iter()
-            .enumerate()
-            .filter(here)
-            .map(|(expert, out)| MatmulGroup {
-                a: dy.part(matrix.bounds[expert]..matrix.bounds[expert + 1]),
-                b: weight.part((matrix.rows)(expert)),
-                out,
-            });
-        matmul_groups(groups.collect(), true);
+        let of_expert = |expert| weight.part((matrix.rows)(expert));
+        matmul_groups(matrix.products(dy, of_expert, dx, inputs), true);
     })?;
     Ok(dx)
 }
